@@ -1,0 +1,44 @@
+"""Every bound that a peer's input is held against, in one place.
+
+Units: `_bytes` and `_s` in the names; `n_*` are counts. A message over a bound is refused before anything is allocated.
+"""
+
+from __future__ import annotations
+
+PROTOCOL_VERSION = 1
+"""Goes up when a header, a record or the op table changes; HELLO refuses another version."""
+
+MAX_HEADER_BYTES = 64 * 1024
+MAX_HEADER_DEPTH = 8
+MAX_HEADER_ITEMS = 4096
+MAX_STRING_BYTES = 16 * 1024
+
+MAX_FRAMES = 64
+MAX_CHUNK_BYTES = 1 << 20
+"""Weights travel in chunks of this size, so that a token never waits behind a large message."""
+MAX_MESSAGE_BYTES = 1 << 30
+"""ZMQ_MAXMSGSIZE of every socket: one frame may hold the logits of a long prompt piece, and no more."""
+
+MAX_DIMS = 4
+MAX_SRC = 10
+MAX_OP_PARAMS = 16
+MAX_GRAPH_TENSORS = 65_536
+MAX_TENSOR_BYTES = 1 << 46
+MAX_BUFFER_BYTES = 1 << 46
+MAX_GRAPHS_PER_SESSION = 256
+MAX_BUFFERS_PER_SESSION = 65_536
+MAX_SESSIONS = 256
+MAX_ROUTE_STEPS = 64
+MAX_ROPE_POSITION = 1 << 30
+
+CREDIT_CHUNKS = 8
+"""Chunks of one upload that may be in flight to one device."""
+MAX_INFLIGHT_PER_CLIENT = 1024
+
+PING_INTERVAL_S = 0.25
+PING_DEADLINE_S = 1.5
+"""A worker that answers no PING for this long while it is idle is lost."""
+COMPUTE_STALL_S = 60.0
+"""The same while a graph runs: a single large node may keep the compute loop from answering."""
+HANDSHAKE_IVL_S = 3.0
+REQUEST_DEADLINE_S = 300.0

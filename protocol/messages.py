@@ -1,0 +1,248 @@
+"""Commands and their headers. One struct for a request, one for its reply; unknown fields and wrong types are refused.
+
+The layout of Hello's header never changes: it is what two versions use to find out that they differ.
+Units: `_bytes`, `_s` in the names; `at` and `offset` are bytes.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+from protocol import limits
+
+
+class Command(IntEnum):
+    """Command ids; a reply carries its request's id with REPLY set."""
+
+    HELLO = 1
+    DEVICE_INFO = 2
+    ALLOC_BUFFER = 3
+    FREE_BUFFER = 4
+    SET_TENSOR = 5
+    SET_TENSOR_HASH = 6
+    GET_TENSOR = 7
+    COPY_TENSOR = 8
+    GRAPH_PUT = 9
+    GRAPH_COMPUTE = 10
+    CANCEL = 11
+    PING = 12
+    DRAIN = 13
+    STATS = 14
+    ERROR = 15
+
+
+REPLY = 0x80
+
+U64 = Annotated[int, Meta(ge=0, lt=1 << 63)]
+Size = Annotated[int, Meta(ge=0, le=limits.MAX_BUFFER_BYTES)]
+Handle = Annotated[int, Meta(ge=1, lt=1 << 63)]
+Short = Annotated[str, Meta(max_length=256)]
+Digest = Annotated[bytes, Meta(min_length=16, max_length=16)]
+Hash = Annotated[bytes, Meta(min_length=32, max_length=32)]
+Dim = Annotated[int, Meta(ge=0, le=limits.MAX_TENSOR_BYTES)]
+Ne = tuple[Dim, Dim, Dim, Dim]
+
+
+class Header(Struct, forbid_unknown_fields=True, frozen=True):
+    """Base of all headers."""
+
+
+class DeviceInfo(Header):
+    """What a device says of itself. `shares_memory` tells that devices of one `host` have one memory between them."""
+
+    name: Short
+    kind: Short
+    description: Short = ""
+    host: Short = ""
+    total_bytes: Size = 0
+    free_bytes: Size = 0
+    n_threads: U64 = 0
+    shares_memory: bool = False
+    worker: Short = ""
+
+
+class Hello(Header):
+    """First message of every connection, both ways.
+
+    `role` is broker, worker, client, or the first two with `-bulk` for the second channel of the same `token`.
+    """
+
+    version: U64
+    role: Short
+    token: Annotated[bytes, Meta(max_length=32)] = b""
+    epoch: U64 = 0
+    session: U64 = 0
+    software: Short = ""
+    devices: Annotated[list[DeviceInfo], Meta(max_length=256)] = []
+
+
+class DeviceQuery(Header):
+    pass
+
+
+class DeviceList(Header):
+    devices: Annotated[list[DeviceInfo], Meta(max_length=1024)] = []
+
+
+class AllocBuffer(Header):
+    """The client names the buffer, so that it need not wait for the reply to use it."""
+
+    session: U64
+    buffer: Handle
+    n_bytes: Size
+    usage: Short = "compute"
+
+
+class FreeBuffer(Header):
+    session: U64
+    buffer: Handle
+
+
+class SetTensor(Header):
+    """One chunk of a tensor of `n_bytes` that starts at `offset`; the payload goes to `offset + at`.
+
+    With `hash` (BLAKE3 of the whole tensor) the chunks come in order, are verified at the end and may be cached.
+    """
+
+    session: U64
+    buffer: Handle
+    offset: Size
+    n_bytes: Size
+    at: Size = 0
+    type: U64 = 0
+    ne: Ne = (0, 1, 1, 1)
+    hash: Annotated[bytes, Meta(max_length=32)] = b""
+
+
+class SetTensorHash(Header):
+    """Fill the tensor from the worker's cache, if it has these bytes."""
+
+    session: U64
+    buffer: Handle
+    offset: Size
+    n_bytes: Size
+    hash: Hash
+    type: U64
+    ne: Ne
+
+
+class Found(Header):
+    found: bool
+
+
+class GetTensor(Header):
+    session: U64
+    buffer: Handle
+    offset: Size
+    n_bytes: Size
+
+
+class CopyTensor(Header):
+    session: U64
+    src_buffer: Handle
+    src_offset: Size
+    dst_buffer: Handle
+    dst_offset: Size
+    n_bytes: Size
+    dst_n_bytes: Size
+
+
+class GraphPut(Header):
+    """The payload is the graph frame; `digest` is its blake2b-128."""
+
+    session: U64
+    digest: Digest
+
+
+class RouteStep(Header):
+    """A later stage of a GRAPH_COMPUTE: the outputs of the stage before are its first inputs."""
+
+    device: Annotated[int, Meta(ge=0, lt=1 << 16)]
+    digest: Digest
+    n_payload: Annotated[int, Meta(ge=0, le=limits.MAX_FRAMES)]
+
+
+class GraphCompute(Header):
+    """Run a graph. The payload holds the inputs in graph order, then those of the later steps of `route`."""
+
+    session: U64
+    digest: Digest
+    n_payload: Annotated[int, Meta(ge=0, le=limits.MAX_FRAMES)]
+    route: Annotated[list[RouteStep], Meta(max_length=limits.MAX_ROUTE_STEPS)] = []
+
+
+class ComputeDone(Header):
+    """The payload holds the outputs in graph order."""
+
+    compute_s: float = 0.0
+    n_nodes: U64 = 0
+
+
+class Cancel(Header):
+    session: U64
+    seq: U64
+
+
+class Ping(Header):
+    nonce: U64
+
+
+class Drain(Header):
+    """Finish what is in flight for the session, then free all that it holds."""
+
+    session: U64
+
+
+class StatsQuery(Header):
+    pass
+
+
+class Stats(Header):
+    """Counters since the start of a worker process."""
+
+    device: Short = ""
+    free_bytes: Size = 0
+    total_bytes: Size = 0
+    rss_bytes: Size = 0
+    n_sessions: U64 = 0
+    n_buffers: U64 = 0
+    buffer_bytes: Size = 0
+    n_graphs: U64 = 0
+    n_computes: U64 = 0
+    n_refused: U64 = 0
+    n_fenced: U64 = 0
+    payload_in_bytes: U64 = 0
+    cache_hits: U64 = 0
+    cache_misses: U64 = 0
+    cache_repairs: U64 = 0
+    kernel_compiles: U64 = 0
+
+
+class Error(Header):
+    code: Short
+    message: Annotated[str, Meta(max_length=4096)]
+
+
+class Ok(Header):
+    pass
+
+
+REQUEST: dict[Command, type[Header]] = {
+    Command.HELLO: Hello, Command.DEVICE_INFO: DeviceQuery, Command.ALLOC_BUFFER: AllocBuffer,
+    Command.FREE_BUFFER: FreeBuffer, Command.SET_TENSOR: SetTensor, Command.SET_TENSOR_HASH: SetTensorHash,
+    Command.GET_TENSOR: GetTensor, Command.COPY_TENSOR: CopyTensor, Command.GRAPH_PUT: GraphPut,
+    Command.GRAPH_COMPUTE: GraphCompute, Command.CANCEL: Cancel, Command.PING: Ping, Command.DRAIN: Drain,
+    Command.STATS: StatsQuery,
+}  # fmt: skip
+ANSWER: dict[Command, type[Header]] = {
+    **dict.fromkeys(REQUEST, Ok), Command.HELLO: Hello, Command.DEVICE_INFO: DeviceList,
+    Command.SET_TENSOR_HASH: Found, Command.GRAPH_COMPUTE: ComputeDone, Command.PING: Ping, Command.STATS: Stats,
+    Command.ERROR: Error,
+}  # fmt: skip
+PAYLOAD_FRAMES: dict[Command, int] = {Command.SET_TENSOR: 1, Command.GRAPH_PUT: 1}
+"""Payload frames that a request carries; GRAPH_COMPUTE says it in its header, every other has none."""
+BULK = frozenset({Command.SET_TENSOR, Command.SET_TENSOR_HASH})
+"""Commands that travel on the bulk channel."""

@@ -1,0 +1,1 @@
+"""A device process: buffers, plans and kernels behind the bus."""
