@@ -36,9 +36,9 @@ class Command(IntEnum):
 
 REPLY = 0x80
 
-U64 = Annotated[int, Meta(ge=0, lt=1 << 63)]
+U64 = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Size = Annotated[int, Meta(ge=0, le=limits.MAX_BUFFER_BYTES)]
-Handle = Annotated[int, Meta(ge=1, lt=1 << 63)]
+Handle = Annotated[int, Meta(ge=1, le=(1 << 63) - 1)]
 Short = Annotated[str, Meta(max_length=256)]
 Digest = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Hash = Annotated[bytes, Meta(min_length=32, max_length=32)]

@@ -1,0 +1,145 @@
+"""The content-hash cache: weights on disk by their BLAKE3, so that they travel once.
+
+An entry is `<hex hash>` in the cache folder: the bytes and nothing else. It is written to a temporary file in the same
+folder, synced and renamed; it is verified each time it is read, and a wrong one is removed and counted as repaired.
+Any trouble with the disk means no cache, never a wrong byte.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+from blake3 import blake3
+
+HASH_BYTES = 32
+DEFAULT_QUOTA_BYTES = 64 << 30
+
+
+def cache_folder() -> Path:
+    """`$LLAMA_CACHE/ggmq`, else `$XDG_CACHE_HOME/ggmq`, else `~/.cache/ggmq`."""
+    base = os.environ.get("LLAMA_CACHE") or os.environ.get("XDG_CACHE_HOME")
+    return Path(base) / "ggmq" if base else Path.home() / ".cache" / "ggmq"
+
+
+def content_hash(data: bytes | memoryview) -> bytes:
+    """BLAKE3 of the bytes, 32 long."""
+    return blake3(data).digest()
+
+
+class Cache:
+    """Weights by hash in a folder.
+
+    Attributes:
+        hits, misses, repairs: counters; `repairs` are entries found damaged and removed.
+    Threads: one process uses one object; several processes may share the folder.
+    """
+
+    def __init__(self, folder: Path, quota_bytes: int = DEFAULT_QUOTA_BYTES) -> None:
+        self.folder, self.quota_bytes = folder, quota_bytes
+        self.hits = self.misses = self.repairs = 0
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def path(self, digest: bytes) -> Path:
+        return self.folder / digest.hex()
+
+    def get(self, digest: bytes, n_bytes: int) -> bytes | None:
+        """The bytes of this hash, verified; None when they are not there, or were damaged and have been removed."""
+        data = self._read(self.path(digest), n_bytes)
+        if data is None:
+            self.misses += 1
+            return None
+        if len(data) != n_bytes or content_hash(data) != digest:
+            self.repairs += 1
+            self.misses += 1
+            with contextlib.suppress(OSError):
+                self.path(digest).unlink()
+            return None
+        self.hits += 1
+        with contextlib.suppress(OSError):
+            os.utime(self.path(digest))
+        return data
+
+    @staticmethod
+    def _read(path: Path, n_bytes: int) -> bytes | None:
+        try:
+            fd = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+        except OSError:
+            return None
+        try:
+            with open(fd, "rb") as f:
+                if not stat.S_ISREG(os.fstat(f.fileno()).st_mode):
+                    return None
+                return f.read(n_bytes + 1)
+        except OSError:
+            return None
+
+    def put(self, digest: bytes, data: bytes | memoryview) -> bool:
+        """Keep the bytes; they must have been verified. False when the disk would not take them."""
+        if len(data) > self.quota_bytes:
+            return False
+        try:
+            fd, name = tempfile.mkstemp(prefix=".part-", dir=self.folder)
+        except OSError:
+            return False
+        try:
+            with open(fd, "wb") as f:
+                f.write(data)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(name, self.path(digest))
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+            return False
+        self._evict()
+        return True
+
+    def entries(self) -> list[tuple[bytes, int, float]]:
+        """Hash, bytes and last use of each entry; names that are no hash are not entries."""
+        found = []
+        with contextlib.suppress(OSError):
+            for entry in os.scandir(self.folder):
+                with contextlib.suppress(OSError, ValueError):
+                    if len(entry.name) == 2 * HASH_BYTES and entry.is_file(follow_symlinks=False):
+                        s = entry.stat(follow_symlinks=False)
+                        found.append((bytes.fromhex(entry.name), s.st_size, s.st_mtime))
+        return found
+
+    def _evict(self) -> None:
+        """Remove the least recently used entries while the folder is over its quota."""
+        entries = sorted(self.entries(), key=lambda e: e[2])
+        total = sum(size for _, size, _ in entries)
+        for digest, size, _ in entries:
+            if total <= self.quota_bytes:
+                break
+            with contextlib.suppress(OSError):
+                self.path(digest).unlink()
+                total -= size
+
+    def verify(self) -> tuple[int, int]:
+        """Read every entry; remove the damaged ones. Returns: how many were good, how many were removed."""
+        good = bad = 0
+        for digest, size, _ in self.entries():
+            data = self._read(self.path(digest), size)
+            if data is not None and content_hash(data) == digest:
+                good += 1
+            else:
+                bad += 1
+                with contextlib.suppress(OSError):
+                    self.path(digest).unlink()
+        return good, bad
+
+    def clear(self) -> int:
+        """Remove every entry and leftover; returns how many entries went."""
+        entries = self.entries()
+        for digest, _, _ in entries:
+            with contextlib.suppress(OSError):
+                self.path(digest).unlink()
+        for leftover in self.folder.glob(".part-*"):
+            with contextlib.suppress(OSError):
+                leftover.unlink()
+        return len(entries)

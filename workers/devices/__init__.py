@@ -1,0 +1,41 @@
+"""Devices by name: `CPU`, `reference`, `CUDA0`. A device is one file here plus its kernels.
+
+`open_device` imports a device's module only when it is asked for.
+"""
+
+from __future__ import annotations
+
+import re
+
+from protocol.errors import ConfigError, DeviceError
+from workers.devices.base import Device
+
+
+def accelerators() -> list[str]:
+    """Names of the accelerators of this host; respects CUDA_VISIBLE_DEVICES through the driver."""
+    try:
+        from workers.devices.cuda import device_names
+    except ImportError:
+        return []
+    return device_names()
+
+
+def open_device(name: str, n_threads: int, memory_bytes: int = 0) -> Device:
+    """The device of this name.
+
+    Units: `memory_bytes` caps what it hands out; 0 leaves it to the host.
+    Errors: ConfigError for a name that no device has, DeviceError when what it needs is missing, naming it.
+    """
+    if name.upper() == "CPU":
+        from workers.devices.cpu import CPUDevice
+
+        return CPUDevice(n_threads, memory_bytes)
+    if name.lower() == "reference":
+        from workers.devices.reference import ReferenceDevice
+
+        return ReferenceDevice(memory_bytes)
+    if re.fullmatch(r"CUDA\d+", name.upper()):
+        from workers.devices.cuda import require_cuda
+
+        raise DeviceError(require_cuda(name.upper()))
+    raise ConfigError(f"--device {name}: expected CPU, reference or CUDA0, CUDA1, ...; run `worker --device` to list")
