@@ -42,3 +42,18 @@ COMPUTE_STALL_S = 60.0
 """The same while a graph runs: a single large node may keep the compute loop from answering."""
 HANDSHAKE_IVL_S = 3.0
 REQUEST_DEADLINE_S = 300.0
+
+PEER_SILENCE_S = 20.0
+"""A worker frees what a peer holds when the peer has sent nothing, not even a PING, for this long."""
+
+SOCKET_OPTIONS: dict[str, int] = {
+    "LINGER": 0,
+    "MAXMSGSIZE": MAX_MESSAGE_BYTES,
+    "HANDSHAKE_IVL": int(HANDSHAKE_IVL_S * 1000),
+    "SNDHWM": 4096,
+    "RCVHWM": 4096,
+    "TCP_KEEPALIVE": 1,
+}
+"""ZeroMQ options of every socket, by ZeroMQ's names. The size limit holds before authentication too."""
+
+ZAP_DOMAIN = "ggmq"

@@ -1,0 +1,48 @@
+"""Sockets of the broker, and who may connect to them. CURVE with one key for the cluster."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+import zmq
+import zmq.auth.thread
+
+from config.keys import KeyPair
+from protocol import limits
+
+
+class Allowed:
+    """ZAP credentials: the one public key that may speak. Never raises: that would kill the authenticator's thread."""
+
+    def __init__(self, public: bytes) -> None:
+        self.public = public
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        return secrets.compare_digest(bytes(key), self.public)
+
+
+def new_socket(context: zmq.Context[Any], kind: int, keys: KeyPair | None, server: bool) -> zmq.Socket[Any]:
+    """A socket with every limit set; with CURVE when there are keys, enforced on the server's side."""
+    s = context.socket(kind)
+    for name, value in limits.SOCKET_OPTIONS.items():
+        s.setsockopt(getattr(zmq, name), value)
+    if keys is not None:
+        s.curve_publickey, s.curve_secretkey = keys.public, keys.secret
+        if server:
+            s.zap_domain = limits.ZAP_DOMAIN.encode()
+            s.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
+            s.curve_server = True
+        else:
+            s.curve_serverkey = keys.public
+    if kind == zmq.ROUTER:
+        s.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    return s
+
+
+def require_curve(context: zmq.Context[Any], keys: KeyPair) -> zmq.auth.thread.ThreadAuthenticator:
+    """Start the handler that lets in the cluster's key and nothing else. Call before any CURVE socket is bound."""
+    auth = zmq.auth.thread.ThreadAuthenticator(context)
+    auth.start()
+    auth.configure_curve_callback(domain=limits.ZAP_DOMAIN, credentials_provider=Allowed(keys.public))
+    return auth

@@ -1,0 +1,77 @@
+"""What happens to a broker and what it decides to do. Small frozen values; the state machine's whole interface."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from protocol.frames import Message
+
+Link = str
+"""A worker's connection: `tcp://host:port` of one that listens, `dial/<id>` of one that dialled in."""
+
+
+@dataclass(frozen=True, slots=True)
+class FromClient:
+    rid: bytes
+    message: Message
+    now_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class FromWorker:
+    link: Link
+    message: Message
+    now_s: float
+    bulk: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LinkOpened:
+    """The loop connects to a worker that listens."""
+
+    link: Link
+    now_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class LinkLost:
+    link: Link
+    reason: str
+    now_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ClientLost:
+    rid: bytes
+    now_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    now_s: float
+
+
+Event = FromClient | FromWorker | LinkOpened | LinkLost | ClientLost | Tick
+
+
+@dataclass(frozen=True, slots=True)
+class ToClient:
+    rid: bytes
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class ToWorker:
+    link: Link
+    bulk: bool
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class CloseLink:
+    """The connection will not be used again."""
+
+    link: Link
+
+
+Instruction = ToClient | ToWorker | CloseLink

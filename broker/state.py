@@ -1,0 +1,413 @@
+"""What a broker knows and decides. Pure: `handle(event) -> instructions`; no socket, no clock.
+
+A client's request goes to the worker of the device it names under that worker's own (epoch, seq); the reply comes back
+under the client's. A GRAPH_COMPUTE with a route is passed from stage to stage here, so the client sees one round trip.
+Any loss becomes an ordinary ERROR reply to every request that waited for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import msgspec
+
+from broker.events import (
+    ClientLost,
+    CloseLink,
+    Event,
+    FromClient,
+    FromWorker,
+    Instruction,
+    Link,
+    LinkLost,
+    LinkOpened,
+    Tick,
+    ToClient,
+    ToWorker,
+)
+from protocol import PROTOCOL_VERSION, limits
+from protocol import messages as m
+from protocol.errors import (
+    DeadlineExceeded,
+    GgmqError,
+    HandleError,
+    Overloaded,
+    ProtocolError,
+    WorkerLost,
+)
+from protocol.frames import Frame, Message
+from protocol.messages import BULK, Command
+
+CLIENT_PING_S = 5.0
+
+
+@dataclass(slots=True)
+class Client:
+    session: int
+    n_inflight: int = 0
+    drains: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Worker:
+    """Attributes:
+    ready: has said HELLO under the current epoch.
+    first_device: global index of its device 0.
+    pinged_s, ponged_s: when the last unanswered PING left, and when the worker last showed life.
+    """
+
+    epoch: int
+    ready: bool = False
+    lost: str = ""
+    token: bytes = b""
+    first_device: int = -1
+    n_devices: int = 0
+    seq: int = 0
+    bulk_seq: int = 0
+    pinged_s: float = 0.0
+    ponged_s: float = 0.0
+    n_computing: int = 0
+
+
+@dataclass(slots=True)
+class Pending:
+    """A request under way. `rid` empty: the broker's own. `route` and `frames`: what is still to come of a compute."""
+
+    rid: bytes
+    request: Message
+    device: int
+    deadline_s: float
+    route: list[m.RouteStep] = field(default_factory=list)
+    frames: list[Frame] = field(default_factory=list)
+    compute_s: float = 0.0
+    n_nodes: int = 0
+
+
+@dataclass(slots=True)
+class DeviceEntry:
+    link: Link
+    local: int
+    info: m.DeviceInfo
+    allocated: dict[tuple[int, int], int] = field(default_factory=dict)
+
+
+PendingKey = tuple[Link, bool, int]
+
+
+class BrokerState:
+    """Attributes:
+    devices: global numbering; entries of lost workers stay, so that a number never changes its meaning.
+    """
+
+    def __init__(self, software: str, first_epoch: int, deadline_s: float = limits.REQUEST_DEADLINE_S) -> None:
+        self.software, self.next_epoch, self.deadline_s = software, first_epoch, deadline_s
+        self.clients: dict[bytes, Client] = {}
+        self.workers: dict[Link, Worker] = {}
+        self.devices: list[DeviceEntry] = []
+        self.pending: dict[PendingKey, Pending] = {}
+        self.next_session = first_epoch << 20
+        self.clients_pinged_s = 0.0
+        self.n_refused = 0
+
+    def handle(self, event: Event) -> list[Instruction]:
+        """One step. Errors of a peer become replies to it; nothing is raised for them."""
+        match event:
+            case FromClient():
+                try:
+                    return self._from_client(event)
+                except GgmqError as e:
+                    return [self._refuse(event.rid, event.message, e)]
+            case FromWorker():
+                return self._from_worker(event)
+            case LinkOpened():
+                return self._open(event.link, event.now_s)
+            case LinkLost():
+                return self._lose(event.link, event.reason)
+            case ClientLost():
+                return self._client_lost(event.rid, event.now_s)
+            case Tick():
+                return self._tick(event.now_s)
+
+    def _refuse(self, rid: bytes, request: Message, error: GgmqError) -> ToClient:
+        self.n_refused += 1
+        return ToClient(rid, request.answer(m.Error(error.code, str(error)[:4000]), command=Command.ERROR))
+
+    # -- clients -------------------------------------------------------------------------------------------------------
+
+    def _from_client(self, event: FromClient) -> list[Instruction]:
+        rid, message = event.rid, event.message
+        h = message.header
+        if message.reply:
+            return []
+        if isinstance(h, m.Hello):
+            self.next_session += 1
+            self.clients[rid] = Client(self.next_session)
+            hello = m.Hello(PROTOCOL_VERSION, "broker", session=self.next_session, software=self.software)
+            return [ToClient(rid, message.answer(hello))]
+        client = self.clients.get(rid)
+        if client is None:
+            raise ProtocolError(f"{message.command.name}: expected HELLO first")
+        match h:
+            case m.DeviceQuery():
+                return [ToClient(rid, message.answer(m.DeviceList(self.device_list())))]
+            case m.Ping():
+                return [ToClient(rid, message.answer(h))]
+        session = getattr(h, "session", client.session)
+        if session != client.session:
+            raise HandleError(f"{message.command.name}: session {session} is not this client's")
+        if isinstance(h, m.Cancel):
+            return self._cancel(rid, message, h)
+        if isinstance(h, m.Drain):
+            return self._drain(rid, client, message, event.now_s)
+        if client.n_inflight >= limits.MAX_INFLIGHT_PER_CLIENT:
+            raise Overloaded(f"{message.command.name}: {client.n_inflight} requests are in flight; wait for replies")
+        pending = Pending(rid, message, message.device, event.now_s + self.deadline_s)
+        payload = list(message.payload)
+        if isinstance(h, m.GraphCompute):
+            pending.route = list(h.route)
+            pending.frames = payload[h.n_payload :]
+            payload = payload[: h.n_payload]
+            h = msgspec.structs.replace(h, route=[])
+        out = self._forward(pending, message.device, message.command, h, payload)
+        client.n_inflight += 1
+        return [out]
+
+    def device_list(self) -> list[m.DeviceInfo]:
+        """Every device in the global order, with what was handed out since it said HELLO taken off its free memory.
+
+        A lost device keeps its place, with no memory, so that indices stay what they were.
+        """
+        out = []
+        for entry in self.devices:
+            worker = self.workers.get(entry.link)
+            if worker is None or worker.lost:
+                out.append(msgspec.structs.replace(entry.info, free_bytes=0, total_bytes=0, description="lost"))
+            else:
+                free = max(0, entry.info.free_bytes - sum(entry.allocated.values()))
+                out.append(msgspec.structs.replace(entry.info, free_bytes=free))
+        return out
+
+    def _forward(
+        self, pending: Pending, device: int, command: Command, header: m.Header, payload: list[Frame]
+    ) -> ToWorker:
+        if not 0 <= device < len(self.devices):
+            raise HandleError(f"{command.name}: device {device} of {len(self.devices)}")
+        entry = self.devices[device]
+        worker = self.workers[entry.link]
+        if worker.lost or not worker.ready:
+            raise WorkerLost(f"{entry.info.name} of {entry.info.worker}: {worker.lost or 'not connected'}")
+        bulk = command in BULK
+        if bulk:
+            worker.bulk_seq += 1
+        else:
+            worker.seq += 1
+        seq = worker.bulk_seq if bulk else worker.seq
+        pending.device = device
+        if command == Command.GRAPH_COMPUTE:
+            worker.n_computing += 1
+        self.pending[(entry.link, bulk, seq)] = pending
+        message = Message(command, header, tuple(payload), False, entry.local, worker.epoch, seq)
+        return ToWorker(entry.link, bulk, message)
+
+    def _cancel(self, rid: bytes, message: Message, h: m.Cancel) -> list[Instruction]:
+        out: list[Instruction] = [ToClient(rid, message.answer(m.Ok()))]
+        for (link, bulk, seq), p in self.pending.items():
+            if p.rid == rid and p.request.seq == h.seq and not bulk:
+                worker = self.workers[link]
+                p.route.clear()
+                worker.seq += 1
+                cancel = m.Cancel(h.session, seq)
+                local = self.devices[p.device].local
+                out.append(ToWorker(link, False, Message(Command.CANCEL, cancel, (), False, local, worker.epoch,
+                                                         worker.seq)))  # fmt: skip
+                break
+        return out
+
+    def _drain(self, rid: bytes, client: Client, message: Message, now_s: float) -> list[Instruction]:
+        """End a session on every device; the client's reply follows the last of theirs."""
+        out: list[Instruction] = []
+        for index, entry in enumerate(self.devices):
+            worker = self.workers[entry.link]
+            entry.allocated = {k: v for k, v in entry.allocated.items() if k[0] != client.session}
+            if worker.ready and not worker.lost:
+                p = Pending(rid, message, index, now_s + self.deadline_s)
+                out.append(self._forward(p, index, Command.DRAIN, m.Drain(client.session), []))
+        if rid and out:
+            client.drains[message.seq] = len(out)
+            client.n_inflight += 1
+        elif rid:
+            out.append(ToClient(rid, message.answer(m.Ok())))
+        return out
+
+    def _client_lost(self, rid: bytes, now_s: float) -> list[Instruction]:
+        client = self.clients.pop(rid, None)
+        if client is None:
+            return []
+        return self._drain(b"", client, Message(Command.DRAIN, m.Drain(client.session)), now_s)
+
+    # -- workers -------------------------------------------------------------------------------------------------------
+
+    def _open(self, link: Link, now_s: float) -> list[Instruction]:
+        """Say HELLO to a worker that listens; both channels, one token."""
+        epoch = self._epoch()
+        token = epoch.to_bytes(8, "big") + b"\0" * 8
+        self.workers[link] = Worker(epoch, token=token, ponged_s=now_s)
+        hello = m.Hello(PROTOCOL_VERSION, "broker", token, epoch, software=self.software)
+        return [ToWorker(link, False, Message(Command.HELLO, hello, epoch=epoch))]
+
+    def _epoch(self) -> int:
+        self.next_epoch += 1
+        return self.next_epoch & 0xFFFFFFFF
+
+    def _from_worker(self, event: FromWorker) -> list[Instruction]:
+        message, link = event.message, event.link
+        worker = self.workers.get(link)
+        if isinstance(message.header, m.Hello):
+            return self._worker_hello(event, message.header, worker)
+        if worker is None or worker.lost:
+            return []
+        worker.ponged_s, worker.pinged_s = event.now_s, 0.0
+        if not message.reply or message.epoch != worker.epoch:
+            return []
+        pending = self.pending.pop((link, event.bulk, message.seq), None)
+        if pending is None:
+            if message.command == Command.ERROR and not worker.ready and isinstance(message.header, m.Error):
+                return self._lose(link, message.header.message)
+            return []
+        if pending.request.command == Command.GRAPH_COMPUTE:
+            worker.n_computing -= 1
+        return self._replied(pending, message, event.now_s)
+
+    def _worker_hello(self, event: FromWorker, h: m.Hello, worker: Worker | None) -> list[Instruction]:
+        message, link = event.message, event.link
+        if not message.reply:  # a worker that dials in: it gets its epoch here
+            if event.bulk:
+                if worker is None:
+                    return []
+                hello = m.Hello(PROTOCOL_VERSION, "broker-bulk", h.token, worker.epoch, software=self.software)
+                return [ToWorker(link, True, message.answer(hello))]
+            worker = self.workers[link] = Worker(self._epoch(), token=h.token, ponged_s=event.now_s)
+            self._register(link, worker, h)
+            hello = m.Hello(PROTOCOL_VERSION, "broker", h.token, worker.epoch, software=self.software)
+            return [ToWorker(link, False, message.answer(hello))]
+        if worker is None or worker.ready or message.epoch != worker.epoch:
+            return []
+        worker.ponged_s = event.now_s
+        if event.bulk:
+            return []
+        self._register(link, worker, h)
+        bulk = m.Hello(PROTOCOL_VERSION, "broker-bulk", worker.token, worker.epoch, software=self.software)
+        return [ToWorker(link, True, Message(Command.HELLO, bulk, epoch=worker.epoch))]
+
+    def _register(self, link: Link, worker: Worker, h: m.Hello) -> None:
+        worker.ready, worker.first_device, worker.n_devices = True, len(self.devices), len(h.devices)
+        name = link.removeprefix("tcp://") if link.startswith("tcp://") else (h.devices[0].host if h.devices else link)
+        for i, info in enumerate(h.devices):
+            self.devices.append(DeviceEntry(link, i, msgspec.structs.replace(info, worker=name[:256])))
+
+    def _replied(self, pending: Pending, reply: Message, now_s: float) -> list[Instruction]:
+        request, h = pending.request, reply.header
+        if request.command == Command.PING:
+            return []
+        self._account(pending, reply)
+        if isinstance(h, m.ComputeDone) and reply.command != Command.ERROR:
+            pending.compute_s += h.compute_s
+            pending.n_nodes += h.n_nodes
+            if pending.route:
+                return self._next_stage(pending, reply, now_s)
+            h = m.ComputeDone(pending.compute_s, pending.n_nodes)
+        client = self.clients.get(pending.rid)
+        if client is None:
+            return []
+        if request.command == Command.DRAIN:
+            client.drains[request.seq] -= 1
+            if client.drains[request.seq]:
+                return []
+            del client.drains[request.seq]
+            h, reply = m.Ok(), replace(reply, command=Command.DRAIN, payload=())
+        client.n_inflight -= 1
+        if isinstance(h, m.Error):
+            info = self.devices[pending.device].info
+            h = m.Error(h.code, f"{info.worker} {info.name}: {h.message}"[:4000])
+        return [ToClient(pending.rid, request.answer(h, reply.payload, reply.command))]
+
+    def _account(self, pending: Pending, reply: Message) -> None:
+        """Remember what was handed out on a device, for the figures of DEVICE_INFO."""
+        h = pending.request.header
+        if reply.command == Command.ERROR:
+            return
+        entry = self.devices[pending.device]
+        if isinstance(h, m.AllocBuffer):
+            entry.allocated[(h.session, h.buffer)] = h.n_bytes
+        elif isinstance(h, m.FreeBuffer):
+            entry.allocated.pop((h.session, h.buffer), None)
+
+    def _next_stage(self, pending: Pending, reply: Message, now_s: float) -> list[Instruction]:
+        step, rest = pending.route[0], pending.route[1:]
+        payload = [*reply.payload, *pending.frames[: step.n_payload]]
+        h = pending.request.header
+        session = h.session if isinstance(h, m.GraphCompute) else 0
+        following = Pending(pending.rid, pending.request, step.device, now_s + self.deadline_s, rest,
+                            pending.frames[step.n_payload :], pending.compute_s, pending.n_nodes)  # fmt: skip
+        header = m.GraphCompute(session, step.digest, len(payload))
+        try:
+            return [self._forward(following, step.device, Command.GRAPH_COMPUTE, header, payload)]
+        except GgmqError as e:
+            return self._fail(following, e)
+
+    def _fail(self, pending: Pending, error: GgmqError) -> list[Instruction]:
+        client = self.clients.get(pending.rid)
+        if client is None:
+            return []
+        if pending.request.command == Command.DRAIN:
+            reply = pending.request.answer(m.Ok())
+            return self._replied(pending, reply, 0.0)
+        client.n_inflight -= 1
+        return [self._refuse(pending.rid, pending.request, error)]
+
+    def _lose(self, link: Link, reason: str) -> list[Instruction]:
+        """A worker is gone: every request that waited for it is answered, and none will be sent again."""
+        worker = self.workers.get(link)
+        if worker is None or worker.lost:
+            return []
+        worker.lost = reason
+        out: list[Instruction] = [CloseLink(link)]
+        for key in [k for k in self.pending if k[0] == link]:
+            pending = self.pending.pop(key)
+            if pending.request.command == Command.PING:
+                continue
+            info = self.devices[pending.device].info
+            out += self._fail(pending, WorkerLost(f"worker {info.worker} ({info.name}) was lost: {reason}"))
+        return out
+
+    # -- time ----------------------------------------------------------------------------------------------------------
+
+    def _tick(self, now_s: float) -> list[Instruction]:
+        out: list[Instruction] = []
+        for link, worker in list(self.workers.items()):
+            if worker.lost:
+                continue
+            if not worker.ready:
+                if now_s - worker.ponged_s > 2 * limits.HANDSHAKE_IVL_S:
+                    out += self._lose(link, f"no HELLO within {2 * limits.HANDSHAKE_IVL_S:.0f} s; is a ggmq worker "
+                                            "listening there, with the same keys?")  # fmt: skip
+                continue
+            deadline = limits.COMPUTE_STALL_S if worker.n_computing else limits.PING_DEADLINE_S
+            if worker.pinged_s and now_s - worker.pinged_s > deadline:
+                out += self._lose(link, f"no answer to PING for {now_s - worker.pinged_s:.1f} s")
+            elif not worker.pinged_s and now_s - worker.ponged_s >= limits.PING_INTERVAL_S:
+                worker.pinged_s = now_s
+                worker.seq += 1
+                ping = Message(Command.PING, m.Ping(worker.seq), (), False, 0, worker.epoch, worker.seq)
+                key = (link, False, worker.seq)
+                self.pending[key] = Pending(b"", ping, worker.first_device, now_s + self.deadline_s)
+                out.append(ToWorker(link, False, ping))
+        for key in [k for k, p in self.pending.items() if now_s > p.deadline_s]:
+            pending = self.pending.pop(key)
+            if pending.request.command != Command.PING:
+                name = pending.request.command.name
+                out += self._fail(pending, DeadlineExceeded(f"{name}: no reply within {self.deadline_s:.0f} s"))
+        if now_s - self.clients_pinged_s > CLIENT_PING_S:
+            self.clients_pinged_s = now_s
+            out += [ToClient(rid, Message(Command.PING, m.Ping(0))) for rid in self.clients]
+        return out

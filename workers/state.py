@@ -1,0 +1,292 @@
+"""What a worker knows and decides: peers, epochs, sessions, handles, graphs. Pure: no socket, no clock, no device.
+
+The loop passes each message through `admit` when it arrives (fencing) and through `handle` when its turn comes; it
+carries out the Work that comes back and reports with `done`. Ids and times are passed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from protocol import limits
+from protocol import messages as m
+from protocol.dtypes import TYPES, tensor_bytes
+from protocol.errors import GgmqError, HandleError, Overloaded, ProtocolError
+from protocol.frames import Message
+from protocol.graph import Graph, decode_graph, graph_digest
+from protocol.messages import Command
+
+Key = tuple[bytes, int]
+"""A session: the peer's token and the session's number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send a message to a routing id."""
+
+    rid: bytes
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Something for the device to do, for the request it answers.
+
+    Attributes:
+        verb: alloc, free, write, fetch, read, copy, compile, compute, drain, or stats.
+        finish: with `write`: the tensor is complete; verify it by its hash, store it, let the device repack it.
+    """
+
+    verb: str
+    rid: bytes
+    key: Key
+    request: Message
+    graph: Graph | None = None
+    finish: bool = False
+
+
+Instruction = Send | Work
+
+
+@dataclass(slots=True)
+class Session:
+    """Buffers by id with their sizes, graphs by digest, uploads under way by (buffer, offset)."""
+
+    buffers: dict[int, int] = field(default_factory=dict)
+    graphs: dict[bytes, Graph] = field(default_factory=dict)
+    uploads: dict[tuple[int, int], tuple[bytes, int, int]] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Peer:
+    epoch: int
+    seen_s: float
+    last_seq: dict[bytes, int] = field(default_factory=dict)
+
+
+class WorkerState:
+    """Attributes:
+    sessions: every live session; nothing of a session outlives its peer.
+    n_refused, n_fenced, n_computes, payload_in_bytes: counters for STATS.
+    """
+
+    def __init__(self, software: str) -> None:
+        self.software = software
+        self.peers: dict[bytes, Peer] = {}
+        self.routes: dict[bytes, bytes] = {}
+        self.sessions: dict[Key, Session] = {}
+        self.n_refused = self.n_fenced = self.n_computes = self.payload_in_bytes = 0
+
+    # -- arrival -------------------------------------------------------------------------------------------------------
+
+    def admit(self, rid: bytes, message: Message, now_s: float) -> bool:
+        """Whether a message is new and of the current epoch; one that is not is counted and dropped."""
+        if message.command == Command.HELLO:
+            return True
+        peer = self.peers.get(self.routes.get(rid, b""))
+        if peer is None:
+            return True
+        peer.seen_s = now_s
+        if message.epoch != peer.epoch or message.seq <= peer.last_seq.get(rid, -1) or message.reply:
+            self.n_fenced += 1
+            return False
+        peer.last_seq[rid] = message.seq
+        return True
+
+    def hello(self, rid: bytes, header: m.Hello, now_s: float) -> list[Key]:
+        """Bind a routing id to its peer. Returns: sessions of an earlier epoch, which must be freed."""
+        stale: list[Key] = []
+        peer = self.peers.get(header.token)
+        if header.role.endswith("-bulk"):
+            if peer is None or peer.epoch != header.epoch:
+                raise ProtocolError("HELLO: a bulk channel follows its control channel, with the same token and epoch")
+        elif peer is None or peer.epoch != header.epoch:
+            if peer is not None and header.epoch < peer.epoch:
+                raise ProtocolError(f"HELLO: epoch {header.epoch} has passed; the peer is at {peer.epoch}")
+            stale = [key for key in self.sessions if key[0] == header.token]
+            peer = self.peers[header.token] = Peer(header.epoch, now_s)
+        peer.last_seq[rid] = -1
+        self.routes[rid] = header.token
+        return stale
+
+    def silent(self, now_s: float) -> list[Key]:
+        """Forget peers that have been silent too long. Returns: their sessions, which must be freed."""
+        gone = {token for token, p in self.peers.items() if now_s - p.seen_s > limits.PEER_SILENCE_S}
+        for token in gone:
+            del self.peers[token]
+        self.routes = {rid: token for rid, token in self.routes.items() if token not in gone}
+        return [key for key in self.sessions if key[0] in gone]
+
+    # -- requests ------------------------------------------------------------------------------------------------------
+
+    def handle(self, rid: bytes, message: Message) -> list[Instruction]:
+        """Decide what a request leads to. A refused one changes nothing and is answered with its error."""
+        try:
+            return self._handle(rid, message)
+        except GgmqError as e:
+            return [self.refuse(rid, message, e)]
+
+    def refuse(self, rid: bytes, message: Message, error: GgmqError) -> Send:
+        self.n_refused += 1
+        return Send(rid, message.answer(m.Error(error.code, str(error)[:4000]), command=Command.ERROR))
+
+    def _handle(self, rid: bytes, message: Message) -> list[Instruction]:
+        token = self.routes.get(rid)
+        if token is None:
+            raise ProtocolError(f"{message.command.name}: expected HELLO first")
+        h = message.header
+        self.payload_in_bytes += sum(len(p) for p in message.payload)
+        match h:
+            case m.Ping():
+                return [Send(rid, message.answer(h))]
+            case m.StatsQuery():
+                return [Work("stats", rid, (token, 0), message)]
+            case m.Cancel():
+                return [Send(rid, message.answer(m.Ok()))]
+            case m.Drain():
+                return [Work("drain", rid, (token, h.session), message)]
+            case m.AllocBuffer():
+                return self._alloc(rid, (token, h.session), message, h)
+            case m.GraphPut():
+                return self._graph_put(rid, (token, h.session), message, h)
+        session_id = getattr(h, "session", None)
+        if session_id is None:
+            raise ProtocolError(f"{message.command.name}: not a request that a worker takes")
+        key = (token, session_id)
+        session = self.sessions.get(key)
+        if session is None:
+            raise HandleError(f"{message.command.name}: session {session_id} has nothing on this device")
+        match h:
+            case m.FreeBuffer():
+                self._extent(session, h.buffer, 0, 0, "FREE_BUFFER")
+                del session.buffers[h.buffer]
+                used = [d for d, g in session.graphs.items() if any(t.buffer == h.buffer for t in g.tensors)]
+                for digest in used:
+                    del session.graphs[digest]
+                for upload in [u for u in session.uploads if u[0] == h.buffer]:
+                    del session.uploads[upload]
+                return [Work("free", rid, key, message)]
+            case m.SetTensor():
+                return self._set_tensor(rid, key, session, message, h)
+            case m.SetTensorHash():
+                self._extent(session, h.buffer, h.offset, h.n_bytes, "SET_TENSOR_HASH")
+                _check_size(h.type, h.ne, h.n_bytes)
+                return [Work("fetch", rid, key, message)]
+            case m.GetTensor():
+                self._extent(session, h.buffer, h.offset, h.n_bytes, "GET_TENSOR")
+                if h.n_bytes > limits.MAX_MESSAGE_BYTES:
+                    raise ProtocolError(f"GET_TENSOR: at most {limits.MAX_MESSAGE_BYTES} bytes at once, got {h.n_bytes}")
+                return [Work("read", rid, key, message)]
+            case m.CopyTensor():
+                if h.n_bytes > h.dst_n_bytes:
+                    raise ProtocolError(f"COPY_TENSOR: source of {h.n_bytes} bytes, destination of {h.dst_n_bytes}")
+                self._extent(session, h.src_buffer, h.src_offset, h.n_bytes, "COPY_TENSOR source")
+                self._extent(session, h.dst_buffer, h.dst_offset, h.dst_n_bytes, "COPY_TENSOR destination")
+                return [Work("copy", rid, key, message)]
+            case m.GraphCompute():
+                graph = session.graphs.get(h.digest)
+                if graph is None:
+                    raise HandleError(f"GRAPH_COMPUTE: graph {h.digest.hex()} is not one of this session; "
+                                      "it was never put, or a buffer of it was freed")  # fmt: skip
+                if h.route:
+                    raise ProtocolError("GRAPH_COMPUTE: routes end at the broker")
+                self.n_computes += 1
+                return [Work("compute", rid, key, message, graph)]
+        raise ProtocolError(f"{message.command.name}: not a request that a worker takes")
+
+    def _session(self, key: Key) -> Session:
+        session = self.sessions.get(key)
+        if session is None:
+            if len(self.sessions) >= limits.MAX_SESSIONS:
+                raise Overloaded(f"this worker serves {limits.MAX_SESSIONS} sessions; end one first")
+            session = self.sessions[key] = Session()
+        return session
+
+    def _alloc(self, rid: bytes, key: Key, message: Message, h: m.AllocBuffer) -> list[Instruction]:
+        session = self._session(key)
+        if h.buffer in session.buffers:
+            raise HandleError(f"ALLOC_BUFFER: buffer {h.buffer} is in use; free it or take another id")
+        if len(session.buffers) >= limits.MAX_BUFFERS_PER_SESSION:
+            raise Overloaded(f"ALLOC_BUFFER: a session has at most {limits.MAX_BUFFERS_PER_SESSION} buffers")
+        session.buffers[h.buffer] = h.n_bytes
+        return [Work("alloc", rid, key, message)]
+
+    def _graph_put(self, rid: bytes, key: Key, message: Message, h: m.GraphPut) -> list[Instruction]:
+        frame = message.payload[0]
+        if graph_digest(frame) != h.digest:
+            raise ProtocolError("GRAPH_PUT: the digest is not that of the payload")
+        graph = decode_graph(frame)
+        session = self._session(key)
+        if h.digest not in session.graphs and len(session.graphs) >= limits.MAX_GRAPHS_PER_SESSION:
+            raise Overloaded(f"GRAPH_PUT: a session keeps at most {limits.MAX_GRAPHS_PER_SESSION} graphs")
+        for i, t in enumerate(graph.tensors):
+            if t.buffer:
+                self._extent(session, t.buffer, t.offset, t.extent_bytes(), f"GRAPH_PUT: tensor {i}")
+        session.graphs[h.digest] = graph
+        return [Work("compile", rid, key, message, graph)]
+
+    def _set_tensor(
+        self, rid: bytes, key: Key, session: Session, message: Message, h: m.SetTensor
+    ) -> list[Instruction]:
+        data = message.payload[0]
+        self._extent(session, h.buffer, h.offset, h.n_bytes, "SET_TENSOR")
+        if h.at + len(data) > h.n_bytes:
+            raise ProtocolError(f"SET_TENSOR: chunk of bytes {h.at}..{h.at + len(data)} of a tensor of {h.n_bytes}")
+        if not h.hash:
+            return [Work("write", rid, key, message)]
+        if len(h.hash) != 32:
+            raise ProtocolError(f"SET_TENSOR: a hash has 32 bytes, got {len(h.hash)}")
+        _check_size(h.type, h.ne, h.n_bytes)
+        at = (h.buffer, h.offset)
+        upload = session.uploads.get(at, (h.hash, h.n_bytes, 0)) if h.at else (h.hash, h.n_bytes, 0)
+        if upload != (h.hash, h.n_bytes, h.at):
+            raise ProtocolError(f"SET_TENSOR: chunks with a hash come in order; expected byte {upload[2]}, got {h.at}")
+        end = h.at + len(data)
+        if end == h.n_bytes:
+            session.uploads.pop(at, None)
+        elif not data:
+            raise ProtocolError("SET_TENSOR: an empty chunk")
+        else:
+            session.uploads[at] = (h.hash, h.n_bytes, end)
+        return [Work("write", rid, key, message, finish=end == h.n_bytes)]
+
+    @staticmethod
+    def _extent(session: Session, buffer: int, offset: int, n_bytes: int, what: str) -> None:
+        size = session.buffers.get(buffer)
+        if size is None:
+            raise HandleError(f"{what}: buffer {buffer} is not one of this session")
+        if offset + n_bytes > size:
+            raise HandleError(f"{what}: bytes {offset}..{offset + n_bytes} of buffer {buffer}, which has {size}")
+
+    # -- results -------------------------------------------------------------------------------------------------------
+
+    def done(self, work: Work, header: m.Header, payload: Sequence[bytes | memoryview] = ()) -> list[Instruction]:
+        """The device has done it."""
+        if work.verb == "drain":
+            self.sessions.pop(work.key, None)
+        return [Send(work.rid, work.request.answer(header, payload))]
+
+    def failed(self, work: Work, error: GgmqError) -> list[Instruction]:
+        """The device could not; what the request had entered is taken back."""
+        h, session = work.request.header, self.sessions.get(work.key)
+        if session is not None:
+            if isinstance(h, m.AllocBuffer):
+                session.buffers.pop(h.buffer, None)
+            elif isinstance(h, m.GraphPut):
+                session.graphs.pop(h.digest, None)
+            elif isinstance(h, m.SetTensor):
+                session.uploads.pop((h.buffer, h.offset), None)
+        return [self.refuse(work.rid, work.request, error)]
+
+    def drop(self, key: Key) -> None:
+        """Forget a session whose peer is gone."""
+        self.sessions.pop(key, None)
+
+
+def _check_size(type_id: int, ne: tuple[int, int, int, int], n_bytes: int) -> None:
+    info = TYPES.get(type_id)
+    if info is None:
+        raise ProtocolError(f"tensor: type id {type_id} is not a live ggml type")
+    if ne[0] % info.block or tensor_bytes(type_id, ne) != n_bytes:
+        raise ProtocolError(f"tensor: {info.type.name} {ne} does not have {n_bytes} bytes")
