@@ -9,7 +9,6 @@ from typing import Any
 
 import zmq
 
-from broker.auth import new_socket, require_curve
 from broker.events import (
     ClientLost,
     CloseLink,
@@ -24,6 +23,7 @@ from broker.events import (
     ToClient,
 )
 from broker.state import BrokerState
+from config.auth import new_socket, require_curve
 from config.keys import KeyPair
 from protocol import limits
 from protocol import messages as m

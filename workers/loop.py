@@ -15,8 +15,8 @@ from collections.abc import Callable
 from typing import Any
 
 import zmq
-import zmq.auth.thread
 
+from config.auth import new_socket, require_curve
 from config.keys import KeyPair
 from protocol import PROTOCOL_VERSION, limits
 from protocol import messages as m
@@ -30,34 +30,6 @@ from workers.state import Instruction, Send, Work, WorkerState
 
 BROKER = b""
 REDIAL_S = 1.0
-
-
-class Allowed:
-    """ZAP credentials: the one public key that may speak. Never raises: that would kill the authenticator's thread."""
-
-    def __init__(self, public: bytes) -> None:
-        self.public = public
-
-    def callback(self, domain: str, key: bytes) -> bool:
-        return secrets.compare_digest(bytes(key), self.public)
-
-
-def new_socket(context: zmq.Context[Any], kind: int, keys: KeyPair | None, server: bool) -> zmq.Socket[Any]:
-    """A socket with every limit set; with CURVE when there are keys."""
-    s = context.socket(kind)
-    for name, value in limits.SOCKET_OPTIONS.items():
-        s.setsockopt(getattr(zmq, name), value)
-    if keys is not None:
-        s.curve_publickey, s.curve_secretkey = keys.public, keys.secret
-        if server:
-            s.zap_domain = limits.ZAP_DOMAIN.encode()
-            s.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
-            s.curve_server = True
-        else:
-            s.curve_serverkey = keys.public
-    if kind == zmq.ROUTER:
-        s.setsockopt(zmq.ROUTER_MANDATORY, 1)
-    return s
 
 
 class WorkerLoop:
@@ -74,7 +46,7 @@ class WorkerLoop:
         self.state = WorkerState(software)
         self.executor = Executor(device, self.state, cache)
         self.context: zmq.Context[Any] = zmq.Context()
-        self.auth: zmq.auth.thread.ThreadAuthenticator | None = None
+        self.auth: Any = None
         self.debug = bool(os.environ.get("GGMQ_DEBUG") or os.environ.get("GGML_RPC_DEBUG"))
         self.queue: deque[tuple[bytes, Message]] = deque()
         self.running: tuple[bytes, int, int] | None = None
@@ -90,9 +62,7 @@ class WorkerLoop:
     def listen(self, endpoint: str) -> str:
         """Bind a ROUTER; returns the endpoint with its real port. Errors: ConfigError when it cannot be bound."""
         if self.keys is not None:
-            self.auth = zmq.auth.thread.ThreadAuthenticator(self.context)
-            self.auth.start()
-            self.auth.configure_curve_callback(domain=limits.ZAP_DOMAIN, credentials_provider=Allowed(self.keys.public))
+            self.auth = require_curve(self.context, self.keys)
         s = new_socket(self.context, zmq.ROUTER, self.keys, server=True)
         try:
             s.bind(endpoint)
@@ -177,6 +147,10 @@ class WorkerLoop:
             return
         if self.debug:
             print(f"ggmq worker: {message.command.name} seq {message.seq} {message.header}"[:400], file=sys.stderr)
+        if message.reply and message.command == Command.ERROR and id(s) in self.dialled:
+            # a broker that was started again does not know us: introduce ourselves
+            s.send_multipart(encode(Message(Command.HELLO, self._hello("worker"))))
+            return
         if not self.state.admit(rid, message, time.monotonic()):
             return
         if message.command == Command.PING:

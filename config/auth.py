@@ -1,4 +1,7 @@
-"""Sockets of the broker, and who may connect to them. CURVE with one key for the cluster."""
+"""Sockets with every limit set, and who may connect to them: CURVE with one key for the cluster.
+
+Broker and workers share it, which is why it lies with the keys.
+"""
 
 from __future__ import annotations
 
