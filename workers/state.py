@@ -218,11 +218,12 @@ class WorkerState:
             raise ProtocolError("GRAPH_PUT: the digest is not that of the payload")
         graph = decode_graph(frame)
         session = self._session(key)
-        if h.digest not in session.graphs and len(session.graphs) >= limits.MAX_GRAPHS_PER_SESSION:
-            raise Overloaded(f"GRAPH_PUT: a session keeps at most {limits.MAX_GRAPHS_PER_SESSION} graphs")
         for i, t in enumerate(graph.tensors):
             if t.buffer:
                 self._extent(session, t.buffer, t.offset, t.extent_bytes(), f"GRAPH_PUT: tensor {i}")
+        session.graphs.pop(h.digest, None)
+        while len(session.graphs) >= limits.MAX_GRAPHS_PER_SESSION:  # the oldest makes room
+            del session.graphs[next(iter(session.graphs))]
         session.graphs[h.digest] = graph
         return [Work("compile", rid, key, message, graph)]
 

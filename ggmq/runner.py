@@ -1,0 +1,325 @@
+"""A model on the bus: places its layers, uploads its weights by hash, runs batches through the stages.
+
+`forward` sends one GRAPH_COMPUTE; the broker passes activations from stage to stage, so the main host sees one round
+trip a batch however many stages there are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from broker.placement import Assignment, DeviceMemory, ModelSizes, place
+from ggmq.archs.base import Arch, Batch, KVCache, Placed, Stage
+from ggmq.cluster import Client
+from ggmq.gguf import TensorInfo
+from ggmq.manifest import tensor_hashes
+from protocol import limits
+from protocol import messages as m
+from protocol.errors import FormatError
+from protocol.frames import Frame
+from protocol.graph import encode_graph, graph_digest
+
+ALIGN = 64
+KV_STEP = 256
+"""Cells seen are rounded up to this, so that a graph serves many tokens."""
+MAX_GRAPHS = 128
+HASH_WINDOW = 64
+
+Progress = Callable[[str, int, int], None]
+"""Called with a phase, units done and units in all."""
+
+
+def model_sizes(arch: Arch, n_ctx: int) -> ModelSizes:
+    """Bytes of each layer's weights and KV cache, of the embedding and of the output."""
+    n = arch.hp.n_layer
+    layers, head, tail = [0] * n, 0, 0
+    for il in range(n):
+        layers[il] = _aligned(arch.stage_weights(Stage(0, range(il, il + 1), False, False)))
+    shared = {t.name for t in arch.stage_weights(Stage(0, range(0, 1), False, False)) if not t.name.startswith("blk.")}
+    head = _aligned([t for t in arch.stage_weights(Stage(0, range(0), True, False)) if t.name not in shared])
+    tail = _aligned([t for t in arch.stage_weights(Stage(0, range(0), False, True)) if t.name not in shared])
+    return ModelSizes(layers, [arch.kv_bytes(il, n_ctx) for il in range(n)], head, tail)
+
+
+def _aligned(tensors: Sequence[TensorInfo]) -> int:
+    return sum(-(-t.n_bytes // ALIGN) * ALIGN for t in tensors)
+
+
+def device_memory(infos: Sequence[m.DeviceInfo]) -> list[DeviceMemory]:
+    """Devices as placement sees them; lost ones are left out."""
+    return [DeviceMemory(i, f"{d.worker} {d.name}".strip(), d.free_bytes, d.host, d.shares_memory)
+            for i, d in enumerate(infos) if d.total_bytes]  # fmt: skip
+
+
+@dataclass(slots=True)
+class LoadReport:
+    """Units: bytes; `sent_bytes` went over the bus, `cached_bytes` were found by hash where they were needed."""
+
+    sent_bytes: int = 0
+    cached_bytes: int = 0
+    n_tensors: int = 0
+
+
+@dataclass(slots=True)
+class _StageOnDevice:
+    assignment: Assignment
+    placed: dict[str, Placed] = field(default_factory=dict)
+    caches: dict[int, KVCache] = field(default_factory=dict)
+
+    @property
+    def stage(self) -> Stage:
+        a = self.assignment
+        return Stage(a.device, a.layers, a.first, a.last)
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """The graphs of one batch shape: digest and input names, a stage each."""
+
+    digests: tuple[bytes, ...]
+    inputs: tuple[tuple[str, ...], ...]
+
+
+class Runner:
+    """A loaded model.
+
+    Attributes:
+        n_ctx: cells of the KV cache, which is the longest context.
+        compute_s: time that workers spent computing, summed over stages.
+    Threads: use from one.
+    """
+
+    def __init__(self, client: Client, arch: Arch, n_ctx: int, assignments: Sequence[Assignment]) -> None:
+        self.client, self.arch, self.n_ctx = client, arch, n_ctx
+        self.stages = [_StageOnDevice(a) for a in assignments]
+        self.compute_s = 0.0
+        self.report = LoadReport()
+        self._graphs: dict[tuple[int, int, int, bool], Compiled] = {}
+
+    # -- loading -------------------------------------------------------------------------------------------------------
+
+    def load(self, progress: Progress | None = None) -> LoadReport:
+        """Allocate, then fill every weight by hash, all devices side by side."""
+        hashed = 0
+        total = self.arch.gguf.n_bytes
+
+        def on_hash(n: int) -> None:
+            nonlocal hashed
+            hashed += n
+            if progress is not None:
+                progress("hashing", hashed, total)
+
+        hashes = tensor_hashes(self.arch.gguf, on_hash)
+        pending = []
+        for i, s in enumerate(self.stages):
+            weights = self.arch.stage_weights(s.stage)
+            at = 0
+            for t in weights:
+                s.placed[t.name] = Placed(t, 2 * i + 1, at)
+                at += -(-t.n_bytes // ALIGN) * ALIGN
+            kv_at = 0
+            for il in s.assignment.layers:
+                k = 2 * self.n_ctx * self.arch.hp.n_head_kv[il] * self.arch.hp.d_k
+                s.caches[il] = KVCache(2 * i + 2, kv_at, kv_at + k, self.n_ctx)
+                kv_at += self.arch.kv_bytes(il, self.n_ctx)
+            session, device = self.client.session, s.assignment.device
+            pending.append(self.client.submit(m.AllocBuffer(session, 2 * i + 1, max(at, 1), "weights"), device=device))
+            pending.append(self.client.submit(m.AllocBuffer(session, 2 * i + 2, max(kv_at, 1), "kv"), device=device))
+        for seq in pending:
+            self.client.wait(seq)
+        self._upload(hashes, progress)
+        return self.report
+
+    def _upload(self, hashes: dict[str, bytes], progress: Progress | None) -> None:
+        total = sum(p.info.n_bytes for s in self.stages for p in s.placed.values())
+        done = 0
+        uploads = [_Upload(self, s, hashes) for s in self.stages]
+        while any(u.busy for u in uploads):
+            for u in uploads:
+                done += u.advance()
+                if progress is not None:
+                    progress("loading", done, total)
+
+    # -- running -------------------------------------------------------------------------------------------------------
+
+    def _compile(self, batch: Batch) -> Compiled:
+        key = (batch.n_tokens, batch.n_kv, batch.n_outputs, batch.argmax)
+        known = self._graphs.get(key)
+        if known is not None:
+            return known
+        digests, inputs, pending = [], [], []
+        for s in self.stages:
+            graph, names = self.arch.build(s.stage, s.placed, s.caches, batch)
+            frame = encode_graph(graph)
+            digest = graph_digest(frame)
+            put = m.GraphPut(self.client.session, digest)
+            pending.append(self.client.submit(put, [frame], device=s.assignment.device))
+            digests.append(digest)
+            inputs.append(tuple(names))
+        for seq in pending:
+            self.client.wait(seq)
+        while len(self._graphs) >= MAX_GRAPHS:
+            del self._graphs[next(iter(self._graphs))]
+        compiled = self._graphs[key] = Compiled(tuple(digests), tuple(inputs))
+        return compiled
+
+    def forward(
+        self, tokens: Sequence[int] | npt.NDArray[np.int32], n_past: int, outputs: Sequence[int], argmax: bool = False
+    ) -> npt.NDArray[Any]:
+        """Run tokens at positions n_past, n_past + 1, ...; their keys and values stay in the cache.
+
+        Shapes: returns float32 [len(outputs), n_vocab], the logits after the tokens that `outputs` (indices) names; or
+        with `argmax` int32 [len(outputs)].
+        Errors: what the workers report; FormatError for a token outside the vocabulary or a context that is full.
+        """
+        ids = np.asarray(tokens, np.int32)
+        n, end = len(ids), n_past + len(ids)
+        if n == 0 or ids.min() < 0 or ids.max() >= self.arch.hp.n_vocab:
+            raise FormatError(f"tokens: expected at least one, each of 0 to {self.arch.hp.n_vocab - 1}")
+        if end > self.n_ctx:
+            raise FormatError(f"context: {end} tokens do not fit {self.n_ctx} cells; use a larger -c")
+        n_kv = min(self.n_ctx, -(-end // KV_STEP) * KV_STEP)
+        compiled = self._compile(Batch(n, n_kv, len(outputs), argmax))
+        feeds = self._feeds(ids, n_past, n_kv, outputs)
+        payloads: list[list[Frame]] = [
+            [feeds[name]() for name in names if name != "hidden"] for names in compiled.inputs
+        ]
+        route = [m.RouteStep(s.assignment.device, digest, len(payload))
+                 for s, digest, payload in zip(self.stages[1:], compiled.digests[1:], payloads[1:], strict=True)]  # fmt: skip
+        header = m.GraphCompute(self.client.session, compiled.digests[0], len(payloads[0]), route)
+        frames = [f for payload in payloads for f in payload]
+        reply = self.client.request(header, frames, device=self.stages[0].assignment.device)
+        assert isinstance(reply.header, m.ComputeDone)  # the decoder gives GRAPH_COMPUTE's reply this type
+        self.compute_s += reply.header.compute_s
+        if argmax:
+            return np.frombuffer(reply.payload[0], np.int32)
+        return np.frombuffer(reply.payload[0], np.float32).reshape(len(outputs), self.arch.hp.n_vocab)
+
+    def _feeds(
+        self, ids: npt.NDArray[np.int32], n_past: int, n_kv: int, outputs: Sequence[int]
+    ) -> dict[str, Callable[[], Frame]]:
+        """The bytes of each input, made only when a stage wants it."""
+        pos = np.arange(n_past, n_past + len(ids))
+        swa = self.arch.hp.n_swa
+
+        def mask(window: int) -> Frame:
+            distance = pos[:, None] - np.arange(n_kv)
+            hidden = (distance < 0) | ((distance >= window) if window else False)
+            return np.where(hidden, np.float16(-np.inf), np.float16(0)).tobytes()
+
+        def temperature() -> Frame:
+            scale, length = self.arch.attn_temperature()
+            return (np.log(np.floor(pos / length) + 1) * scale + 1).astype(np.float32).tobytes()
+
+        return {
+            "tokens": ids.tobytes,
+            "positions": pos.astype(np.int32).tobytes,
+            "cells": pos.astype(np.int64).tobytes,
+            "mask": lambda: mask(0),
+            "mask_swa": lambda: mask(swa),
+            "temperature": temperature,
+            "out_ids": np.asarray(outputs, np.int32).tobytes,
+        }
+
+    def logits(self, tokens: npt.NDArray[np.int32], chunk: int) -> npt.NDArray[np.float32]:
+        """Logits at every position, in pieces of `chunk`. Shapes: int32 [n] to float32 [n, n_vocab]."""
+        out = []
+        for at in range(0, len(tokens), chunk):
+            piece = tokens[at : at + chunk]
+            out.append(self.forward(piece, at, range(len(piece))))
+        return np.concatenate(out)
+
+
+class _Upload:
+    """Fills one stage's weights: asks by hash first, sends what is missing in chunks under credits."""
+
+    def __init__(self, runner: Runner, stage: _StageOnDevice, hashes: dict[str, bytes]) -> None:
+        self.runner, self.client, self.hashes = runner, runner.client, hashes
+        self.device = stage.assignment.device
+        self.to_ask = deque(stage.placed.values())
+        self.asked: deque[tuple[int, Placed]] = deque()
+        self.to_send: deque[Placed] = deque()
+        self.at = 0
+        self.sent: deque[tuple[int, int]] = deque()
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.to_ask or self.asked or self.to_send or self.sent)
+
+    def advance(self) -> int:
+        """Keep the windows full, then wait for one reply. Returns: bytes that are now in place."""
+        session, report = self.client.session, self.runner.report
+        while self.to_ask and len(self.asked) < HASH_WINDOW:
+            p = self.to_ask.popleft()
+            t = p.info
+            query = m.SetTensorHash(session, p.buffer, p.offset, t.n_bytes, self.hashes[t.name], int(t.type), t.ne)
+            self.asked.append((self.client.submit(query, device=self.device), p))
+            report.n_tensors += 1
+        while self.to_send and len(self.sent) < limits.CREDIT_CHUNKS:
+            p = self.to_send[0]
+            t = p.info
+            chunk = self.runner.arch.gguf.data(t.name)[self.at : self.at + limits.MAX_CHUNK_BYTES]
+            header = m.SetTensor(session, p.buffer, p.offset, t.n_bytes, self.at, int(t.type), t.ne, self.hashes[t.name])
+            self.sent.append((self.client.submit(header, [chunk], device=self.device), len(chunk)))
+            report.sent_bytes += len(chunk)
+            self.at += len(chunk)
+            if self.at == t.n_bytes:
+                self.to_send.popleft()
+                self.at = 0
+        if self.sent and (not self.asked or len(self.sent) == limits.CREDIT_CHUNKS):
+            seq, n = self.sent.popleft()
+            self.client.wait(seq)
+            return n
+        if self.asked:
+            seq, p = self.asked.popleft()
+            header = self.client.wait(seq).header
+            assert isinstance(header, m.Found)  # the decoder gives SET_TENSOR_HASH's reply this type
+            if header.found:
+                report.cached_bytes += p.info.n_bytes
+                return p.info.n_bytes
+            self.to_send.append(p)
+        return 0
+
+
+def plan(
+    arch: Arch, infos: Sequence[m.DeviceInfo], n_ctx: int, split: Sequence[float] | None = None,
+    ngl: int | None = None, host_device: int | None = None,
+) -> list[Assignment]:  # fmt: skip
+    """Where the layers go. With `ngl` below the layer count the first layers stay on `host_device`.
+
+    Errors: OutOfMemory, ConfigError.
+    """
+    sizes = model_sizes(arch, n_ctx)
+    memory = device_memory(infos)
+    n = arch.hp.n_layer
+    keep = 0 if ngl is None or host_device is None else max(0, n - ngl)
+    if not keep:
+        others = [d for d in memory if d.index != host_device] if host_device is not None else memory
+        return place(sizes, others or memory, split)
+    mine = [d for d in memory if d.index == host_device]
+    others = [d for d in memory if d.index != host_device]
+    whole = keep == n or not others
+    head = ModelSizes(sizes.layers[:keep], sizes.kv[:keep], sizes.head, sizes.tail if whole else 0)
+    out = [_shift(a, 0, True, whole) for a in place(head, mine)]
+    if whole:
+        return out
+    rest = place(ModelSizes(sizes.layers[keep:], sizes.kv[keep:], 0, sizes.tail), others, split)
+    return out + [_shift(a, keep, False, a.last) for a in rest]
+
+
+def _shift(a: Assignment, by: int, first: bool, last: bool) -> Assignment:
+    layers = range(a.layers.start + by, a.layers.stop + by)
+    return Assignment(a.device, layers, first, last, a.weight_bytes, a.kv_bytes)
+
+
+def default_n_ctx(arch: Arch, wanted: int) -> int:
+    """Cells for a context: `wanted`, or the training length up to 4096. 0 means not said."""
+    n = wanted or min(arch.hp.n_ctx_train, 4096)
+    return math.ceil(n / 32) * 32

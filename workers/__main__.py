@@ -1,0 +1,170 @@
+"""`worker`: lends a device of this host. One process a device; see `worker --help`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from config.keys import default_key_file, find_keys
+from protocol.errors import ConfigError, GgmqError
+from workers.cache import DEFAULT_QUOTA_BYTES, Cache, cache_folder
+from workers.devices import accelerators, open_device
+from workers.devices.base import Device
+
+SOFTWARE = "ggmq 0.1.0"
+MIB = 1 << 20
+DEFAULT_PORT = 50052
+LIST = "\0list"
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="worker",
+        description="Lend devices of this host to a main host that runs `ggmq run --rpc HOST:PORT`.",
+        epilog="Environment: CUDA_VISIBLE_DEVICES limits the devices; LLAMA_CACHE moves the cache; GGMQ_DEBUG=1 "
+        "(or GGML_RPC_DEBUG=1) prints each message; GGMQ_KEYS names the cluster key.",
+    )
+    p.add_argument("-H", "--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
+    p.add_argument("-p", "--port", type=_port, default=DEFAULT_PORT, help=f"port (default {DEFAULT_PORT}; 0 picks one)")
+    p.add_argument("-t", "--threads", type=_positive, default=0, help="CPU threads (default: all cores)")
+    p.add_argument("-d", "--device", nargs="?", const=LIST, metavar="NAME[,NAME]",
+                   help="devices to lend: CPU, reference, CUDA0, ... (default: all accelerators, else one CPU); "
+                   "without a name: list them and end")  # fmt: skip
+    p.add_argument("-m", "--mem", type=_positive, default=0, metavar="MIB", help="lend at most this much memory")
+    p.add_argument("-c", "--cache", action="store_true", help="keep weights in a local cache")
+    p.add_argument("--cache-dir", type=Path, help=f"where (default {cache_folder()})")
+    p.add_argument("--cache-quota", type=_positive, default=DEFAULT_QUOTA_BYTES // MIB, metavar="MIB",
+                   help="bound of the cache (default %(default)s)")  # fmt: skip
+    p.add_argument("--broker", metavar="ENDPOINT", help="dial in to a broker (tcp://HOST:PORT) instead of listening")
+    p.add_argument("--keys", type=Path, help=f"cluster key file (default {default_key_file()}, if it is there)")
+    p.add_argument("--insecure", action="store_true", help="no encryption, no authentication, on any address")
+    p.add_argument("--parent-pid", type=int, default=0, help=argparse.SUPPRESS)
+    p.add_argument("--join", help=argparse.SUPPRESS)
+    p.add_argument("--quiet", action="store_true", help=argparse.SUPPRESS)
+    p.add_argument("--version", action="version", version=SOFTWARE)
+    return p
+
+
+def _positive(text: str) -> int:
+    if not re.fullmatch(r"\d{1,12}", text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not re.fullmatch(r"\d{1,5}", text) or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"expected a port of 0 to 65535, got {text!r}")
+    return int(text)
+
+
+def default_threads() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `worker`. Returns the exit code."""
+    args = parser().parse_args(argv)
+    try:
+        return _main(args)
+    except GgmqError as e:
+        print(f"worker: {e}", file=sys.stderr)
+        return 2 if isinstance(e, ConfigError) else 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _main(args: argparse.Namespace) -> int:
+    threads = args.threads or default_threads()
+    if args.device == LIST:
+        for name in [*accelerators(), "CPU", "reference"]:
+            i = open_device(name, threads).info()
+            print(f"  {i.name}: {i.description or i.kind} ({i.total_bytes // MIB} MiB, {i.free_bytes // MIB} MiB free)")
+        return 0
+    names = args.device.split(",") if args.device else (accelerators() or ["CPU"])
+    local = args.host in ("127.0.0.1", "localhost", "::1") or args.host.startswith("127.")
+    keys = find_keys(args.keys, args.insecure)
+    if keys is None and not local and not args.insecure and not args.broker and not args.join:
+        raise ConfigError(
+            f"-H {args.host}: this address can be reached from the network, and there is no cluster key at "
+            f"{args.keys or default_key_file()}; make one with `ggmq keys new` and copy it to each host, "
+            "or pass --insecure on a network that you trust"
+        )
+    if len(names) > 1:
+        return _serve_many(args, names, keys)
+    cache = Cache(args.cache_dir or cache_folder(), args.cache_quota * MIB) if args.cache or args.cache_dir else None
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", str(threads))
+    device = open_device(names[0], threads, args.mem * MIB)
+    from workers.loop import WorkerLoop, serve
+
+    loop = WorkerLoop(device, cache, SOFTWARE, keys, args.parent_pid)
+    if args.join:
+        loop.join(args.join)
+        endpoint = args.join
+    elif args.broker:
+        loop.dial(args.broker)
+        endpoint = args.broker
+    else:
+        endpoint = loop.listen(_endpoint(args))
+    if not args.quiet and not args.join:
+        _banner(endpoint, cache, [device], keys is not None, dialled=bool(args.broker))
+    serve(loop)
+    return 0
+
+
+def _endpoint(args: argparse.Namespace) -> str:
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    return f"tcp://{host}:{args.port}"
+
+
+def _serve_many(args: argparse.Namespace, names: list[str], keys: object) -> int:
+    from workers.front import Front
+
+    if args.broker:
+        raise ConfigError("--broker takes one device; start one worker for each")
+    front = Front(_endpoint(args), find_keys(args.keys, args.insecure))
+    signal.signal(signal.SIGTERM, lambda *_: setattr(front, "stopping", True))
+    signal.signal(signal.SIGINT, lambda *_: setattr(front, "stopping", True))
+    common = [sys.executable, "-m", "workers", "--quiet"]
+    if args.threads:
+        common += ["-t", str(args.threads)]
+    if args.mem:
+        common += ["-m", str(args.mem)]
+    if args.cache or args.cache_dir:
+        common += ["-c", "--cache-dir", str(args.cache_dir or cache_folder()), "--cache-quota", str(args.cache_quota)]
+    try:
+        infos = front.start([[*common, "-d", name] for name in names])
+    except GgmqError:
+        front.close()
+        raise
+    cache = str(args.cache_dir or cache_folder()) if args.cache or args.cache_dir else "n/a"
+    _print_banner(front.endpoint, cache, keys is not None, False)
+    for i in infos:
+        print(f"  {i.name}: {i.description or i.kind} ({i.total_bytes // MIB} MiB, {i.free_bytes // MIB} MiB free)",
+              flush=True)  # fmt: skip
+    front.run()
+    return 0
+
+
+def _banner(endpoint: str, cache: Cache | None, devices: list[Device], secure: bool, dialled: bool) -> None:
+    _print_banner(endpoint, str(cache.folder) if cache else "n/a", secure, dialled)
+    for d in devices:
+        i = d.info()
+        print(f"  {i.name}: {i.description or i.kind} ({i.total_bytes // MIB} MiB, {i.free_bytes // MIB} MiB free)",
+              flush=True)  # fmt: skip
+
+
+def _print_banner(endpoint: str, cache: str, secure: bool, dialled: bool) -> None:
+    print(f"Starting worker, {SOFTWARE}")
+    print(f"  {'broker' if dialled else 'endpoint'} : {endpoint.removeprefix('tcp://') if not dialled else endpoint}")
+    print(f"  local cache : {cache}")
+    print(f"  security : {'CURVE, cluster key' if secure else 'none'}")
+    print("Devices:", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

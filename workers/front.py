@@ -1,0 +1,170 @@
+"""Several devices behind one host:port: a relay in front of one process a device.
+
+HELLO, PING and DRAIN go to every device and are answered once, when the last has answered; every other message goes to
+the device that its prefix names. A device process that ends takes the front with it, so that the peer learns of it.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import zmq
+
+from config.auth import new_socket, require_curve
+from config.keys import KeyPair
+from protocol import messages as m
+from protocol.errors import ConfigError, GgmqError, ProtocolError, WorkerLost
+from protocol.frames import PREFIX, Frame, Message, decode, encode, prefix_of
+from protocol.messages import Command
+
+TO_ALL = frozenset({Command.HELLO, Command.PING, Command.DRAIN})
+START_S = 600.0
+"""Device processes may compile kernels before they say HELLO."""
+
+
+@dataclass(slots=True)
+class Gathering:
+    waiting: set[bytes]
+    replies: dict[bytes, Message] = field(default_factory=dict)
+
+
+class Front:
+    """Threads: `run` in one."""
+
+    def __init__(self, endpoint: str, keys: KeyPair | None) -> None:
+        self.context: zmq.Context[Any] = zmq.Context()
+        self.auth = require_curve(self.context, keys) if keys is not None else None
+        self.public = new_socket(self.context, zmq.ROUTER, keys, server=True)
+        try:
+            self.public.bind(endpoint)
+        except zmq.ZMQError as e:
+            raise ConfigError(f"{endpoint}: cannot listen: {e.strerror or e}; choose another port with -p") from None
+        self.endpoint = str(self.public.last_endpoint.decode().rstrip("\0"))
+        self.folder = tempfile.TemporaryDirectory(prefix="ggmq-front-")
+        self.inner = new_socket(self.context, zmq.ROUTER, None, server=True)
+        self.inner_endpoint = f"ipc://{Path(self.folder.name) / 'front'}"
+        self.inner.bind(self.inner_endpoint)
+        self.children: list[subprocess.Popen[bytes]] = []
+        self.order: list[bytes] = []
+        self.infos: dict[bytes, m.DeviceInfo] = {}
+        self.gathering: dict[tuple[bytes, Command, int], Gathering] = {}
+        self.stopping = False
+
+    def start(self, commands: list[list[str]]) -> list[m.DeviceInfo]:
+        """Start one process a command and wait for each HELLO. Returns: their devices, in order."""
+        for command in commands:
+            self.children.append(subprocess.Popen([*command, "--join", self.inner_endpoint,
+                                                   "--parent-pid", str(os.getpid())]))  # fmt: skip
+            due = time.monotonic() + START_S
+            while not self.inner.poll(100):
+                code = self.children[-1].poll()
+                if code is not None:
+                    raise WorkerLost(f"a device process ended with code {code} before it was ready: {command}")
+                if time.monotonic() > due:
+                    raise WorkerLost(f"a device process was not ready within {START_S:.0f} s: {command}")
+            rid, _, *frames = self.inner.recv_multipart()
+            hello = decode(frames).header
+            assert isinstance(hello, m.Hello)  # our own process said it
+            self.order.append(rid)
+            self.infos[rid] = hello.devices[0]
+        return [self.infos[rid] for rid in self.order]
+
+    def run(self) -> None:
+        try:
+            while not self.stopping:
+                ready = zmq.select([self.public, self.inner], [], [], 0.2)[0]
+                for s in ready:
+                    for _ in range(64):
+                        try:
+                            frames = s.recv_multipart(zmq.DONTWAIT, copy=False)
+                        except zmq.Again:
+                            break
+                        (self._from_outside if s is self.public else self._from_device)(frames)
+                for child in self.children:
+                    if child.poll() is not None and not self.stopping:
+                        print(f"ggmq worker: a device process ended with code {child.returncode}", file=sys.stderr)
+                        self.stopping = True
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        for child in self.children:
+            child.terminate()
+        for child in self.children:
+            try:
+                child.wait(5)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
+        self.public.close()
+        self.inner.close()
+        if self.auth is not None:
+            self.auth.stop()
+        self.context.destroy(linger=0)
+        self.folder.cleanup()
+
+    def _from_outside(self, frames: list[zmq.Frame]) -> None:
+        rid = frames[0].bytes
+        try:
+            command, _, device, _, seq = prefix_of(frames[1].buffer if len(frames) > 1 else b"")
+        except GgmqError as e:
+            self._error(rid, frames, e)
+            return
+        if command in TO_ALL:
+            self.gathering[(rid, command, seq)] = Gathering(set(self.order))
+            for child in self.order:
+                self.inner.send_multipart([child, *frames], copy=False)
+        elif device < len(self.order):
+            self.inner.send_multipart([self.order[device], *frames], copy=False)
+        else:
+            self._error(rid, frames, ProtocolError(f"{command.name}: device {device} of {len(self.order)}"))
+
+    def _error(self, rid: bytes, frames: list[zmq.Frame], error: GgmqError) -> None:
+        device = epoch = seq = 0
+        if len(frames) > 1 and len(frames[1]) == PREFIX.size:
+            *_, device, epoch, seq = PREFIX.unpack(frames[1].bytes)
+        answer = Message(Command.ERROR, m.Error(error.code, str(error)[:4000]), (), True, device, epoch, seq)
+        self._send(rid, encode(answer))
+
+    def _from_device(self, frames: list[zmq.Frame]) -> None:
+        child, rid = frames[0].bytes, frames[1].bytes
+        command, _, _, _, seq = prefix_of(frames[2].buffer)
+        pending = [k for k in self.gathering if k[0] == rid and k[2] == seq and child in self.gathering[k].waiting]
+        if not pending or command not in (*TO_ALL, Command.ERROR):
+            self._send(rid, [f.buffer for f in frames[2:]])
+            return
+        gathering = self.gathering[pending[0]]
+        gathering.waiting.discard(child)
+        gathering.replies[child] = decode([f.bytes for f in frames[2:]])
+        if not gathering.waiting:
+            del self.gathering[pending[0]]
+            self._send(rid, encode(self._joined(gathering)))
+
+    def _joined(self, gathering: Gathering) -> Message:
+        for reply in gathering.replies.values():
+            if reply.command == Command.ERROR:
+                return reply
+        first = gathering.replies[self.order[0]]
+        if not isinstance(first.header, m.Hello):
+            return first
+        devices = []
+        for child in self.order:
+            h = gathering.replies[child].header
+            assert isinstance(h, m.Hello)  # every device answered HELLO with HELLO
+            devices += h.devices
+        header = msgspec.structs.replace(first.header, devices=devices)
+        return Message(first.command, header, (), True, first.device, first.epoch, first.seq)
+
+    def _send(self, rid: bytes, frames: list[Frame]) -> None:
+        try:
+            self.public.send_multipart([rid, *frames], zmq.DONTWAIT, copy=False)
+        except zmq.ZMQError:
+            pass  # the peer has gone; its replies go with it
