@@ -75,7 +75,7 @@ class HostPlan(Plan):
         device: HostDevice,
         graph: Graph,
         buffers: dict[int, Buffer],
-        bind: Callable[[Node, HostPlan], Callable[[], None] | None] | None = None,
+        bind: Callable[[Node], Callable[[], None] | None] | None = None,
     ) -> None:
         self.graph = graph
         self.buffers = buffers
@@ -106,7 +106,7 @@ class HostPlan(Plan):
             node = Node(i, op, t, op.values(t.params), arrays[i],
                         [arrays[j] if j >= 0 else None for j in t.src],
                         [graph.tensors[j] if j >= 0 else None for j in t.src])  # fmt: skip
-            fast = bind(node, self) if bind is not None else None
+            fast = bind(node) if bind is not None else None
             self.steps.append((fast or (lambda node=node: reference.run(node)), i))
         self.n_nodes = len(self.steps)
 
