@@ -66,37 +66,51 @@ class CPUDevice(HostDevice):
         return self._n_threads
 
     def _warm_up(self) -> None:
-        """Call every kernel once, so that compiling or loading it never falls into a token."""
+        """Call every kernel once with each array layout it may see, so that compiling never falls into a token."""
+        n = self._n_threads
+        o, p, s = self.ops, self.products, self.simd
         f = np.zeros((4, 32), np.float32)
-        one = f[:1, :1].reshape(-1)
-        o, p, s, n = self.ops, self.products, self.simd, self._n_threads
+        strided = np.zeros((4, 64), np.float32)[:, :32]
+        one = np.float32(1)
         o.add_rows(f, f, f)
         o.mul_rows(f, f, f)
-        o.scale_rows(f, f, np.float32(1), np.float32(0))
-        o.rms_norm_rows(f, f, 1.0)
-        o.swiglu_rows(f, f, f)
-        o.geglu_rows(f, f, f)
-        half = np.zeros((1, 4, 32), np.uint16)
-        ids = np.zeros(4, np.int64)
-        o.store_halves(f, ids, half[0])
+        ids, halves = np.zeros(4, np.int64), np.zeros((4, 32), np.uint16)
         cos = np.zeros((4, 16), np.float32)
-        o.rope_rows(f.reshape(4, 1, 32), f.reshape(4, 1, 32).copy(), cos, cos, True, 32)
-        o.flash_attn(f.reshape(1, 4, 32), half, half, half[0, :, :4], True, np.float32(1), np.float32(0), one, True,
-                     f.reshape(4, 1, 32).copy(), n)  # fmt: skip
-        y = np.zeros((4, 8), np.float32)
+        for x in (f, strided):
+            o.scale_rows(x, f, one, one)
+            o.rms_norm_rows(x, f, 1.0)
+            o.swiglu_rows(x, f, f)
+            o.swiglu_rows(x, strided, f)
+            o.geglu_rows(x, f, f)
+            o.geglu_rows(x, strided, f)
+            o.store_halves(x, ids, halves)
+        for heads in (f.reshape(4, 1, 32), np.zeros((4, 2, 32), np.float32)[:, :1]):
+            o.rope_rows(heads, f.reshape(4, 1, 32), cos, cos, True, 32)
+        q, k, y = f.ctypes.data, halves.ctypes.data, np.zeros((4, 8), np.float32)
+        o.flash_attn(q, 128, 128, 32, 1, 1, k, 64, 64, k, 64, 64, 8, 1, 1, 0, 0, one, one, 0, y.ctypes.data, n)
         w = np.zeros(8 * 34, np.uint8)
         xq, xd, xs16 = np.zeros((4, 32), np.int8), np.zeros((4, 1), np.float32), np.zeros((4, 2), np.int32)
         p.quantize_plain(f, xq, xd, xs16)
         p.blocks_product(int(GGMLType.Q8_0), w, 34, 32, 34, xq, xd, xs16, y, n)
-        p.floats_product(0, np.zeros(256, np.float32), np.zeros(1, np.uint16), 32, f, y, n)
+        p.floats_product(0, np.zeros(256, np.float32), _NO_HALVES, 32, f, y, n)
         if s.HAVE_AVX2:
-            packed = np.zeros(BLOCKS_PAD, np.uint8)
+            packed = np.zeros(s.BLOCK_BYTES, np.uint8)
             flat = np.zeros(128, np.int8), np.zeros(4, np.float32), np.zeros(4, np.float32)
             s.quantize_columns(f, *flat, 1, 1, 0, 4)
             s.quantize_columns_parallel(f, *flat, 1, 1, 4, n)
             at = [a.ctypes.data for a in (packed, *flat)]
             for product in (s.q4_0x8_parallel, s.q4_0x8_serial):
                 product(*at, 1, y.ctypes.data, 32, 1, 1, 0, n)
+        self._n_compiled = self._count_compiled()
+
+    def _count_compiled(self) -> int:
+        modules = (self.ops, self.products, self.simd)
+        return sum(len(f.signatures) for mod in modules for f in vars(mod).values() if hasattr(f, "signatures"))
+
+    @property
+    def kernel_compiles(self) -> int:  # type: ignore[override]
+        """Kernels compiled since the warm-up; a token that waits for a compiler is a bug."""
+        return self._count_compiled() - self._n_compiled
 
     # -- weights in a layout of our own --------------------------------------------------------------------------------
 
@@ -171,9 +185,6 @@ class CPUDevice(HostDevice):
             if i in u.src and u.op == "GET_ROWS" and t.ne[2] * t.ne[3] != 1:
                 return False
         return True
-
-
-BLOCKS_PAD = 144
 
 
 def _rows_contiguous(t: Tensor) -> bool:
@@ -455,17 +466,22 @@ class CPUPlan(HostPlan):
             return None
         if not n.tensor.contiguous or (mask is not None and mask.nb[0] != 2):
             return None
-        qa, ka, va = (a[0] for a in n.src[:3] if a is not None)
-        ka, va, y = ka.view(np.uint16), va.view(np.uint16), n.dst[0]
-        ma = n.src[3] if mask is not None else None
-        bits = ma[0, 0].view(np.uint16) if ma is not None else _NO_HALVES.reshape(1, 1)
-        sa = n.src[4] if len(n.src) > 4 else None
-        sinks = sa.reshape(-1) if sa is not None else _NO_FLOATS
-        scale, cap = np.float32(n.params["scale"]), np.float32(n.params["logit_softcap"])
+        (qm, qo), (km, ko), (vm, vo) = (self.memory[i] for i in n.tensor.src[:3])
+        at = [base.ctypes.data + offset for base, offset in ((qm, qo), (km, ko), (vm, vo))]
+        rest = [0, 0]
+        for slot, j in enumerate(n.tensor.src[3:5]):
+            if j >= 0:
+                base, offset = self.memory[j]
+                rest[slot] = base.ctypes.data + offset
+        base, offset = self.memory[n.index]
         small = q.ne[1] * q.ne[2] * k.ne[1] < 4096
-        threads = 1 if small else self.device.n_threads()
-        return lambda: self.device.ops.flash_attn(qa, ka, va, bits, ma is not None, scale, cap, sinks, sa is not None,
-                                                  y, threads)  # fmt: skip
+        arguments = (
+            at[0], q.nb[2], q.nb[1], q.ne[0], q.ne[2], q.ne[1], at[1], k.nb[2], k.nb[1], at[2], v.nb[2], v.nb[1],
+            v.ne[0], k.ne[2], k.ne[1], rest[0], mask.nb[1] if mask is not None else 0, np.float32(n.params["scale"]),
+            np.float32(n.params["logit_softcap"]), rest[1], base.ctypes.data + offset,
+            1 if small else self.device.n_threads(),
+        )  # fmt: skip
+        return lambda: self.device.ops.flash_attn(*arguments)
 
 
 _ANGLES: dict[tuple[object, ...], tuple[Array, Array]] = {}

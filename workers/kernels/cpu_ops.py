@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit, prange
+from numba import carray, njit, prange
 
-from workers.kernels.simd import float_to_half, half_to_float
+from workers.kernels.simd import as_floats, as_halves, float_to_half, half_to_float
 
 
 @njit(nogil=True, cache=True)
@@ -95,31 +95,38 @@ def rope_rows(x, y, cos, sin, neox, n_dims):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
-def _dot_half(q, k, row, n):  # type: ignore[no-untyped-def]
+def _dot_half(q, k):  # type: ignore[no-untyped-def]
     acc = np.float32(0)
-    for i in range(n):
-        acc += q[i] * half_to_float(k[row, i])
+    for i in range(q.shape[0]):
+        acc += q[i] * half_to_float(k[i])
     return acc
 
 
 @njit(nogil=True, cache=True)
-def _attend_one(q, k, v, mask, use_mask, scale, softcap, sink, use_sink, score, y):  # type: ignore[no-untyped-def]
-    """One query of one head. Cells in order, so that cells hidden at the end change no bit."""
-    n_kv, d_v = k.shape[0], v.shape[1]
-    peak = np.float32(-np.inf)
+def _add_half(y, e, v):  # type: ignore[no-untyped-def]
+    for i in range(y.shape[0]):
+        y[i] += e * half_to_float(v[i])
+
+
+@njit(nogil=True, cache=True)
+def _attend_one(q, k, k_row, v, v_row, n_kv, mask, scale, softcap, sink, score, y):  # type: ignore[no-untyped-def]
+    """One query of one head. Cells in order, so that cells hidden at the end change no bit.
+
+    `k`, `v`, `mask` are addresses; a mask of 0 hides nothing; a sink of -inf is none.
+    """
+    d, d_v = q.shape[0], y.shape[0]
+    peak = sink
     for j in range(n_kv):
-        m = half_to_float(mask[j]) if use_mask else np.float32(0)
+        m = half_to_float(carray(as_halves(mask), n_kv)[j]) if mask != 0 else np.float32(0)
         if m == -np.inf:
             score[j] = -np.inf
             continue
-        s = _dot_half(q, k, j, q.shape[0]) * scale
+        s = _dot_half(q, carray(as_halves(k + j * k_row), d)) * scale
         if softcap != 0:
             s = softcap * np.tanh(s / softcap)
         s += m
         score[j] = s
         peak = max(peak, s)
-    if use_sink:
-        peak = max(peak, sink)
     for i in range(d_v):
         y[i] = 0
     total = np.float32(0)
@@ -128,9 +135,8 @@ def _attend_one(q, k, v, mask, use_mask, scale, softcap, sink, use_sink, score, 
             continue
         e = np.exp(score[j] - peak)
         total += e
-        for i in range(d_v):
-            y[i] += e * half_to_float(v[j, i])
-    if use_sink:
+        _add_half(y, e, carray(as_halves(v + j * v_row), d_v))
+    if sink != -np.inf:
         total += np.exp(sink - peak)
     if total != 0:
         inverse = np.float32(1) / total
@@ -139,18 +145,23 @@ def _attend_one(q, k, v, mask, use_mask, scale, softcap, sink, use_sink, score, 
 
 
 @njit(nogil=True, cache=True, parallel=True)
-def flash_attn(q, k, v, mask, use_mask, scale, softcap, sinks, use_sinks, y, n_threads):  # type: ignore[no-untyped-def]
+def flash_attn(
+    q, q_head, q_row, d, n_head, n_tokens, k, k_head, k_row, v, v_head, v_row, d_v, n_head_kv, n_kv, mask, mask_row,
+    scale, softcap, sinks, y, n_threads,
+):  # type: ignore[no-untyped-def]  # fmt: skip
     """Attention over a float16 cache with grouped heads.
 
-    Shapes: q float32 [n_head, n_tokens, d]; k, v uint16 [n_head_kv, n_kv, d]; mask uint16 [n_tokens, n_kv];
-    y float32 [n_tokens, n_head, d_v].
+    Units: q, k, v, mask, sinks and y are addresses, `_head` and `_row` strides in bytes. Of the mask and the sinks 0
+    means none. Shapes: y float32 [n_tokens, n_head, d_v], contiguous.
     """
-    n_head, n_tokens = q.shape[0], q.shape[1]
-    group = n_head // k.shape[0]
+    group = n_head // n_head_kv
     work = n_head * n_tokens
     for t in prange(n_threads):
-        score = np.empty(k.shape[1], np.float32)
+        score = np.empty(n_kv, np.float32)
         for task in range(work * t // n_threads, work * (t + 1) // n_threads):
             h, i = task // n_tokens, task % n_tokens
-            _attend_one(q[h, i], k[h // group], v[h // group], mask[i if use_mask else 0], use_mask, scale, softcap,
-                        sinks[h if use_sinks else 0], use_sinks, score, y[i, h])  # fmt: skip
+            sink = carray(as_floats(sinks), n_head)[h] if sinks != 0 else np.float32(-np.inf)
+            row = carray(as_floats(q + h * q_head + i * q_row), d)
+            out = carray(as_floats(y + 4 * d_v * (i * n_head + h)), d_v)
+            _attend_one(row, k + (h // group) * k_head, k_row, v + (h // group) * v_head, v_row, n_kv,
+                        mask + i * mask_row if mask != 0 else 0, scale, softcap, sink, score, out)  # fmt: skip

@@ -51,6 +51,26 @@ def float_to_half(typingctx: Any, x: Any) -> Any:
     return types.uint16(types.float32), codegen
 
 
+@intrinsic
+def as_halves(typingctx: Any, address: Any) -> Any:
+    """A pointer to uint16 at an address, for `carray`."""
+
+    def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        return b.inttoptr(args[0], ir.PointerType(i16))
+
+    return types.CPointer(types.uint16)(types.int64), codegen
+
+
+@intrinsic
+def as_floats(typingctx: Any, address: Any) -> Any:
+    """A pointer to float32 at an address, for `carray`."""
+
+    def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        return b.inttoptr(args[0], ir.PointerType(f32))
+
+    return types.CPointer(types.float32)(types.int64), codegen
+
+
 def _dot8(n_columns: int) -> Any:
     """An intrinsic: 8 rows of packed Q4_0 times `n_columns` columns of quantised x.
 
