@@ -1,0 +1,96 @@
+"""Random-weight models for measuring: the shapes of real ones, bytes from a seeded generator, a vocabulary that loads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import numpy as np
+from tokenizers import pre_tokenizers
+
+from protocol.dtypes import TYPES, GGMLType
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A llama-shaped model."""
+
+    n_embd: int = 2048
+    n_layer: int = 16
+    n_head: int = 32
+    n_head_kv: int = 8
+    n_ff: int = 5632
+    n_vocab: int = 32_000
+    n_ctx: int = 4096
+
+
+LARGE = Shape()
+"""0.85 G parameters."""
+
+
+def _random_blocks(rng: np.random.Generator, type_id: GGMLType, rows: int, width: int) -> np.ndarray:
+    """Rows of blocks with random quants and scales that keep activations near 1."""
+    info = TYPES[type_id]
+    n = rows * width // info.block
+    if type_id == GGMLType.F16:
+        return (rng.standard_normal((rows, width), np.float32) / np.sqrt(width)).astype(np.float16)
+    raw = rng.integers(0, 256, (n, info.bytes), np.uint8)
+    spread = {GGMLType.Q4_0: 4.6, GGMLType.Q8_0: 74.0, GGMLType.Q4_K: 290.0}[type_id]
+    scale = np.array([1 / (spread * np.sqrt(width))], np.float16).view(np.uint8)
+    raw[:, :2] = scale
+    if type_id == GGMLType.Q4_K:
+        raw[:, 2:4] = np.array([7.5 / (spread * np.sqrt(width))], np.float16).view(np.uint8)
+        raw[:, 8:12] = raw[:, 4:8]  # minima as large as scales, so that a block's mean is near zero
+    return raw.reshape(rows, width // info.block * info.bytes)
+
+
+def write_model(path: Path, type_id: GGMLType = GGMLType.Q4_0, shape: Shape = LARGE, seed: int = 1) -> None:
+    """Write a GGUF file unless it is there. Norms are ones, matrices are of `type_id`."""
+    if path.exists():
+        return
+    rng = np.random.default_rng(seed)
+    s = shape
+    w = gguf.GGUFWriter(path.with_suffix(".part"), "llama")
+    w.add_context_length(s.n_ctx)
+    w.add_embedding_length(s.n_embd)
+    w.add_block_count(s.n_layer)
+    w.add_feed_forward_length(s.n_ff)
+    w.add_head_count(s.n_head)
+    w.add_head_count_kv(s.n_head_kv)
+    w.add_rope_dimension_count(s.n_embd // s.n_head)
+    w.add_layer_norm_rms_eps(1e-5)
+    w.add_vocab_size(s.n_vocab)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    w.add_tokenizer_model("gpt2")
+    w.add_tokenizer_pre("gpt-2")
+    w.add_token_list([*alphabet, *(f"tok{i}" for i in range(s.n_vocab - len(alphabet)))])
+    w.add_token_types([int(gguf.TokenType.NORMAL)] * s.n_vocab)
+    w.add_token_merges(["t o"])
+    w.add_eos_token_id(0)
+    kv = s.n_embd // s.n_head * s.n_head_kv
+    kind = gguf.GGMLQuantizationType(int(type_id))
+
+    def matrix(name: str, rows: int, width: int) -> None:
+        data = _random_blocks(rng, type_id, rows, width)
+        w.add_tensor(name, data, raw_dtype=None if type_id == GGMLType.F16 else kind)
+
+    matrix("token_embd.weight", s.n_vocab, s.n_embd)
+    matrix("output.weight", s.n_vocab, s.n_embd)
+    w.add_tensor("output_norm.weight", np.ones(s.n_embd, np.float32))
+    for i in range(s.n_layer):
+        p = f"blk.{i}."
+        w.add_tensor(p + "attn_norm.weight", np.ones(s.n_embd, np.float32))
+        w.add_tensor(p + "ffn_norm.weight", np.ones(s.n_embd, np.float32))
+        matrix(p + "attn_q.weight", s.n_embd, s.n_embd)
+        matrix(p + "attn_k.weight", kv, s.n_embd)
+        matrix(p + "attn_v.weight", kv, s.n_embd)
+        matrix(p + "attn_output.weight", s.n_embd, s.n_embd)
+        matrix(p + "ffn_gate.weight", s.n_ff, s.n_embd)
+        matrix(p + "ffn_up.weight", s.n_ff, s.n_embd)
+        matrix(p + "ffn_down.weight", s.n_embd, s.n_ff)
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    path.with_suffix(".part").rename(path)
