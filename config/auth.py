@@ -49,3 +49,9 @@ def require_curve(context: zmq.Context[Any], keys: KeyPair) -> zmq.auth.thread.T
     auth.start()
     auth.configure_curve_callback(domain=limits.ZAP_DOMAIN, credentials_provider=Allowed(keys.public))
     return auth
+
+
+def new_keys() -> KeyPair:
+    """A fresh pair from libzmq's generator."""
+    public, secret = zmq.curve_keypair()
+    return KeyPair(public, secret)

@@ -161,7 +161,7 @@ class LocalBus:
         want = len(self.workers)
         while True:
             devices = client.devices()
-            here = sum(1 for d in devices if d.worker not in self._remote_names())
+            here = sum(1 for d in devices if d.worker not in self.remote_names())
             missing = self._missing_remote(devices)
             if here >= want and not missing:
                 return client
@@ -177,12 +177,13 @@ class LocalBus:
                 on_wait()
             time.sleep(0.02)
 
-    def _remote_names(self) -> set[str]:
+    def remote_names(self) -> set[str]:
+        """`host:port` of each worker that listens elsewhere."""
         return {e.removeprefix("tcp://") for e in self.remote}
 
     def _missing_remote(self, devices: list[m.DeviceInfo]) -> list[str]:
         there = {d.worker for d in devices}
-        return [name for name in sorted(self._remote_names()) if name not in there]
+        return [name for name in sorted(self.remote_names()) if name not in there]
 
     def close(self) -> None:
         """End the workers that were started here, then the broker. Idempotent."""
@@ -221,3 +222,17 @@ def connect(endpoint: str, keys: KeyPair | None = None) -> Client:
         return Client(context, endpoint, keys)
     except zmq.ZMQError as e:
         raise ProtocolError(f"{endpoint}: expected an endpoint such as tcp://host:5555, {e}") from None
+
+
+@contextlib.contextmanager
+def own_broker(listen: str, remote: Sequence[str], keys: KeyPair | None) -> Iterator[BrokerLoop]:
+    """A broker on `listen`, connected to workers at `remote`, for a process of its own to run."""
+    context: zmq.Context[Any] = zmq.Context()
+    try:
+        loop = BrokerLoop(SOFTWARE, context, keys)
+        loop.listen(listen)
+        for host_port in remote:
+            loop.connect_worker(f"tcp://{host_port}")
+        yield loop
+    finally:
+        context.destroy(linger=0)

@@ -7,10 +7,13 @@ Any trouble with the disk means no cache, never a wrong byte.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import stat
+import sys
 import tempfile
+import time
 from pathlib import Path
 
 from blake3 import blake3
@@ -143,3 +146,32 @@ class Cache:
             with contextlib.suppress(OSError):
                 leftover.unlink()
         return len(entries)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`python -m workers.cache list|verify|clear`: what `ggmq cache` runs."""
+    p = argparse.ArgumentParser(prog="ggmq cache")
+    p.add_argument("what", choices=["list", "verify", "clear"])
+    p.add_argument("--cache-dir", type=Path, default=cache_folder())
+    args = p.parse_args(argv)
+    try:
+        cache = Cache(args.cache_dir)
+    except OSError as e:
+        print(f"ggmq cache: {args.cache_dir}: {e.strerror}; choose another with --cache-dir", file=sys.stderr)
+        return 2
+    if args.what == "clear":
+        print(f"removed {cache.clear()} entries from {cache.folder}")
+        return 0
+    if args.what == "verify":
+        good, bad = cache.verify()
+        print(f"{good} entries are good, {bad} were damaged and have been removed")
+        return 1 if bad else 0
+    entries = sorted(cache.entries(), key=lambda e: -e[2])
+    for digest, size, used in entries:
+        print(f"{digest.hex()} {size:>14} bytes, used {time.strftime('%Y-%m-%d %H:%M', time.localtime(used))}")
+    print(f"{len(entries)} entries, {sum(e[1] for e in entries):,} bytes in {cache.folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""The cluster file's shape, typed. Units stand in the names; paths may begin with `~`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct, field
+
+Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
+Count = Annotated[int, Meta(ge=0, le=1 << 24)]
+
+
+class Strict(Struct, forbid_unknown_fields=True, kw_only=True):
+    """A typo in a key is an error."""
+
+
+class BrokerSection(Strict):
+    """`listen` is bound on the main host; `advertise` is what workers dial, when that differs."""
+
+    listen: Annotated[str, Meta(pattern=r"^tcp://[^:/]+:\d{1,5}$")] = "tcp://127.0.0.1:5555"
+    advertise: Annotated[str, Meta(pattern=r"^(tcp://[^:/]+:\d{1,5})?$")] = ""
+
+
+class SecuritySection(Strict):
+    """`keys`: the cluster key file; empty takes the default file, if there is one."""
+
+    keys: str = ""
+    insecure: bool = False
+
+
+class ModelSection(Strict):
+    path: str = ""
+    context: Count = 0
+
+
+class WorkerSection(Strict):
+    """Workers of one host, a process for each device.
+
+    `launcher`: local starts a process here, ssh one on `host`, none expects one that listens on `host` and `port`.
+    """
+
+    name: Name
+    host: Annotated[str, Meta(min_length=1, max_length=255, pattern=r"^[A-Za-z0-9_.@:-]+$")] = "localhost"
+    launcher: Literal["local", "ssh", "none"] = "local"
+    devices: Annotated[list[Name], Meta(min_length=1, max_length=64)] = field(default_factory=lambda: ["CPU"])
+    threads: Count = 0
+    memory_mib: Count = 0
+    cache: bool = False
+    port: Annotated[int, Meta(ge=1, le=65535)] = 50052
+    command: Annotated[str, Meta(max_length=4096)] = "worker"
+    keys: str = ""
+    ssh_options: Annotated[list[Annotated[str, Meta(max_length=512)]], Meta(max_length=32)] = []
+
+
+class SplitSection(Strict):
+    tensor_split: Annotated[list[Annotated[float, Meta(ge=0)]], Meta(max_length=256)] = []
+
+
+class ClusterFile(Strict):
+    name: Name = "ggmq"
+    broker: BrokerSection = BrokerSection()
+    security: SecuritySection = SecuritySection()
+    model: ModelSection = ModelSection()
+    split: SplitSection = SplitSection()
+    workers: Annotated[list[WorkerSection], Meta(min_length=1, max_length=256)]

@@ -1,0 +1,7 @@
+"""`python -m ggmq`."""
+
+import sys
+
+from ggmq.cli import main
+
+sys.exit(main())

@@ -1,0 +1,69 @@
+"""The command line: `ggmq COMMAND`; every command ends with an exit code and never with a traceback.
+
+Exit codes: 0 done, 1 failed, 2 wrong use or configuration, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+from ggmq import __version__
+from protocol.errors import ConfigError, GgmqError, InternalError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `ggmq`. Returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["worker"]:  # the worker's own process, with the worker's own options
+        os.execv(sys.executable, [sys.executable, "-m", "workers", *argv[1:]])
+    args = _parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        return int(args.run(args))
+    except GgmqError as e:
+        print(f"ggmq: {e}", file=sys.stderr)
+        return 2 if isinstance(e, ConfigError) else 1
+    except KeyboardInterrupt:
+        print("\nggmq: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+    except Exception as e:
+        if os.environ.get("GGMQ_DEBUG"):
+            raise
+        bug = InternalError(f"{type(e).__name__}: {e}; this is a bug of ggmq, run again with GGMQ_DEBUG=1 and report it")
+        print(f"ggmq: {bug}", file=sys.stderr)
+        return 1
+
+
+def _terminated(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _parser() -> argparse.ArgumentParser:
+    from ggmq.cli import clusters, inspect, logits, run
+
+    p = argparse.ArgumentParser(
+        prog="ggmq",
+        description="Run GGUF language models over all the devices you have.",
+        epilog="Start with: ggmq run -p \"Once upon a time\". On other hosts: worker -H 0.0.0.0. "
+        "Environment: LLAMA_CACHE moves the caches, GGMQ_KEYS names the cluster key, GGMQ_DEBUG=1 tells more.",
+    )
+    p.add_argument("--version", action="version", version=f"ggmq {__version__}")
+    commands = p.add_subparsers(metavar="COMMAND", required=True)
+    run.add(commands)
+    commands.add_parser("worker", help="lend devices of this host (the same as the command `worker`)", add_help=False)
+    clusters.add(commands)
+    inspect.add(commands)
+    logits.add(commands)
+    return p
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""`ggmq info`, `ggmq tokenize`, `ggmq cache`, `ggmq keys`."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from config.auth import new_keys
+from config.keys import default_key_file, write_keys
+from ggmq.cli.options import add_model, model_path
+from ggmq.gguf import GGUF, SCALARS, STRING
+from ggmq.manifest import tensor_hashes
+from ggmq.tokenizer import Vocabulary
+
+MAX_SHOWN = 6
+
+
+def add(commands: Any) -> None:
+    p = commands.add_parser("info", help="what is in a GGUF file", description="Metadata, tensors, types, sizes, hash.")
+    p.add_argument("file", type=Path, metavar="M", nargs="?", help="GGUF file (default: the bundled model)")
+    p.set_defaults(run=_info, hf_repo=None)
+    t = commands.add_parser("tokenize", help="text to tokens", description="Text from standard input to tokens.")
+    add_model(t)
+    t.add_argument("--no-special", action="store_true", help="add and recognise no special tokens")
+    t.add_argument("--ids", action="store_true", help="ids only, on one line")
+    t.set_defaults(run=_tokenize)
+    c = commands.add_parser("cache", help="the local weight cache", description="List, verify or clear the cache.")
+    c.add_argument("what", choices=["list", "verify", "clear"])
+    c.add_argument("--cache-dir", type=Path)
+    c.set_defaults(run=_cache)
+    k = commands.add_parser("keys", help="the cluster key", description="Make the key that lets hosts use each other.")
+    k.add_argument("what", choices=["new"])
+    k.add_argument("--keys", type=Path, help=f"file to write (default {default_key_file()})")
+    k.set_defaults(run=_keys)
+
+
+def _info(args: argparse.Namespace) -> int:
+    args.model = args.file
+    g = GGUF(model_path(args))
+    print(f"file     {g.path}" + (f" and {len(g.paths) - 1} more parts" if len(g.paths) > 1 else ""))
+    print(f"version  GGUF v{g.version}")
+    hashes = tensor_hashes(g)
+    whole = blake3(b"".join(hashes[name] for name in sorted(hashes))).hexdigest()
+    elements = sum(t.ne[0] * t.ne[1] * t.ne[2] * t.ne[3] for t in g)
+    print(f"tensors  {len(g.tensors)}, {elements:,} parameters, {g.n_bytes:,} bytes")
+    for kind, n in Counter(t.type.name for t in g).most_common():
+        print(f"         {kind}: {n} tensors, {sum(t.n_bytes for t in g if t.type.name == kind):,} bytes")
+    print(f"hash     {whole} (BLAKE3 of the tensors' hashes, by name)")
+    print("metadata")
+    for key, v in g.metadata.items():
+        kind = "str" if v.type == STRING else SCALARS[v.type][1]
+        if v.is_array:
+            shown = ", ".join(repr(x) if v.type == STRING else str(x) for x in list(v.value[:MAX_SHOWN]))
+            more = f", ... ({len(v.value)} in all)" if len(v.value) > MAX_SHOWN else ""
+            print(f"  {key}: [{kind}] = {_line(shown)}{more}")
+        else:
+            print(f"  {key}: {kind} = {_line(str(v.value))}")
+    print("tensors by name")
+    for t in g:
+        ne = t.ne[: max((i + 1 for i in range(4) if t.ne[i] > 1), default=1)]
+        print(f"  {t.name}: {t.type.name} [{', '.join(map(str, ne))}], {t.n_bytes} bytes, {hashes[t.name].hex()[:16]}")
+    return 0
+
+
+def _line(text: str) -> str:
+    one = text.encode("unicode_escape", "backslashreplace").decode("ascii") if not text.isprintable() else text
+    return one if len(one) <= 120 else one[:117] + "..."
+
+
+def _tokenize(args: argparse.Namespace) -> int:
+    vocabulary = Vocabulary(GGUF(model_path(args)))
+    text = sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
+    ids = vocabulary.encode(text, add_special=not args.no_special, parse_special=not args.no_special)
+    if args.ids:
+        print(" ".join(map(str, ids)))
+        return 0
+    for i in ids:
+        print(f"{i:>8} {vocabulary.piece(i, special=True).decode('utf-8', 'replace')!r}")
+    return 0
+
+
+def _cache(args: argparse.Namespace) -> int:
+    # the cache belongs to the worker; its own module does the work, in its own process
+    command = [sys.executable, "-m", "workers.cache", args.what]
+    return subprocess.run([*command, *(["--cache-dir", str(args.cache_dir)] if args.cache_dir else [])]).returncode
+
+
+def _keys(args: argparse.Namespace) -> int:
+    path = args.keys or default_key_file()
+    write_keys(path, new_keys())
+    print(f"wrote {path}\ncopy it to each host of the cluster, with mode 0600:\n"
+          f"  scp -p {shlex.quote(str(path))} HOST:{shlex.quote(str(default_key_file()))}")  # fmt: skip
+    return 0

@@ -1,0 +1,104 @@
+"""Options that several commands share, and what they stand for."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+from pathlib import Path
+
+from config.keys import KeyPair, default_key_file, find_keys
+from ggmq.hub import download
+from protocol.errors import ConfigError
+
+BUNDLED = Path(__file__).resolve().parent.parent / "data" / "stories.gguf"
+
+
+def whole(low: int, high: int = 1 << 40) -> type:
+    """An argparse type: whole numbers of a range."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"-?\d{1,15}", text) or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"expected a whole number of {low} to {high}, got {text!r}")
+        return int(text)
+
+    return parse  # type: ignore[return-value]
+
+
+def real(low: float, high: float) -> type:
+    """An argparse type: numbers of a range; NaN is none."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"expected a number of {low:g} to {high:g}, got {text!r}")
+        return value
+
+    return parse  # type: ignore[return-value]
+
+
+def shares(text: str) -> list[float]:
+    """An argparse type: `3,1` (or `3/1`, as llama.cpp takes it too)."""
+    try:
+        values = [float(part) for part in re.split(r"[,/]", text)]
+    except ValueError:
+        values = []
+    if not values or any(not 0 <= v < math.inf for v in values) or sum(values) <= 0:
+        raise argparse.ArgumentTypeError(f"expected shares such as 3,1, not all 0, got {text!r}")
+    return values
+
+
+def endpoints(text: str) -> list[str]:
+    """An argparse type: `host:port,host:port`."""
+    out = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(?:tcp://)?(\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9_.-]+):(\d{1,5})", part.strip())
+        if match is None or not 0 < int(match[2]) < 65536:
+            raise argparse.ArgumentTypeError(f"expected HOST:PORT[,HOST:PORT], got {part.strip()!r}")
+        out.append(f"{match[1]}:{match[2]}")
+    if len(set(out)) != len(out):
+        raise argparse.ArgumentTypeError(f"an endpoint comes twice in {text!r}")
+    return out
+
+
+def add_model(p: argparse.ArgumentParser) -> None:
+    g = p.add_mutually_exclusive_group()
+    g.add_argument("-m", "--model", type=Path, metavar="FILE", help="GGUF file (default: the bundled story model)")
+    g.add_argument("-hf", "--hf-repo", metavar="USER/REPO[:QUANT]", help="model of the Hugging Face hub, downloaded once")
+
+
+def add_security(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--keys", type=Path, help=f"cluster key file (default {default_key_file()}, if it is there)")
+    p.add_argument("--insecure", action="store_true", help="no encryption, no authentication")
+
+
+def model_path(args: argparse.Namespace) -> Path:
+    """The file that the options name. Errors: what `download` raises."""
+    if args.hf_repo:
+        return download(args.hf_repo)
+    return args.model or BUNDLED
+
+
+def keys_of(args: argparse.Namespace) -> KeyPair | None:
+    return find_keys(args.keys, args.insecure)
+
+
+def n_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def local_threads(wanted: int, n_workers: int) -> int:
+    """Threads of each of `n_workers` local workers: as said, else the cores divided among them."""
+    if wanted:
+        return wanted
+    return max(1, n_cores() // max(1, n_workers))
+
+
+def require_file(path: Path) -> Path:
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file")
+    return path

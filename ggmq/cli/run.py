@@ -1,0 +1,144 @@
+"""`ggmq run`: a prompt answered, or a chat in the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from ggmq.chat import ChatTemplate, Message
+from ggmq.cli.clusters import apply_cluster
+from ggmq.cli.options import add_model, add_security, endpoints, real, require_file, shares, whole
+from ggmq.cli.session import Session, open_session, print_summary
+from ggmq.engine import Engine, chosen_seed
+from ggmq.sampling import SamplingParams
+from ggmq.tokenizer import StreamDecoder, Vocabulary
+from protocol.errors import FormatError
+
+
+def add_bus(p: argparse.ArgumentParser) -> None:
+    """Options that say which devices take part."""
+    p.add_argument("--rpc", type=endpoints, metavar="HOST:PORT,...", help="workers that listen on other hosts")
+    p.add_argument("--broker", metavar="ENDPOINT", help="a broker that runs elsewhere (tcp://HOST:PORT)")
+    p.add_argument("--workers", type=whole(0, 64), help="local workers (default: 2, with --rpc none)")
+    p.add_argument("--device", default="CPU", help="device of the local workers (default CPU)")
+    p.add_argument("--worker-mem", type=lambda t: [whole(1)(x) for x in t.split(",")], metavar="MIB,...",
+                   help="memory that each local worker lends (default: what is free)")  # fmt: skip
+    p.add_argument("-t", "--threads", type=whole(1, 1024), default=0, help="threads of each local worker")
+    p.add_argument("--cache", action="store_true", help="local workers keep weights in a cache")
+    p.add_argument("-ngl", "--n-gpu-layers", "--gpu-layers", dest="ngl", type=whole(0), metavar="N",
+                   help="layers on the lent devices; the first others stay on this host (default: all)")  # fmt: skip
+    p.add_argument("-ts", "--tensor-split", type=shares, metavar="A,B,...",
+                   help="shares of the layers, a device each (default: by free memory)")  # fmt: skip
+    p.add_argument("-c", "--ctx-size", type=whole(0, 1 << 24), default=0,
+                   help="context in tokens (default: the model's, at most 4096)")  # fmt: skip
+
+
+def add(commands: Any) -> None:
+    p = commands.add_parser("run", help="answer a prompt, or chat", description="Answer a prompt; without -p, chat.")
+    add_model(p)
+    p.add_argument("--cluster", type=Path, metavar="FILE", help="use the cluster that `ggmq up FILE` started")
+    p.add_argument("-p", "--prompt", help="the prompt; without it a chat begins")
+    p.add_argument("-f", "--file", type=Path, help="file to take the prompt from")
+    p.add_argument("-sys", "--system-prompt", default="", help="system message of a chat")
+    p.add_argument("-n", "--predict", "--n-predict", dest="n_predict", type=whole(-1), default=-1,
+                   help="tokens to make (default: until the model ends)")  # fmt: skip
+    p.add_argument("-b", "--batch-size", type=whole(1, 4096), default=512, help="prompt tokens at once (default 512)")
+    p.add_argument("--temp", type=real(0, 100), default=0.8, help="temperature, 0 is greedy (default 0.8)")
+    p.add_argument("--top-k", type=whole(0), default=40, help="0 for all (default 40)")
+    p.add_argument("--top-p", type=real(0, 1), default=0.95, help="(default 0.95)")
+    p.add_argument("--min-p", type=real(0, 1), default=0.05, help="(default 0.05)")
+    p.add_argument("--repeat-penalty", type=real(0.01, 100), default=1.0, help="1 for none (default 1)")
+    p.add_argument("--repeat-last-n", type=whole(-1), default=64, help="tokens it looks back at, -1 for all (default 64)")
+    p.add_argument("-s", "--seed", type=whole(-1, (1 << 63) - 1), default=-1, help="the same seed, the same text")
+    p.add_argument("--ignore-eos", action="store_true", help="go on after the model's end token")
+    p.add_argument("--no-display-prompt", action="store_true", help="print only what the model makes")
+    add_bus(p)
+    add_security(p)
+    p.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.cluster is not None:
+        apply_cluster(args, require_file(args.cluster))
+    prompt = require_file(args.file).read_text(encoding="utf-8", errors="replace") if args.file else args.prompt
+    params = SamplingParams(args.temp, args.top_k, args.top_p, args.min_p, args.repeat_penalty, args.repeat_last_n,
+                            chosen_seed(args.seed))  # fmt: skip
+    with open_session(args) as s:
+        vocabulary = Vocabulary(s.arch.gguf)
+        if len(vocabulary.tokens) != s.arch.hp.n_vocab:
+            raise FormatError(f"{s.arch.gguf.path.name}: {len(vocabulary.tokens)} tokens in the vocabulary, "
+                              f"{s.arch.hp.n_vocab} rows in token_embd.weight")  # fmt: skip
+        engine = Engine(s.runner, vocabulary.end_ids, args.batch_size)
+        try:
+            if prompt is not None:
+                _answer(args, engine, vocabulary, params, prompt)
+            else:
+                _chat(args, engine, vocabulary, params)
+        finally:
+            _print_timings(s, engine)
+    return 0
+
+
+def _answer(
+    args: argparse.Namespace, engine: Engine, vocabulary: Vocabulary, params: SamplingParams, prompt: str
+) -> None:
+    engine.start(vocabulary.encode(prompt), params)
+    if not args.no_display_prompt:
+        print(prompt, end="", flush=True)
+    _stream(args, engine, vocabulary)
+    print(flush=True)
+
+
+def _stream(args: argparse.Namespace, engine: Engine, vocabulary: Vocabulary) -> str:
+    decoder, text = StreamDecoder(vocabulary), []
+    for token in engine.generate(args.n_predict, args.ignore_eos):
+        piece = decoder.feed(token)
+        text.append(piece)
+        print(piece, end="", flush=True)
+    rest = decoder.finish()
+    print(rest, end="", flush=True)
+    return "".join([*text, rest])
+
+
+def _chat(args: argparse.Namespace, engine: Engine, vocabulary: Vocabulary, params: SamplingParams) -> None:
+    """Read lines, answer each. A model without a template continues the text instead. Ctrl-C ends an answer."""
+    messages: list[Message] = [{"role": "system", "content": args.system_prompt}] if args.system_prompt else []
+    template = ChatTemplate(vocabulary) if vocabulary.chat_template else None
+    terminal = sys.stdin.isatty()
+    if terminal:
+        kind = "Chat" if template else "This model has no chat template: it continues what you write"
+        print(f"{kind}. Ctrl-D ends it, Ctrl-C stops an answer.", file=sys.stderr)
+    while True:
+        try:
+            line = input("> " if terminal else "")
+        except EOFError:
+            print()
+            return
+        if not line.strip():
+            continue
+        messages.append({"role": "user", "content": line})
+        if template is not None:
+            tokens = vocabulary.encode(template.render(messages), add_special=False)
+            if vocabulary.add_bos and vocabulary.bos is not None and tokens[:1] != [vocabulary.bos]:
+                tokens.insert(0, vocabulary.bos)
+        else:
+            tokens = vocabulary.encode(line)
+        try:
+            engine.start(tokens, params)
+            answer = _stream(args, engine, vocabulary)
+        except KeyboardInterrupt:
+            if not terminal:
+                raise
+            answer = ""
+        print(flush=True)
+        messages.append({"role": "assistant", "content": answer})
+
+
+def _print_timings(s: Session, engine: Engine) -> None:
+    t = engine.timings
+    print_summary(s)
+    for name, n, seconds in (("prefill", t.prefill_tokens, t.prefill_s), ("decode", t.decode_tokens, t.decode_s)):
+        rate = f"{n / seconds:.1f} tokens/s" if seconds else "-"
+        print(f"{name:7} {seconds:8.2f} s  {n} tokens, {rate}", file=sys.stderr)

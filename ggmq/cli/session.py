@@ -1,0 +1,100 @@
+"""From options to a model that is loaded and ready: the bus, the devices, the placement, the upload."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from broker.placement import Assignment
+from ggmq.archs import Arch, open_arch
+from ggmq.cli.options import keys_of, local_threads, model_path
+from ggmq.cli.progress import progress_bars
+from ggmq.cluster import Client, connect, local_bus
+from ggmq.gguf import GGUF
+from ggmq.runner import Runner, default_n_ctx, plan
+from protocol import messages as m
+
+MIB = 1 << 20
+DEFAULT_WORKERS = 2
+
+
+@dataclass(slots=True)
+class Session:
+    """A loaded model and how long that took, in seconds."""
+
+    client: Client
+    arch: Arch
+    runner: Runner
+    infos: list[m.DeviceInfo]
+    load_s: float
+
+
+@contextlib.contextmanager
+def open_session(args: argparse.Namespace, n_ctx: int = 0) -> Iterator[Session]:
+    """Read the model, bring up the bus that the options describe, place and load. Everything ends with the block."""
+    start = time.perf_counter()
+    arch = open_arch(GGUF(model_path(args)))
+    n_ctx = n_ctx or default_n_ctx(arch, args.ctx_size)
+    with open_bus(args, arch.hp.n_layer) as (client, host_device):
+        infos = client.devices()
+        assignments = plan(arch, infos, n_ctx, args.tensor_split, args.ngl, host_device)
+        runner = Runner(client, arch, n_ctx, assignments)
+        with progress_bars() as show:
+            runner.load(show)
+        try:
+            yield Session(client, arch, runner, infos, time.perf_counter() - start)
+        finally:
+            with contextlib.suppress(Exception):
+                client.drain()
+
+
+@contextlib.contextmanager
+def open_bus(args: argparse.Namespace, n_layers: int) -> Iterator[tuple[Client, int | None]]:
+    """A client of the bus, and the device that holds the layers that -ngl keeps on this host, if any."""
+    keys = keys_of(args)
+    if args.broker:
+        client = connect(args.broker, keys)
+        try:
+            yield client, None
+        finally:
+            client.close()
+        return
+    rpc: Sequence[str] = args.rpc or ()
+    keep_here = bool(rpc) and args.ngl is not None and args.ngl < n_layers
+    n_local = args.workers if args.workers is not None else (0 if rpc else DEFAULT_WORKERS)
+    with local_bus(keys) as bus:
+        for endpoint in rpc:
+            bus.add_remote(endpoint)
+        threads = local_threads(args.threads, n_local + keep_here)
+        extra = ["--cache"] if args.cache else []
+        for i in range(n_local + keep_here):
+            memory = args.worker_mem[i] if args.worker_mem and i < len(args.worker_mem) else 0
+            bus.spawn(args.device, threads, [*extra, *(["-m", str(memory)] if memory else [])])
+        client = bus.start()
+        host = None
+        if keep_here:
+            names = set(bus.remote_names())
+            host = next(i for i, d in enumerate(client.devices()) if d.worker not in names)
+        yield client, host
+
+
+def print_summary(s: Session, file: object = None) -> None:
+    """One line for the load, one for each stage."""
+    r = s.runner.report
+    print(f"load    {s.load_s:8.2f} s  {r.sent_bytes / MIB:.1f} MiB sent, {r.cached_bytes / MIB:.1f} MiB from caches",
+          file=sys.stderr)  # fmt: skip
+    for stage in s.runner.stages:
+        print("layers  " + stage_line(s.infos, stage.assignment), file=sys.stderr)
+
+
+def stage_line(infos: Sequence[m.DeviceInfo], a: Assignment) -> str:
+    """Where some layers are: `0-7 (+ embedding) on host CPU, 1.6 MiB weights, 0.5 MiB KV`."""
+    d = infos[a.device]
+    ends = [name for name, there in (("embedding", a.first), ("output", a.last)) if there]
+    extra = f" + {' + '.join(ends)}" if ends else ""
+    return (f"{a.layers.start}-{a.layers.stop - 1}{extra} on {d.worker} {d.name} (device {a.device}), "
+            f"{a.weight_bytes / MIB:.1f} MiB weights, {a.kv_bytes / MIB:.1f} MiB KV cache")  # fmt: skip

@@ -1,0 +1,65 @@
+"""From logits to a token: penalties, top-k, top-p, min-p, temperature, seed; llama.cpp's order and defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """Units: `repeat_last_n` tokens, -1 for all. `temperature` 0 is greedy; `seed` None takes a new one."""
+
+    temperature: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    repeat_penalty: float = 1.0
+    repeat_last_n: int = 64
+    seed: int | None = None
+
+    @property
+    def greedy(self) -> bool:
+        """No logits are needed on the main host: the worker's ARGMAX is the token."""
+        return self.temperature <= 0 and self.repeat_penalty == 1.0
+
+
+class Sampler:
+    """One sequence's sampler; the same seed and logits give the same tokens."""
+
+    def __init__(self, params: SamplingParams) -> None:
+        self.params = params
+        self._rng = np.random.default_rng(params.seed)
+
+    def pick(self, logits: npt.NDArray[Any], previous: Sequence[int]) -> int:
+        """A token. Shapes: `logits` [n_vocab]; `previous` are the tokens that penalties look at."""
+        p = self.params
+        x = logits.astype(np.float64)
+        if p.repeat_penalty != 1.0 and previous and p.repeat_last_n:
+            window = previous if p.repeat_last_n < 0 else previous[-p.repeat_last_n :]
+            seen = np.unique(np.asarray(window, np.int64))
+            x[seen] = np.where(x[seen] > 0, x[seen] / p.repeat_penalty, x[seen] * p.repeat_penalty)
+        if p.temperature <= 0:
+            return int(x.argmax())
+        order = np.argsort(-x, kind="stable")
+        if p.top_k > 0:
+            order = order[: p.top_k]
+        probs = _softmax(x[order])
+        if p.top_p < 1.0:
+            keep = int(np.searchsorted(np.cumsum(probs), p.top_p)) + 1
+            order = order[:keep]
+        if p.min_p > 0.0:
+            probs = _softmax(x[order])
+            order = order[probs >= p.min_p * probs[0]]
+        probs = _softmax(x[order] / p.temperature)
+        return int(order[np.searchsorted(np.cumsum(probs), self._rng.random() * probs.sum(), side="right").clip(
+            max=len(order) - 1)])  # fmt: skip
+
+
+def _softmax(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    e = np.exp(x - x.max())
+    return np.asarray(e / e.sum())
