@@ -10,7 +10,7 @@ Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-
 Count = Annotated[int, Meta(ge=0, le=1 << 24)]
 
 
-class Strict(Struct, forbid_unknown_fields=True, kw_only=True):
+class Strict(Struct, forbid_unknown_fields=True, frozen=True):
     """A typo in a key is an error."""
 
 
@@ -57,9 +57,9 @@ class SplitSection(Strict):
 
 
 class ClusterFile(Strict):
+    workers: Annotated[list[WorkerSection], Meta(min_length=1, max_length=256)]
     name: Name = "ggmq"
     broker: BrokerSection = BrokerSection()
     security: SecuritySection = SecuritySection()
     model: ModelSection = ModelSection()
     split: SplitSection = SplitSection()
-    workers: Annotated[list[WorkerSection], Meta(min_length=1, max_length=256)]

@@ -91,7 +91,7 @@ class Engine:
         else:
             t.decode_tokens, t.decode_s = t.decode_tokens + n, t.decode_s + seconds
 
-    def generate(self, n_predict: int, ignore_eos: bool = False) -> Iterator[int]:
+    def generate(self, n_predict: int) -> Iterator[int]:
         """Tokens until `n_predict` (negative: no bound), an end token, or a full context."""
         n = 0
         while n_predict < 0 or n < n_predict:
@@ -102,7 +102,7 @@ class Engine:
             token = self.step()
             if token is None:
                 continue
-            if token in self.end_ids and not ignore_eos:
+            if token in self.end_ids:
                 return
             n += 1
             yield token

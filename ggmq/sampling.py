@@ -21,11 +21,13 @@ class SamplingParams:
     repeat_penalty: float = 1.0
     repeat_last_n: int = 64
     seed: int | None = None
+    banned: frozenset[int] = frozenset()
+    """Tokens that are never taken; llama.cpp's --ignore-eos bans the end tokens so."""
 
     @property
     def greedy(self) -> bool:
         """No logits are needed on the main host: the worker's ARGMAX is the token."""
-        return self.temperature <= 0 and self.repeat_penalty == 1.0
+        return self.temperature <= 0 and self.repeat_penalty == 1.0 and not self.banned
 
 
 class Sampler:
@@ -43,6 +45,8 @@ class Sampler:
             window = previous if p.repeat_last_n < 0 else previous[-p.repeat_last_n :]
             seen = np.unique(np.asarray(window, np.int64))
             x[seen] = np.where(x[seen] > 0, x[seen] / p.repeat_penalty, x[seen] * p.repeat_penalty)
+        if p.banned:
+            x[list(p.banned)] = -np.inf
         if p.temperature <= 0:
             return int(x.argmax())
         order = np.argsort(-x, kind="stable")

@@ -52,7 +52,7 @@ def add(commands: Any) -> None:
     p.add_argument("--repeat-penalty", type=real(0.01, 100), default=1.0, help="1 for none (default 1)")
     p.add_argument("--repeat-last-n", type=whole(-1), default=64, help="tokens it looks back at, -1 for all (default 64)")
     p.add_argument("-s", "--seed", type=whole(-1, (1 << 63) - 1), default=-1, help="the same seed, the same text")
-    p.add_argument("--ignore-eos", action="store_true", help="go on after the model's end token")
+    p.add_argument("--ignore-eos", action="store_true", help="never let the model end: its end tokens are not taken")
     p.add_argument("--no-display-prompt", action="store_true", help="print only what the model makes")
     add_bus(p)
     add_security(p)
@@ -63,13 +63,15 @@ def _run(args: argparse.Namespace) -> int:
     if args.cluster is not None:
         apply_cluster(args, require_file(args.cluster))
     prompt = require_file(args.file).read_text(encoding="utf-8", errors="replace") if args.file else args.prompt
-    params = SamplingParams(args.temp, args.top_k, args.top_p, args.min_p, args.repeat_penalty, args.repeat_last_n,
-                            chosen_seed(args.seed))  # fmt: skip
     with open_session(args) as s:
         vocabulary = Vocabulary(s.arch.gguf)
         if len(vocabulary.tokens) != s.arch.hp.n_vocab:
             raise FormatError(f"{s.arch.gguf.path.name}: {len(vocabulary.tokens)} tokens in the vocabulary, "
                               f"{s.arch.hp.n_vocab} rows in token_embd.weight")  # fmt: skip
+        params = SamplingParams(
+            args.temp, args.top_k, args.top_p, args.min_p, args.repeat_penalty, args.repeat_last_n,
+            chosen_seed(args.seed), vocabulary.end_ids if args.ignore_eos else frozenset(),
+        )  # fmt: skip
         engine = Engine(s.runner, vocabulary.end_ids, args.batch_size)
         try:
             if prompt is not None:
@@ -93,7 +95,7 @@ def _answer(
 
 def _stream(args: argparse.Namespace, engine: Engine, vocabulary: Vocabulary) -> str:
     decoder, text = StreamDecoder(vocabulary), []
-    for token in engine.generate(args.n_predict, args.ignore_eos):
+    for token in engine.generate(args.n_predict):
         piece = decoder.feed(token)
         text.append(piece)
         print(piece, end="", flush=True)
