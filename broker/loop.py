@@ -51,6 +51,7 @@ class BrokerLoop:
         self._dialled: dict[tuple[int, bytes], tuple[Link, bool]] = {}
         self._rids: dict[tuple[Link, bool], tuple[int, bytes]] = {}
         self._tokens: dict[bytes, Link] = {}
+        self._early: dict[bytes, tuple[tuple[int, bytes], Message]] = {}
         self._auth: Any = None
         self._stopping = False
         self._poller = zmq.Poller()
@@ -165,15 +166,24 @@ class BrokerLoop:
         h = message.header
         if isinstance(h, m.Hello) and h.role.startswith("worker") and not message.reply:
             bulk = h.role.endswith("-bulk")
-            link = self._tokens.get(h.token) if bulk else f"dial/{index}.{rid.hex()}"
-            if link is None:
-                return
-            self._tokens[h.token] = link
-            self._dialled[where] = (link, bulk)
-            self._rids[(link, bulk)] = where
-            self._handle(FromWorker(link, message, now, bulk))
+            self._dialled_in(where, h, message, bulk, now)
             return
         self._handle(FromClient(peer, message, now))
+
+    def _dialled_in(self, where: tuple[int, bytes], h: m.Hello, message: Message, bulk: bool, now: float) -> None:
+        """A worker's HELLO on one of its channels; the two connections may arrive in either order."""
+        link = self._tokens.get(h.token) if bulk else f"dial/{where[0]}.{where[1].hex()}"
+        if link is None:
+            if len(self._early) < limits.MAX_SESSIONS:
+                self._early[h.token] = (where, message)
+            return
+        self._tokens[h.token] = link
+        self._dialled[where] = (link, bulk)
+        self._rids[(link, bulk)] = where
+        self._handle(FromWorker(link, message, now, bulk))
+        early = self._early.pop(h.token, None)
+        if early is not None and not bulk and isinstance(early[1].header, m.Hello):
+            self._dialled_in(early[0], early[1].header, early[1], True, now)
 
     def _reject(self, peer: bytes, frames: list[Frame], error: ProtocolError) -> None:
         device = epoch = seq = 0

@@ -51,7 +51,8 @@ class Client:
 @dataclass(slots=True)
 class Worker:
     """Attributes:
-    ready: has said HELLO under the current epoch.
+    ready: has said HELLO under the current epoch, on both channels when it dialled in.
+    hello: what it said on the first of them.
     first_device: global index of its device 0.
     pinged_s, ponged_s: when the last unanswered PING left, and when the worker last showed life.
     """
@@ -67,6 +68,7 @@ class Worker:
     pinged_s: float = 0.0
     ponged_s: float = 0.0
     n_computing: int = 0
+    hello: m.Hello | None = None
 
 
 @dataclass(slots=True)
@@ -281,15 +283,16 @@ class BrokerState:
     def _worker_hello(self, event: FromWorker, h: m.Hello, worker: Worker | None) -> list[Instruction]:
         message, link = event.message, event.link
         if not message.reply:  # a worker that dials in: it gets its epoch here
-            if event.bulk:
-                if worker is None:
-                    return []
-                hello = m.Hello(PROTOCOL_VERSION, "broker-bulk", h.token, worker.epoch, software=self.software)
-                return [ToWorker(link, True, message.answer(hello))]
-            worker = self.workers[link] = Worker(self._epoch(), token=h.token, ponged_s=event.now_s)
-            self._register(link, worker, h)
-            hello = m.Hello(PROTOCOL_VERSION, "broker", h.token, worker.epoch, software=self.software)
-            return [ToWorker(link, False, message.answer(hello))]
+            if not event.bulk:
+                worker = self.workers[link] = Worker(self._epoch(), token=h.token, ponged_s=event.now_s, hello=h)
+            elif worker is None or worker.lost:
+                return []
+            elif worker.hello is not None:  # both channels are there: now it can be given work
+                self._register(link, worker, worker.hello)
+                worker.hello = None
+            role = "broker-bulk" if event.bulk else "broker"
+            hello = m.Hello(PROTOCOL_VERSION, role, h.token, worker.epoch, software=self.software)
+            return [ToWorker(link, event.bulk, message.answer(hello))]
         if worker is None or worker.ready or message.epoch != worker.epoch:
             return []
         worker.ponged_s = event.now_s
@@ -303,7 +306,8 @@ class BrokerState:
         worker.ready, worker.first_device, worker.n_devices = True, len(self.devices), len(h.devices)
         name = link.removeprefix("tcp://") if link.startswith("tcp://") else (h.devices[0].host if h.devices else link)
         for i, info in enumerate(h.devices):
-            self.devices.append(DeviceEntry(link, i, msgspec.structs.replace(info, worker=name[:256])))
+            named = msgspec.structs.replace(info, worker=info.worker or name[:256])
+            self.devices.append(DeviceEntry(link, i, named))
 
     def _replied(self, pending: Pending, reply: Message, now_s: float) -> list[Instruction]:
         request, h = pending.request, reply.header

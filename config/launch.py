@@ -92,7 +92,8 @@ def new_tag(name: str) -> str:
 
 def worker_options(cluster: ClusterFile, w: WorkerSection, device: str) -> list[str]:
     """The worker's command line for one device, after the command itself."""
-    out = ["--broker", cluster.broker.advertise or cluster.broker.listen, "-d", device]
+    out = ["--broker", cluster.broker.advertise or cluster.broker.listen, "-d", device,
+           "--name", w.name]  # fmt: skip
     if w.threads:
         out += ["-t", str(w.threads)]
     if w.memory_mib:

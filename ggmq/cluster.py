@@ -122,6 +122,7 @@ class LocalBus:
 
     Attributes:
         workers: the processes that were started here; they end with the bus, and when this process dies.
+    names: of all workers, in the order in which they were added.
     """
 
     def __init__(self, keys: KeyPair | None = None, listen: str | None = None) -> None:
@@ -135,22 +136,27 @@ class LocalBus:
             self.broker.listen(listen)
         self.workers: list[subprocess.Popen[bytes]] = []
         self.remote: list[str] = []
+        self.names: list[str] = []
         self._clients: list[Client] = []
 
     def add_remote(self, host_port: str) -> None:
         """A worker that listens; call before `start`."""
         endpoint = f"tcp://{host_port}"
         self.remote.append(endpoint)
+        self.names.append(host_port)
         self.broker.connect_worker(endpoint)
 
-    def spawn(self, device: str, threads: int, extra: Sequence[str] = ()) -> None:
-        """Start a worker of this host; it dials in."""
+    def spawn(self, device: str, threads: int, extra: Sequence[str] = ()) -> str:
+        """Start a worker of this host; it dials in. Returns the name that its devices have on the bus."""
+        name = f"local{len(self.workers)}"
         command = [sys.executable, "-m", "workers", "--quiet", "-d", device, "-t", str(threads), "--insecure",
-                   "--broker", self.local_endpoint, "--parent-pid", str(os.getpid()), *extra]  # fmt: skip
+                   "--broker", self.local_endpoint, "--parent-pid", str(os.getpid()), "--name", name, *extra]  # fmt: skip
         root = str(Path(__file__).resolve().parent.parent)
         path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)
         # a session of its own: Ctrl-C in the terminal reaches this process, which ends its workers itself
         self.workers.append(subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, start_new_session=True))
+        self.names.append(name)
+        return name
 
     def start(self, on_wait: Callable[[], None] | None = None) -> Client:
         """Run the broker and wait for every worker. Errors: WorkerLost names the one that did not come."""
@@ -158,12 +164,10 @@ class LocalBus:
         client = Client(self.context, "inproc://broker")
         self._clients.append(client)
         due = time.monotonic() + START_S
-        want = len(self.workers)
         while True:
-            devices = client.devices()
-            here = sum(1 for d in devices if d.worker not in self.remote_names())
-            missing = self._missing_remote(devices)
-            if here >= want and not missing:
+            there = {d.worker for d in client.devices()}
+            missing = [name for name in self.names if name not in there]
+            if not missing:
                 return client
             for p in self.workers:
                 if p.poll() is not None:
@@ -172,18 +176,10 @@ class LocalBus:
                 if worker.lost and link in self.remote:
                     raise Unavailable(f"{link.removeprefix('tcp://')}: {worker.lost}")
             if time.monotonic() > due:
-                raise Unavailable(f"workers were not ready within {START_S:.0f} s: {missing or 'local ones'}")
+                raise Unavailable(f"workers were not ready within {START_S:.0f} s: {', '.join(missing)}")
             if on_wait is not None:
                 on_wait()
             time.sleep(0.02)
-
-    def remote_names(self) -> set[str]:
-        """`host:port` of each worker that listens elsewhere."""
-        return {e.removeprefix("tcp://") for e in self.remote}
-
-    def _missing_remote(self, devices: list[m.DeviceInfo]) -> list[str]:
-        there = {d.worker for d in devices}
-        return [name for name in sorted(self.remote_names()) if name not in there]
 
     def close(self) -> None:
         """End the workers that were started here, then the broker. Idempotent."""

@@ -290,21 +290,23 @@ class _Upload:
 
 def plan(
     arch: Arch, infos: Sequence[m.DeviceInfo], n_ctx: int, split: Sequence[float] | None = None,
-    ngl: int | None = None, host_device: int | None = None,
+    ngl: int | None = None, host: str = "", order: Sequence[str] = (),
 ) -> list[Assignment]:  # fmt: skip
-    """Where the layers go. With `ngl` below the layer count the first layers stay on `host_device`.
+    """Where the layers go. With `ngl` below the layer count the first layers stay on the worker named `host`.
+
+    `order`: names of workers; devices are taken in this order, and others after them, whenever they connected.
 
     Errors: OutOfMemory, ConfigError.
     """
     sizes = model_sizes(arch, n_ctx)
-    memory = device_memory(infos)
+    rank = {name: i for i, name in enumerate(order)}
+    memory = sorted(device_memory(infos), key=lambda d: (rank.get(infos[d.index].worker, len(rank)), d.index))
     n = arch.hp.n_layer
-    keep = 0 if ngl is None or host_device is None else max(0, n - ngl)
+    mine = [d for d in memory if host and infos[d.index].worker == host]
+    others = [d for d in memory if d not in mine]
+    keep = 0 if ngl is None or not mine else max(0, n - ngl)
     if not keep:
-        others = [d for d in memory if d.index != host_device] if host_device is not None else memory
         return place(sizes, others or memory, split)
-    mine = [d for d in memory if d.index == host_device]
-    others = [d for d in memory if d.index != host_device]
     whole = keep == n or not others
     head = ModelSizes(sizes.layers[:keep], sizes.kv[:keep], sizes.head, sizes.tail if whole else 0)
     out = [_shift(a, 0, True, whole) for a in place(head, mine)]

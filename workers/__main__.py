@@ -45,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--insecure", action="store_true", help="no encryption, no authentication, on any address")
     p.add_argument("--parent-pid", type=int, default=0, help=argparse.SUPPRESS)
     p.add_argument("--join", help=argparse.SUPPRESS)
+    p.add_argument("--name", default="", help="what the main host calls this worker (default: its address)")
     p.add_argument("--tag", default="", help=argparse.SUPPRESS)
     p.add_argument("--quiet", action="store_true", help=argparse.SUPPRESS)
     p.add_argument("--version", action="version", version=SOFTWARE)
@@ -102,7 +103,7 @@ def _main(args: argparse.Namespace) -> int:
     device = open_device(names[0], threads, args.mem * MIB)
     from workers.loop import WorkerLoop, serve
 
-    loop = WorkerLoop(device, cache, SOFTWARE, keys, args.parent_pid)
+    loop = WorkerLoop(device, cache, SOFTWARE, keys, args.parent_pid, args.name[:256])
     if args.join:
         loop.join(args.join)
         endpoint = args.join

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import zmq
 
 from config.auth import new_socket, require_curve
@@ -40,9 +41,10 @@ class WorkerLoop:
     """
 
     def __init__(
-        self, device: Device, cache: Cache | None, software: str, keys: KeyPair | None = None, parent_pid: int = 0
-    ) -> None:
-        self.device, self.keys, self.parent_pid = device, keys, parent_pid
+        self, device: Device, cache: Cache | None, software: str, keys: KeyPair | None = None, parent_pid: int = 0,
+        name: str = "",
+    ) -> None:  # fmt: skip
+        self.device, self.keys, self.parent_pid, self.name = device, keys, parent_pid, name
         self.state = WorkerState(software)
         self.executor = Executor(device, self.state, cache)
         self.context: zmq.Context[Any] = zmq.Context()
@@ -90,7 +92,7 @@ class WorkerLoop:
         s.send_multipart([b"", *encode(Message(Command.HELLO, self._hello("worker")))])
 
     def _hello(self, role: str) -> m.Hello:
-        devices = [self.device.info()] if not role.endswith("-bulk") else []
+        devices = [msgspec.structs.replace(self.device.info(), worker=self.name)] if not role.endswith("-bulk") else []
         return m.Hello(PROTOCOL_VERSION, role, self.token, software=self.state.software, devices=devices)
 
     # -- the loop ------------------------------------------------------------------------------------------------------

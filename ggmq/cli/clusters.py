@@ -69,12 +69,18 @@ def apply_cluster(args: argparse.Namespace, file: Path) -> None:
     if launch.read_state(launch.state_path(cluster.name)) is None:
         raise ConfigError(f"{file}: cluster {cluster.name} is not up; run `ggmq up {file}`")
     args.broker = cluster.broker.listen
+    args.worker_order = _order(cluster)
     args.keys = Path(cluster.security.keys).expanduser() if cluster.security.keys else args.keys
     args.insecure = args.insecure or cluster.security.insecure
     if args.model is None and not args.hf_repo:
         args.model = _model(cluster, file)
     args.ctx_size = args.ctx_size or cluster.model.context
     args.tensor_split = args.tensor_split or cluster.split.tensor_split or None
+
+
+def _order(cluster: ClusterFile) -> list[str]:
+    """Names of the workers on the bus, in the file's order."""
+    return [f"{w.host}:{w.port}" if w.launcher == "none" else w.name for w in cluster.workers]
 
 
 # -- plan --------------------------------------------------------------------------------------------------------------
@@ -106,7 +112,7 @@ def _plan(args: argparse.Namespace) -> int:
     infos = _infos(cluster)
     arch = open_arch(GGUF(_model(cluster, args.cluster)))
     n_ctx = default_n_ctx(arch, cluster.model.context)
-    assignments = plan(arch, infos, n_ctx, cluster.split.tensor_split or None)
+    assignments = plan(arch, infos, n_ctx, cluster.split.tensor_split or None, order=_order(cluster))
     print(f"cluster {cluster.name}: {arch.gguf.path.name}, {arch.hp.n_layer} layers, context {n_ctx}")
     _print_stages(infos, assignments)
     return 0
@@ -279,7 +285,7 @@ def _print_broker(endpoint: str, keys: KeyPair | None, file: Path | None) -> Non
                 cluster = load_cluster(file)
                 arch = open_arch(GGUF(_model(cluster, file)))
                 n_ctx = default_n_ctx(arch, cluster.model.context)
-                for a in plan(arch, infos, n_ctx, cluster.split.tensor_split or None):
+                for a in plan(arch, infos, n_ctx, cluster.split.tensor_split or None, order=_order(cluster)):
                     layers[a.device] = f", layers {a.layers.start}-{a.layers.stop - 1} of {arch.gguf.path.name}"
         for i, d in enumerate(infos):
             if not d.total_bytes:

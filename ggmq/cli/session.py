@@ -17,6 +17,7 @@ from ggmq.cluster import Client, connect, local_bus
 from ggmq.gguf import GGUF
 from ggmq.runner import Runner, default_n_ctx, plan
 from protocol import messages as m
+from protocol.errors import ConfigError
 
 MIB = 1 << 20
 DEFAULT_WORKERS = 2
@@ -39,9 +40,9 @@ def open_session(args: argparse.Namespace, n_ctx: int = 0) -> Iterator[Session]:
     start = time.perf_counter()
     arch = open_arch(GGUF(model_path(args)))
     n_ctx = n_ctx or default_n_ctx(arch, args.ctx_size)
-    with open_bus(args, arch.hp.n_layer) as (client, host_device):
+    with open_bus(args, arch.hp.n_layer) as (client, order, host):
         infos = client.devices()
-        assignments = plan(arch, infos, n_ctx, args.tensor_split, args.ngl, host_device)
+        assignments = plan(arch, infos, n_ctx, args.tensor_split, args.ngl, host, order)
         runner = Runner(client, arch, n_ctx, assignments)
         with progress_bars() as show:
             runner.load(show)
@@ -53,36 +54,34 @@ def open_session(args: argparse.Namespace, n_ctx: int = 0) -> Iterator[Session]:
 
 
 @contextlib.contextmanager
-def open_bus(args: argparse.Namespace, n_layers: int) -> Iterator[tuple[Client, int | None]]:
-    """A client of the bus, and the device that holds the layers that -ngl keeps on this host, if any."""
+def open_bus(args: argparse.Namespace, n_layers: int) -> Iterator[tuple[Client, Sequence[str], str]]:
+    """A client of the bus, the order of its workers, and the worker that keeps the layers that -ngl leaves here."""
     keys = keys_of(args)
     if args.broker:
         client = connect(args.broker, keys)
         try:
-            yield client, None
+            yield client, getattr(args, "worker_order", ()), ""
         finally:
             client.close()
         return
     rpc: Sequence[str] = args.rpc or ()
     keep_here = bool(rpc) and args.ngl is not None and args.ngl < n_layers
     n_local = args.workers if args.workers is not None else (0 if rpc else DEFAULT_WORKERS)
+    if not rpc and not n_local:
+        raise ConfigError("--workers 0: expected at least one worker here, or some with --rpc")
     with local_bus(keys) as bus:
-        for endpoint in rpc:
-            bus.add_remote(endpoint)
         threads = local_threads(args.threads, n_local + keep_here)
         extra = ["--cache"] if args.cache else []
-        for i in range(n_local + keep_here):
+        for i in range(n_local):
             memory = args.worker_mem[i] if args.worker_mem and i < len(args.worker_mem) else 0
             bus.spawn(args.device, threads, [*extra, *(["-m", str(memory)] if memory else [])])
-        client = bus.start()
-        host = None
-        if keep_here:
-            names = set(bus.remote_names())
-            host = next(i for i, d in enumerate(client.devices()) if d.worker not in names)
-        yield client, host
+        for endpoint in rpc:
+            bus.add_remote(endpoint)
+        host = bus.spawn(args.device, threads, extra) if keep_here else ""
+        yield bus.start(), bus.names, host
 
 
-def print_summary(s: Session, file: object = None) -> None:
+def print_summary(s: Session) -> None:
     """One line for the load, one for each stage."""
     r = s.runner.report
     print(f"load    {s.load_s:8.2f} s  {r.sent_bytes / MIB:.1f} MiB sent, {r.cached_bytes / MIB:.1f} MiB from caches",
