@@ -9,9 +9,10 @@ from typing import Any
 
 from ggmq.chat import ChatTemplate, Message
 from ggmq.cli.clusters import apply_cluster
-from ggmq.cli.options import add_model, add_security, endpoints, real, require_file, shares, whole
+from ggmq.cli.options import add_model, add_security, endpoints, model_path, real, require_file, shares, whole
 from ggmq.cli.session import Session, open_session, print_summary
 from ggmq.engine import Engine, chosen_seed
+from ggmq.gguf import GGUF
 from ggmq.sampling import SamplingParams
 from ggmq.tokenizer import StreamDecoder, Vocabulary
 from protocol.errors import FormatError
@@ -63,8 +64,9 @@ def _run(args: argparse.Namespace) -> int:
     if args.cluster is not None:
         apply_cluster(args, require_file(args.cluster))
     prompt = require_file(args.file).read_text(encoding="utf-8", errors="replace") if args.file else args.prompt
-    with open_session(args) as s:
-        vocabulary = Vocabulary(s.arch.gguf)
+    g = GGUF(model_path(args))
+    vocabulary = Vocabulary(g)
+    with open_session(args, g) as s:
         if len(vocabulary.tokens) != s.arch.hp.n_vocab:
             raise FormatError(f"{s.arch.gguf.path.name}: {len(vocabulary.tokens)} tokens in the vocabulary, "
                               f"{s.arch.hp.n_vocab} rows in token_embd.weight")  # fmt: skip

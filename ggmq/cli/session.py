@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from broker.placement import Assignment
 from ggmq.archs import Arch, open_arch
-from ggmq.cli.options import keys_of, local_threads, model_path
+from ggmq.cli.options import keys_of, local_threads
 from ggmq.cli.progress import progress_bars
 from ggmq.cluster import Client, connect, local_bus
 from ggmq.gguf import GGUF
@@ -35,10 +35,10 @@ class Session:
 
 
 @contextlib.contextmanager
-def open_session(args: argparse.Namespace, n_ctx: int = 0) -> Iterator[Session]:
-    """Read the model, bring up the bus that the options describe, place and load. Everything ends with the block."""
+def open_session(args: argparse.Namespace, g: GGUF, n_ctx: int = 0) -> Iterator[Session]:
+    """Bring up the bus that the options describe, place and load the model. Everything ends with the block."""
     start = time.perf_counter()
-    arch = open_arch(GGUF(model_path(args)))
+    arch = open_arch(g)
     n_ctx = n_ctx or default_n_ctx(arch, args.ctx_size)
     with open_bus(args, arch.hp.n_layer) as (client, order, host):
         infos = client.devices()

@@ -1,0 +1,50 @@
+"""Fixtures of the whole suite: folders of their own, buses with bounded teardown, Hypothesis profiles."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from ggmq.cluster import Client, LocalBus
+from tests.support.fixtures import SHARED
+
+COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+settings.register_profile("dev", max_examples=50, **COMMON)
+settings.register_profile("ci", max_examples=100, derandomize=True, **COMMON)
+settings.register_profile("fuzz", max_examples=5000, **COMMON)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
+
+
+@pytest.fixture(autouse=True)
+def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """State and keys of a test are its own; compiled kernels are shared, since they take a minute to make."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.delenv("GGMQ_KEYS", raising=False)
+
+
+@pytest.fixture(scope="session", params=["CPU", "reference"])
+def device(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def bus(device: str) -> Iterator[Client]:
+    """A session with one real worker process of the device."""
+    started = LocalBus()
+    try:
+        started.spawn(device, 2)
+        yield started.start()
+    finally:
+        started.close()
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    if not SHARED.is_dir():
+        pytest.skip(f"the fixtures of {SHARED.name}/ are not beside this checkout")
+    return SHARED

@@ -1,0 +1,23 @@
+"""Where the optional fixtures lie, and small things that many tests say."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARED = Path(os.environ.get("GGMQ_FIXTURES", ROOT.parent / "shared"))
+BUNDLED = ROOT / "ggmq" / "data" / "stories.gguf"
+
+MODELS = sorted(p.name for p in (SHARED / "models").glob("*.gguf"))
+OPS = sorted(p.name for p in (SHARED / "ops").glob("*.msgpack"))
+VOCABULARIES = sorted(p.name for p in (SHARED / "vocab").glob("*.gguf"))
+
+
+def nmse(got: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> float:
+    """Sum of squared differences over sum of squares."""
+    a, b = got.astype(np.float64), expected.astype(np.float64)
+    return float(((a - b) ** 2).sum() / (b**2).sum())
