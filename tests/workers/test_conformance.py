@@ -1,0 +1,71 @@
+"""One suite for every device: each op against the NumPy definition, through a real worker process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from ggmq.cluster import Client
+from ggmq.replay import nmse, replay
+from protocol import messages as m
+from protocol.dtypes import GGMLType
+from protocol.graph import Graph, encode_graph, graph_digest
+from protocol.ops import OPS
+from tests.support.fixtures import OPS as RECORDED
+from tests.support.strategies import node_graphs
+from workers.devices.reference import ReferenceDevice
+from workers.kernels.reference import KERNELS
+
+REFERENCE = ReferenceDevice()
+
+
+def test_every_op_of_the_table_has_a_reference_kernel_and_no_other_does() -> None:
+    assert set(KERNELS) == {o.name for o in OPS.values() if not o.view and o.name != "NONE"}
+
+
+@given(node_graphs())
+@settings(max_examples=150)
+def test_a_node_agrees_with_its_definition(bus: Client, case: tuple[str, Graph, list[bytes]]) -> None:
+    name, graph, inputs = case
+    frame = encode_graph(graph)
+    digest = graph_digest(frame)
+    bus.request(m.GraphPut(bus.session, digest), [frame])
+    reply = bus.request(m.GraphCompute(bus.session, digest, len(inputs)), inputs)
+    expected = REFERENCE.compile(graph, {}).run(inputs, lambda: None)[0]
+    kind = np.int32 if graph.tensors[-1].type == GGMLType.I32 else np.float32
+    got, want = (np.frombuffer(b, kind).astype(np.float64) for b in (reply.payload[0], expected))
+    bound = max(OPS[name].nmse, 1e-12 if kind == np.int32 else 1e-7)
+    assert nmse(got, want) <= bound, name
+
+
+@pytest.mark.parametrize("file", RECORDED)
+def test_recorded_graphs_agree(bus: Client, shared: Path, file: str) -> None:
+    results = list(replay(bus, shared / "ops" / file))
+    assert results and [r for r in results if not r.ok and not r.skipped] == []
+
+
+def test_concat_in_every_dimension(bus: Client) -> None:
+    from dataclasses import replace
+
+    from tests.support.strategies import leaf
+
+    rng = np.random.default_rng(3)
+    for dim in range(4):
+        a, b = [2, 3, 4, 2], [2, 3, 4, 2]
+        b[dim] = 5
+        x, y = (rng.standard_normal(s[::-1], np.float32) for s in (a, b))
+        out = [p + q if i == dim else p for i, (p, q) in enumerate(zip(a, b, strict=True))]
+        node = replace(leaf(0, tuple(out)), op="CONCAT", src=(0, 1), params=(dim, *(0,) * 15))
+        graph = Graph((leaf(0, tuple(a)), leaf(0, tuple(b)), node), (0, 1), (2,))
+        frame = encode_graph(graph)
+        bus.request(m.GraphPut(bus.session, graph_digest(frame)), [frame])
+        reply = bus.request(m.GraphCompute(bus.session, graph_digest(frame), 2), [x.tobytes(), y.tobytes()])
+        want = np.concatenate([x, y], 3 - dim)
+        assert np.array_equal(np.frombuffer(reply.payload[0], np.float32).reshape(want.shape), want)
+
+
+def test_no_kernel_was_compiled_after_the_start(bus: Client) -> None:
+    assert bus.stats(0).kernel_compiles == 0
