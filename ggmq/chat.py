@@ -45,6 +45,6 @@ class ChatTemplate:
         try:
             text = self._template.render(messages=list(messages), add_generation_prompt=add_generation_prompt,
                                          **self._tokens)  # fmt: skip
-        except (jinja2.TemplateError, TypeError, ValueError, OverflowError) as e:
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as e:
             raise FormatError(f"{self._name}: tokenizer.chat_template refuses the conversation: {e}") from None
         return text[:MAX_OUTPUT_CHARS]

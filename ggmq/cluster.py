@@ -51,7 +51,11 @@ class Client:
         self._replies: dict[int, Message] = {}
         self.n_round_trips = self.sent_bytes = self.received_bytes = 0
         self.on_wait: Callable[[], None] | None = None
-        hello = self.request(m.Hello(PROTOCOL_VERSION, "client", software=SOFTWARE), timeout_s=CONNECT_S).header
+        try:
+            hello = self.request(m.Hello(PROTOCOL_VERSION, "client", software=SOFTWARE), timeout_s=CONNECT_S).header
+        except BaseException:
+            self.close()
+            raise
         assert isinstance(hello, m.Hello)  # the decoder gives HELLO's reply this type
         self.session = hello.session
 

@@ -189,8 +189,9 @@ class WorkerLoop:
         if not isinstance(h, m.Hello):
             return self.state.handle(rid, message)
         try:
-            if message.reply:  # the broker's answer to a dialled HELLO carries the epoch
-                h = m.Hello(h.version, h.role, b"broker", h.epoch)
+            if message.reply:
+                # the broker's answer on a channel that we dialled carries the epoch; either channel's may come first
+                h = m.Hello(h.version, "broker", b"broker", h.epoch)
             for key in self.state.hello(rid, h, time.monotonic()):
                 self._free(key)
         except GgmqError as e:

@@ -1,0 +1,65 @@
+"""Cluster files: an error names file, line and the path of the key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from config.load import load_cluster
+from protocol.errors import ConfigError
+from tests.support.fixtures import ROOT
+
+GOOD = "name: x\nworkers:\n  - name: a\n    threads: 2\n"
+
+
+def load(folder: Path, text: str) -> object:
+    path = folder / "c.yaml"
+    path.write_text(text)
+    return load_cluster(path)
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "config" / "examples").glob("*.yaml")), ids=lambda p: p.name)
+def test_examples_are_valid(example: Path) -> None:
+    assert load_cluster(example).workers
+
+
+@pytest.mark.parametrize(("text", "where"), [
+    ("", r"c\.yaml:1:"),
+    ("name: [", r"c\.yaml:1: not YAML"),
+    ("name: x\n", r"c\.yaml:1: \$: .*workers"),
+    ("workers: []\n", r"c\.yaml:1: \$\.workers"),
+    (GOOD + "    thread: 3\n", r"c\.yaml:5: \$\.workers\[0\]\.thread: .*unknown field"),
+    (GOOD.replace("2", "many"), r"c\.yaml:4: \$\.workers\[0\]\.threads: Expected `int`"),
+    (GOOD.replace("2", "-2"), r"c\.yaml:4: \$\.workers\[0\]\.threads"),
+    (GOOD + "    threads: 3\n", r"c\.yaml:5: \$\.workers\[0\]\.threads: the key comes twice"),
+    (GOOD + "    launcher: rocket\n", r"c\.yaml:5: \$\.workers\[0\]\.launcher"),
+    (GOOD + "    host: other\n", r"c\.yaml:5: \$\.workers\[0\]\.host: launcher local"),
+    (GOOD + "  - name: a\n", r"c\.yaml:5: \$\.workers\[1\]\.name: 'a' is also"),
+    (GOOD + "split:\n  tensor_split: [1, 1, 1]\n", r"c\.yaml:6: \$\.split\.tensor_split"),
+    (GOOD + "broker:\n  listen: 5555\n", r"c\.yaml:6: \$\.broker\.listen"),
+    (GOOD + "broker:\n  listen: tcp://127.0.0.1:99999\n", r"c\.yaml:6: \$\.broker\.listen"),
+    (GOOD + "model: !!python/object/apply:os.system [id]\n", r"c\.yaml:5"),
+    ("- a\n- b\n", r"c\.yaml:1: \$"),
+])  # fmt: skip
+def test_errors_name_line_and_path(tmp_path: Path, text: str, where: str) -> None:
+    with pytest.raises(ConfigError, match=where):
+        load(tmp_path, text)
+
+
+@given(st.text(max_size=60))
+@settings(max_examples=200)
+def test_arbitrary_text_is_refused_or_read(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    try:
+        load_cluster(path)
+    except ConfigError:
+        pass
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nope\.yaml"):
+        load_cluster(tmp_path / "nope.yaml")

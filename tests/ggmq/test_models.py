@@ -1,0 +1,100 @@
+"""Logits through real workers against llama.cpp's, in pieces, over one, two and three workers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ggmq.archs import ARCHS, open_arch
+from ggmq.cluster import Client, LocalBus
+from ggmq.gguf import GGUF
+from ggmq.runner import Runner, plan
+from tests.support.fixtures import MODELS, nmse
+from tests.support.gguf_factory import tiny_model
+
+EXACT_TYPES = ("f32", "f16", "bf16")
+
+
+def run(client: Client, g: GGUF, tokens: np.ndarray, chunks: list[int], split: list[float] | None = None) -> list[np.ndarray]:
+    """Logits for each chunk size, from one load."""
+    arch = open_arch(g)
+    runner = Runner(client, arch, 256, plan(arch, client.devices(), 256, split))
+    try:
+        runner.load()
+        return [runner.logits(tokens, n) for n in chunks]
+    finally:
+        client.drain()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_agree_with_llama_cpp(bus: Client, device: str, shared: Path, name: str) -> None:
+    path = shared / "models" / name
+    record = np.load(path.with_suffix(".npz"))
+    whole, single, uneven = run(bus, GGUF(path), record["tokens"], [24, 1, 7])
+    exact = path.suffixes[-2].lstrip(".") in EXACT_TYPES
+    for row in range(len(whole)):
+        assert nmse(whole[row], record["logits"][row]) <= (1e-5 if exact else 1e-3), f"position {row}"
+    bound = 1e-10 if device == "reference" else 1e-6
+    assert nmse(single, whole) <= bound and nmse(uneven, whole) <= bound
+
+
+def test_every_architecture_has_a_recorded_model(shared: Path) -> None:
+    assert {GGUF(shared / "models" / n).text("general.architecture") for n in MODELS} == set(ARCHS)
+
+
+@pytest.fixture(scope="module")
+def three() -> Iterator[Client]:
+    started = LocalBus()
+    try:
+        for _ in range(3):
+            started.spawn("CPU", 1)
+        yield started.start()
+    finally:
+        started.close()
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 30])
+def test_one_two_and_three_workers_give_the_same_bits(three: Client, tmp_path: Path, chunk: int) -> None:
+    g = GGUF(tiny_model(tmp_path / "m.gguf", "llama", seed=chunk))
+    tokens = np.random.default_rng(chunk).integers(0, 50, 30).astype(np.int32)
+    one, two, all_three = (run(three, g, tokens, [chunk], split)[0] for split in ([1], [2, 1], [1, 1, 1]))
+    assert np.array_equal(one, two) and np.array_equal(one, all_three)
+
+
+@pytest.mark.parametrize("name", [n for n in MODELS if "moe" in n or "q4_0" in n or "gemma3" in n])
+def test_recorded_models_over_two_workers_give_the_same_bits(three: Client, shared: Path, name: str) -> None:
+    g = GGUF(shared / "models" / name)
+    tokens = np.load((shared / "models" / name).with_suffix(".npz"))["tokens"]
+    one, two = (run(three, g, tokens, [9], split)[0] for split in ([1], [1, 1]))
+    assert np.array_equal(one, two)
+
+
+def test_a_token_is_one_round_trip_for_the_main_host(three: Client, tmp_path: Path) -> None:
+    arch = open_arch(GGUF(tiny_model(tmp_path / "m.gguf", "llama")))
+    runner = Runner(three, arch, 128, plan(arch, three.devices(), 128, [1, 1, 1]))
+    try:
+        runner.load()
+        runner.forward([1, 2, 3], 0, [2])
+        runner.forward([4], 3, [0])
+        before = three.n_round_trips
+        runner.forward([5], 4, [0])
+        assert three.n_round_trips == before + 1
+    finally:
+        three.drain()
+
+
+def test_a_context_that_is_full_and_a_token_outside_are_refused(three: Client, tmp_path: Path) -> None:
+    from protocol.errors import FormatError
+
+    arch = open_arch(GGUF(tiny_model(tmp_path / "m.gguf", "llama")))
+    runner = Runner(three, arch, 32, plan(arch, three.devices(), 32))
+    try:
+        runner.load()
+        for tokens, past in (([1] * 33, 0), ([1], 32), ([50], 0), ([-1], 0), ([], 0)):
+            with pytest.raises(FormatError):
+                runner.forward(tokens, past, [0])
+    finally:
+        three.drain()
