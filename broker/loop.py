@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import sys
 import threading
 import time
@@ -42,7 +43,8 @@ class BrokerLoop:
 
     def __init__(self, software: str, context: zmq.Context[Any], keys: KeyPair | None = None) -> None:
         self.context, self.keys = context, keys
-        self.state = BrokerState(software, int(time.time()) & 0x3FFFFFFF)
+        self.state = BrokerState(software, int(time.time()) & 0x3FFFFFFF, secrets.token_bytes(16),
+                                 secrets.randbits(48) << 8)  # fmt: skip
         self.endpoints: list[str] = []
         self._routers: list[zmq.Socket[Any]] = []
         self._dealers: dict[Link, tuple[zmq.Socket[Any], zmq.Socket[Any]]] = {}

@@ -98,16 +98,20 @@ PendingKey = tuple[Link, bool, int]
 
 class BrokerState:
     """Attributes:
+    token: names this broker to the workers that it connects to; two brokers never have the same.
     devices: global numbering; entries of lost workers stay, so that a number never changes its meaning.
     """
 
-    def __init__(self, software: str, first_epoch: int, deadline_s: float = limits.REQUEST_DEADLINE_S) -> None:
+    def __init__(
+        self, software: str, first_epoch: int, token: bytes = b"broker", first_session: int = 1,
+        deadline_s: float = limits.REQUEST_DEADLINE_S,
+    ) -> None:  # fmt: skip
         self.software, self.next_epoch, self.deadline_s = software, first_epoch, deadline_s
+        self.token, self.next_session = token, first_session
         self.clients: dict[bytes, Client] = {}
         self.workers: dict[Link, Worker] = {}
         self.devices: list[DeviceEntry] = []
         self.pending: dict[PendingKey, Pending] = {}
-        self.next_session = first_epoch << 20
         self.clients_pinged_s = 0.0
         self.n_refused = 0
 
@@ -252,9 +256,8 @@ class BrokerState:
     def _open(self, link: Link, now_s: float) -> list[Instruction]:
         """Say HELLO to a worker that listens; both channels, one token."""
         epoch = self._epoch()
-        token = epoch.to_bytes(8, "big") + b"\0" * 8
-        self.workers[link] = Worker(epoch, token=token, ponged_s=now_s)
-        hello = m.Hello(PROTOCOL_VERSION, "broker", token, epoch, software=self.software)
+        self.workers[link] = Worker(epoch, token=self.token, ponged_s=now_s)
+        hello = m.Hello(PROTOCOL_VERSION, "broker", self.token, epoch, software=self.software)
         return [ToWorker(link, False, Message(Command.HELLO, hello, epoch=epoch))]
 
     def _epoch(self) -> int:

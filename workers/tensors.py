@@ -14,7 +14,7 @@ import numpy.typing as npt
 from protocol.dtypes import TYPES, GGMLType
 from protocol.errors import HandleError
 from protocol.graph import Tensor
-from workers.kernels import quants
+from workers.kernels import quantize, quants
 
 Array = npt.NDArray[Any]
 Bytes = npt.NDArray[np.uint8]
@@ -84,7 +84,7 @@ def convert(values: Array, type_id: int, shape: tuple[int, ...]) -> Array:
         if values.size == 0:
             return np.empty(shape, np.uint8)
         flat = values.astype(np.float32).reshape(-1, TYPES[type_id].block)
-        return quants.quantize(type_id, flat).reshape(shape)
+        return quantize.quantize(type_id, flat).reshape(shape)
     with np.errstate(over="ignore", invalid="ignore"):
         return values.astype(NUMPY_TYPE[type_id]).reshape(shape)
 

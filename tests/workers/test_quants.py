@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from protocol.dtypes import INTERMEDIATE, NO_QUANTIZE, QUANTIZED, TYPES, GGMLType
 from workers import tensors
-from workers.kernels import quants, simd
+from workers.kernels import quantize, quants, simd
 
 TYPES_HERE = sorted(QUANTIZED - INTERMEDIATE)
 KNOWN_TO_GGUF = [t for t in TYPES_HERE if t not in (GGMLType.Q1_0, GGMLType.Q2_0)]
@@ -30,7 +30,7 @@ def test_values_are_those_of_the_gguf_package(t: GGMLType, seed: int) -> None:
 @pytest.mark.parametrize("t", [t for t in TYPES_HERE if t not in NO_QUANTIZE], ids=lambda t: t.name)
 def test_quantised_values_lie_near_what_they_were_made_of(t: GGMLType) -> None:
     x = np.random.default_rng(5).standard_normal((8, TYPES[t].block)).astype(np.float32)
-    blocks = quants.quantize(t, x)
+    blocks = quantize.quantize(t, x)
     assert blocks.shape == (8, TYPES[t].bytes)
     error = ((quants.dequantize(t, blocks) - x) ** 2).sum() / (x**2).sum()
     bits = 8 * TYPES[t].bytes / TYPES[t].block
@@ -40,7 +40,7 @@ def test_quantised_values_lie_near_what_they_were_made_of(t: GGMLType) -> None:
 @pytest.mark.parametrize("t", [t for t in TYPES_HERE if t not in NO_QUANTIZE], ids=lambda t: t.name)
 def test_zeros_stay_zeros(t: GGMLType) -> None:
     zeros = np.zeros((2, TYPES[t].block), np.float32)
-    assert not quants.dequantize(t, quants.quantize(t, zeros)).any()
+    assert not quants.dequantize(t, quantize.quantize(t, zeros)).any()
 
 
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(0, 1 << 32))

@@ -1,0 +1,1 @@
+"""The manual, and what generates parts of it."""
