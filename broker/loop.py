@@ -24,7 +24,7 @@ from broker.events import (
     ToClient,
 )
 from broker.state import BrokerState
-from config.auth import new_socket, require_curve
+from config.auth import bound_endpoint, new_socket, require_curve
 from config.keys import KeyPair
 from protocol import limits
 from protocol import messages as m
@@ -71,7 +71,7 @@ class BrokerLoop:
             raise ConfigError(f"{endpoint}: cannot listen: {e.strerror or e}; is another broker there?") from None
         self._routers.append(s)
         self._poller.register(s, zmq.POLLIN)
-        bound = str(s.last_endpoint.decode().rstrip("\0")) if not endpoint.startswith("inproc") else endpoint
+        bound = endpoint if endpoint.startswith("inproc") else bound_endpoint(s)
         self.endpoints.append(bound)
         return bound
 

@@ -43,6 +43,13 @@ def new_socket(context: zmq.Context[Any], kind: int, keys: KeyPair | None, serve
     return s
 
 
+def bound_endpoint(s: zmq.Socket[Any]) -> str:
+    """What a socket was bound to, with its real port."""
+    raw = s.getsockopt(zmq.LAST_ENDPOINT)
+    assert isinstance(raw, bytes)  # libzmq's type for this option
+    return raw.rstrip(b"\0").decode()
+
+
 def require_curve(context: zmq.Context[Any], keys: KeyPair) -> zmq.auth.thread.ThreadAuthenticator:
     """Start the handler that lets in the cluster's key and nothing else. Call before any CURVE socket is bound."""
     auth = zmq.auth.thread.ThreadAuthenticator(context)

@@ -83,7 +83,8 @@ def _check(cluster: ClusterFile, lines: dict[str, int], path: Path) -> None:
     for i, w in enumerate(cluster.workers):
         at = f"$.workers[{i}]"
         if w.name in seen:
-            raise ConfigError(f"{path}:{lines.get(at + '.name', 1)}: {at}.name: {w.name!r} is also $.workers[{seen[w.name]}]")
+            line = lines.get(at + ".name", 1)
+            raise ConfigError(f"{path}:{line}: {at}.name: {w.name!r} is also $.workers[{seen[w.name]}]")
         seen[w.name] = i
         if w.launcher == "local" and w.host not in ("localhost", "127.0.0.1"):
             raise ConfigError(f"{path}:{lines.get(at + '.host', 1)}: {at}.host: launcher local starts workers on this "

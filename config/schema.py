@@ -14,26 +14,26 @@ class Strict(Struct, forbid_unknown_fields=True, frozen=True):
     """A typo in a key is an error."""
 
 
-class BrokerSection(Strict):
+class BrokerSection(Strict, frozen=True):
     """`listen` is bound on the main host; `advertise` is what workers dial, when that differs."""
 
     listen: Annotated[str, Meta(pattern=r"^tcp://[^:/]+:\d{1,5}$")] = "tcp://127.0.0.1:5555"
     advertise: Annotated[str, Meta(pattern=r"^(tcp://[^:/]+:\d{1,5})?$")] = ""
 
 
-class SecuritySection(Strict):
+class SecuritySection(Strict, frozen=True):
     """`keys`: the cluster key file; empty takes the default file, if there is one."""
 
     keys: str = ""
     insecure: bool = False
 
 
-class ModelSection(Strict):
+class ModelSection(Strict, frozen=True):
     path: str = ""
     context: Count = 0
 
 
-class WorkerSection(Strict):
+class WorkerSection(Strict, frozen=True):
     """Workers of one host, a process for each device.
 
     `launcher`: local starts a process here, ssh one on `host`, none expects one that listens on `host` and `port`.
@@ -52,11 +52,11 @@ class WorkerSection(Strict):
     ssh_options: Annotated[list[Annotated[str, Meta(max_length=512)]], Meta(max_length=32)] = []
 
 
-class SplitSection(Strict):
+class SplitSection(Strict, frozen=True):
     tensor_split: Annotated[list[Annotated[float, Meta(ge=0)]], Meta(max_length=256)] = []
 
 
-class ClusterFile(Strict):
+class ClusterFile(Strict, frozen=True):
     workers: Annotated[list[WorkerSection], Meta(min_length=1, max_length=256)]
     name: Name = "ggmq"
     broker: BrokerSection = BrokerSection()

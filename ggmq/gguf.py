@@ -202,7 +202,8 @@ class _Part:
             size = tensor_bytes(kind, ne)
             if size > c.end:
                 raise c.fail(f"{name} to fit the file of {c.end} bytes", f"{size} bytes", at)
-            raw.append((name, GGMLType(kind), (ne[0], ne[1], ne[2], ne[3]), c.unpack("Q", f"the offset of {name}"), size, at))
+            offset = c.unpack("Q", f"the offset of {name}")
+            raw.append((name, GGMLType(kind), (ne[0], ne[1], ne[2], ne[3]), offset, size, at))
         alignment = self.metadata.get("general.alignment")
         align = 32
         if alignment is not None:

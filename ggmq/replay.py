@@ -20,7 +20,7 @@ from protocol import messages as m
 from protocol.dtypes import GGMLType, contiguous_nb
 from protocol.errors import FormatError, GgmqError
 from protocol.graph import Graph, Tensor, encode_graph, graph_digest
-from protocol.ops import OP_ID, op_of
+from protocol.ops import OP_ID
 
 BUFFER = 1
 

@@ -42,7 +42,7 @@ def model_sizes(arch: Arch, n_ctx: int) -> ModelSizes:
     layers, head, tail = [0] * n, 0, 0
     for il in range(n):
         layers[il] = _aligned(arch.stage_weights(Stage(0, range(il, il + 1), False, False)))
-    shared = {t.name for t in arch.stage_weights(Stage(0, range(0, 1), False, False)) if not t.name.startswith("blk.")}
+    shared = {t.name for t in arch.stage_weights(Stage(0, range(1), False, False)) if not t.name.startswith("blk.")}
     head = _aligned([t for t in arch.stage_weights(Stage(0, range(0), True, False)) if t.name not in shared])
     tail = _aligned([t for t in arch.stage_weights(Stage(0, range(0), False, True)) if t.name not in shared])
     return ModelSizes(layers, [arch.kv_bytes(il, n_ctx) for il in range(n)], head, tail)
@@ -192,7 +192,7 @@ class Runner:
             [feeds[name]() for name in names if name != "hidden"] for names in compiled.inputs
         ]
         route = [m.RouteStep(s.assignment.device, digest, len(payload))
-                 for s, digest, payload in zip(self.stages[1:], compiled.digests[1:], payloads[1:], strict=True)]  # fmt: skip
+                 for s, digest, payload in list(zip(self.stages, compiled.digests, payloads, strict=True))[1:]]  # fmt: skip
         header = m.GraphCompute(self.client.session, compiled.digests[0], len(payloads[0]), route)
         frames = [f for payload in payloads for f in payload]
         reply = self.client.request(header, frames, device=self.stages[0].assignment.device)
@@ -266,8 +266,8 @@ class _Upload:
             p = self.to_send[0]
             t = p.info
             chunk = self.runner.arch.gguf.data(t.name)[self.at : self.at + limits.MAX_CHUNK_BYTES]
-            header = m.SetTensor(session, p.buffer, p.offset, t.n_bytes, self.at, int(t.type), t.ne, self.hashes[t.name])
-            self.sent.append((self.client.submit(header, [chunk], device=self.device), len(chunk)))
+            part = m.SetTensor(session, p.buffer, p.offset, t.n_bytes, self.at, int(t.type), t.ne, self.hashes[t.name])
+            self.sent.append((self.client.submit(part, [chunk], device=self.device), len(chunk)))
             report.sent_bytes += len(chunk)
             self.at += len(chunk)
             if self.at == t.n_bytes:

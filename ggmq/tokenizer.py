@@ -214,9 +214,9 @@ class Vocabulary:
         for piece in symbols:
             if not piece:
                 continue
-            i = self.ids.get(piece)
-            if i is not None:
-                out.append(i)
+            whole = self.ids.get(piece)
+            if whole is not None:
+                out.append(whole)
             else:
                 raw = piece.encode("utf-8", "surrogateescape")
                 known = [self._byte_ids.get(b, self.unknown) for b in raw]

@@ -78,10 +78,10 @@ TYPES: dict[int, TypeInfo] = {
 
 FLOATS = frozenset({_T.F32, _T.F16, _T.BF16})
 INTEGERS = frozenset({_T.I8, _T.I16, _T.I32, _T.I64})
-QUANTIZED = frozenset(t for t, info in TYPES.items() if info.quantized)
+QUANTIZED = frozenset(info.type for info in TYPES.values() if info.quantized)
 INTERMEDIATE = frozenset({_T.Q8_1, _T.Q8_K})
 """Types that ggml makes of activations only; no file holds them."""
-ANY = frozenset(TYPES)
+ANY = frozenset(info.type for info in TYPES.values())
 NO_QUANTIZE = frozenset({_T.IQ2_XXS, _T.IQ2_XS, _T.IQ3_XXS, _T.IQ1_S, _T.IQ1_M, _T.IQ3_S, _T.IQ2_S})
 """Types that need an importance matrix or a search to be written; no op stores to them."""
 

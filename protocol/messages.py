@@ -50,7 +50,7 @@ class Header(Struct, forbid_unknown_fields=True, frozen=True):
     """Base of all headers."""
 
 
-class DeviceInfo(Header):
+class DeviceInfo(Header, frozen=True):
     """What a device says of itself. `shares_memory` tells that devices of one `host` have one memory between them."""
 
     name: Short
@@ -64,7 +64,7 @@ class DeviceInfo(Header):
     worker: Short = ""
 
 
-class Hello(Header):
+class Hello(Header, frozen=True):
     """First message of every connection, both ways.
 
     `role` is broker, worker, client, or the first two with `-bulk` for the second channel of the same `token`.
@@ -79,15 +79,15 @@ class Hello(Header):
     devices: Annotated[list[DeviceInfo], Meta(max_length=256)] = []
 
 
-class DeviceQuery(Header):
+class DeviceQuery(Header, frozen=True):
     pass
 
 
-class DeviceList(Header):
+class DeviceList(Header, frozen=True):
     devices: Annotated[list[DeviceInfo], Meta(max_length=1024)] = []
 
 
-class AllocBuffer(Header):
+class AllocBuffer(Header, frozen=True):
     """The client names the buffer, so that it need not wait for the reply to use it."""
 
     session: U64
@@ -96,12 +96,12 @@ class AllocBuffer(Header):
     usage: Short = "compute"
 
 
-class FreeBuffer(Header):
+class FreeBuffer(Header, frozen=True):
     session: U64
     buffer: Handle
 
 
-class SetTensor(Header):
+class SetTensor(Header, frozen=True):
     """One chunk of a tensor of `n_bytes` that starts at `offset`; the payload goes to `offset + at`.
 
     With `hash` (BLAKE3 of the whole tensor) the chunks come in order, are verified at the end and may be cached.
@@ -117,7 +117,7 @@ class SetTensor(Header):
     hash: Annotated[bytes, Meta(max_length=32)] = b""
 
 
-class SetTensorHash(Header):
+class SetTensorHash(Header, frozen=True):
     """Fill the tensor from the worker's cache, if it has these bytes."""
 
     session: U64
@@ -129,18 +129,18 @@ class SetTensorHash(Header):
     ne: Ne
 
 
-class Found(Header):
+class Found(Header, frozen=True):
     found: bool
 
 
-class GetTensor(Header):
+class GetTensor(Header, frozen=True):
     session: U64
     buffer: Handle
     offset: Size
     n_bytes: Size
 
 
-class CopyTensor(Header):
+class CopyTensor(Header, frozen=True):
     session: U64
     src_buffer: Handle
     src_offset: Size
@@ -150,14 +150,14 @@ class CopyTensor(Header):
     dst_n_bytes: Size
 
 
-class GraphPut(Header):
+class GraphPut(Header, frozen=True):
     """The payload is the graph frame; `digest` is its blake2b-128."""
 
     session: U64
     digest: Digest
 
 
-class RouteStep(Header):
+class RouteStep(Header, frozen=True):
     """A later stage of a GRAPH_COMPUTE: the outputs of the stage before are its first inputs."""
 
     device: Annotated[int, Meta(ge=0, lt=1 << 16)]
@@ -165,7 +165,7 @@ class RouteStep(Header):
     n_payload: Annotated[int, Meta(ge=0, le=limits.MAX_FRAMES)]
 
 
-class GraphCompute(Header):
+class GraphCompute(Header, frozen=True):
     """Run a graph. The payload holds the inputs in graph order, then those of the later steps of `route`."""
 
     session: U64
@@ -174,33 +174,33 @@ class GraphCompute(Header):
     route: Annotated[list[RouteStep], Meta(max_length=limits.MAX_ROUTE_STEPS)] = []
 
 
-class ComputeDone(Header):
+class ComputeDone(Header, frozen=True):
     """The payload holds the outputs in graph order."""
 
     compute_s: float = 0.0
     n_nodes: U64 = 0
 
 
-class Cancel(Header):
+class Cancel(Header, frozen=True):
     session: U64
     seq: U64
 
 
-class Ping(Header):
+class Ping(Header, frozen=True):
     nonce: U64
 
 
-class Drain(Header):
+class Drain(Header, frozen=True):
     """Finish what is in flight for the session, then free all that it holds."""
 
     session: U64
 
 
-class StatsQuery(Header):
+class StatsQuery(Header, frozen=True):
     pass
 
 
-class Stats(Header):
+class Stats(Header, frozen=True):
     """Counters since the start of a worker process."""
 
     device: Short = ""
@@ -221,12 +221,12 @@ class Stats(Header):
     kernel_compiles: U64 = 0
 
 
-class Error(Header):
+class Error(Header, frozen=True):
     code: Short
     message: Annotated[str, Meta(max_length=4096)]
 
 
-class Ok(Header):
+class Ok(Header, frozen=True):
     pass
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 import zmq
 
-from config.auth import new_socket, require_curve
+from config.auth import bound_endpoint, new_socket, require_curve
 from config.keys import KeyPair
 from protocol import messages as m
 from protocol.errors import ConfigError, GgmqError, ProtocolError, WorkerLost
@@ -47,7 +47,7 @@ class Front:
             self.public.bind(endpoint)
         except zmq.ZMQError as e:
             raise ConfigError(f"{endpoint}: cannot listen: {e.strerror or e}; choose another port with -p") from None
-        self.endpoint = str(self.public.last_endpoint.decode().rstrip("\0"))
+        self.endpoint = bound_endpoint(self.public)
         self.folder = tempfile.TemporaryDirectory(prefix="ggmq-front-")
         self.inner = new_socket(self.context, zmq.ROUTER, None, server=True)
         self.inner_endpoint = f"ipc://{Path(self.folder.name) / 'front'}"

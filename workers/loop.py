@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 import zmq
 
-from config.auth import new_socket, require_curve
+from config.auth import bound_endpoint, new_socket, require_curve
 from config.keys import KeyPair
 from protocol import PROTOCOL_VERSION, limits
 from protocol import messages as m
@@ -72,7 +72,7 @@ class WorkerLoop:
             raise ConfigError(f"{endpoint}: cannot listen: {e.strerror or e}; is another worker on this port? "
                               "Choose another with -p") from None  # fmt: skip
         self.sockets.append(s)
-        return str(s.last_endpoint.decode().rstrip("\0"))
+        return bound_endpoint(s)
 
     def dial(self, endpoint: str) -> None:
         """Connect to a broker, control and bulk, and say HELLO."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -107,7 +108,7 @@ class HostPlan(Plan):
                         [arrays[j] if j >= 0 else None for j in t.src],
                         [graph.tensors[j] if j >= 0 else None for j in t.src])  # fmt: skip
             fast = bind(node) if bind is not None else None
-            self.steps.append((fast or (lambda node=node: reference.run(node)), i))
+            self.steps.append((fast or partial(reference.run, node), i))
         self.n_nodes = len(self.steps)
 
     def _bytes(self, i: int) -> memoryview:
@@ -115,7 +116,7 @@ class HostPlan(Plan):
         if not t.contiguous:
             raise HandleError(f"tensor {i}: an input or output is contiguous; make it so with CONT")
         base, at = self.memory[i]
-        return memoryview(base[at : at + tensor_bytes(t.type, t.ne)])
+        return base[at : at + tensor_bytes(t.type, t.ne)].data
 
     def run(self, inputs: Sequence[bytes | memoryview], tick: Tick) -> list[memoryview]:
         if len(inputs) != len(self.inputs):

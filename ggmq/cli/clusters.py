@@ -128,8 +128,10 @@ def _print_stages(infos: Sequence[m.DeviceInfo], assignments: Sequence[Assignmen
     idle = [f"{d.worker} {d.name}" for i, d in enumerate(infos) if all(a.device != i for a in assignments)]
     widths = [max(len(r[c]) for r in rows) for c in range(6)]
     for r in rows:
-        print("  ".join(cell.ljust(w) if c < 3 else cell.rjust(w) for c, (cell, w) in enumerate(zip(r, widths, strict=True))))
-    print(f"{SCRATCH_BYTES // MIB} MiB more on each device for scratch" + (f"; without layers: {', '.join(idle)}" if idle else ""))
+        cells = enumerate(zip(r, widths, strict=True))
+        print("  ".join(cell.ljust(w) if c < 3 else cell.rjust(w) for c, (cell, w) in cells))
+    without = f"; without layers: {', '.join(idle)}" if idle else ""
+    print(f"{SCRATCH_BYTES // MIB} MiB more on each device for scratch{without}")
 
 
 # -- up, down, status --------------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from broker.placement import Assignment
-from ggmq.archs import Arch, open_arch
+from ggmq.archs import open_arch
+from ggmq.archs.base import Arch
 from ggmq.cli.options import keys_of, local_threads
 from ggmq.cli.progress import progress_bars
 from ggmq.cluster import Client, connect, local_bus

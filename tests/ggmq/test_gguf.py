@@ -98,7 +98,7 @@ def test_threats_are_refused_with_the_place(tmp_path: Path, threat: str) -> None
     tracemalloc.start()
     start = time.perf_counter()
     try:
-        with pytest.raises(FormatError, match="x.gguf: byte"):
+        with pytest.raises(FormatError, match=r"x\.gguf: byte"):
             opened(THREATS[threat], tmp_path)
         assert tracemalloc.get_traced_memory()[1] < 64 << 20
     finally:
@@ -194,7 +194,7 @@ def test_split_files_open_by_any_part(tmp_path: Path) -> None:
 def test_a_missing_part_is_named(tmp_path: Path) -> None:
     first, second = _split(tmp_path)
     second.unlink()
-    with pytest.raises(FormatError, match="00002-of-00002.gguf: part of a split file is missing"):
+    with pytest.raises(FormatError, match=r"00002-of-00002\.gguf: part of a split file is missing"):
         GGUF(first)
 
 
@@ -209,7 +209,7 @@ def test_broken_vocabularies_are_refused(
 ) -> None:
     keys = [key("tokenizer.ggml.model", STRING, text("llama")),
             key("tokenizer.ggml.tokens", ARRAY, struct.pack("<IQ", STRING, len(tokens)) + b"".join(map(text, tokens))),
-            key("tokenizer.ggml.token_type", ARRAY, struct.pack("<IQ", 5, len(types)) + struct.pack(f"<{len(types)}i", *types)),
+            key("tokenizer.ggml.token_type", ARRAY, struct.pack(f"<IQ{len(types)}i", 5, len(types), *types)),
             *extra]  # fmt: skip
     with pytest.raises(FormatError, match=match):
         Vocabulary(opened(file(keys, [], bytes(64)), tmp_path))

@@ -18,7 +18,9 @@ from tests.support.gguf_factory import tiny_model
 EXACT_TYPES = ("f32", "f16", "bf16")
 
 
-def run(client: Client, g: GGUF, tokens: np.ndarray, chunks: list[int], split: list[float] | None = None) -> list[np.ndarray]:
+def run(
+    client: Client, g: GGUF, tokens: np.ndarray, chunks: list[int], split: list[float] | None = None
+) -> list[np.ndarray]:
     """Logits for each chunk size, from one load."""
     arch = open_arch(g)
     runner = Runner(client, arch, 256, plan(arch, client.devices(), 256, split))

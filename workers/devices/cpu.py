@@ -32,7 +32,8 @@ def _kernel_cache() -> Path:
     root = (Path(base) if base else Path.home() / ".cache") / "ggmq-kernels"
     folder = Path(__file__).resolve().parent.parent / "kernels"
     source = "".join(f"{p.name}{p.stat().st_mtime_ns}" for p in sorted(folder.glob("*.py")))
-    text = f"{_KERNEL_VERSION} {cpu_model()} {platform.machine()} {numba.__version__} {np.__version__} {sys.version} {source}"
+    versions = f"{_KERNEL_VERSION} {numba.__version__} {np.__version__} {sys.version}"
+    text = f"{cpu_model()} {platform.machine()} {versions} {source}"
     return root / blake2b(text.encode(), digest_size=8).hexdigest()
 
 

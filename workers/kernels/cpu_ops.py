@@ -145,10 +145,10 @@ def _attend_one(q, k, k_row, v, v_row, n_kv, mask, scale, softcap, sink, score, 
 
 
 @njit(nogil=True, cache=True, parallel=True)
-def flash_attn(
+def flash_attn(  # type: ignore[no-untyped-def]
     q, q_head, q_row, d, n_head, n_tokens, k, k_head, k_row, v, v_head, v_row, d_v, n_head_kv, n_kv, mask, mask_row,
     scale, softcap, sinks, y, n_threads,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """Attention over a float16 cache with grouped heads.
 
     Units: q, k, v, mask, sinks and y are addresses, `_head` and `_row` strides in bytes. Of the mask and the sinks 0

@@ -57,7 +57,7 @@ def _unpack32(kind, w, at, q, s, low):  # type: ignore[no-untyped-def]
         for i in range(16):
             q[i] = np.int8(w[at + 4 + i] & 15)
             q[i + 16] = np.int8(w[at + 4 + i] >> 4)
-    elif kind == Q5_0 or kind == Q5_1:
+    elif kind in (Q5_0, Q5_1):
         skip = 2 if kind == Q5_0 else 4
         d = _half(w, at)
         if kind == Q5_1:
@@ -86,7 +86,7 @@ def _unpack32(kind, w, at, q, s, low):  # type: ignore[no-untyped-def]
 @njit(nogil=True, cache=True)
 def _unpack256(kind, w, at, q, s, low):  # type: ignore[no-untyped-def]
     """One block of 256: values to q, 16 scales and 16 minima (added, so those of the K types are negative)."""
-    if kind == Q4_K or kind == Q5_K:
+    if kind in (Q4_K, Q5_K):
         d, dmin = _half(w, at), _half(w, at + 2)
         for j in range(8):
             if j < 4:

@@ -16,9 +16,10 @@ import numpy.typing as npt
 
 from protocol.dtypes import TYPES, GGMLType
 
-U8 = npt.NDArray[np.uint8]
-F32 = npt.NDArray[np.float32]
 Arr = npt.NDArray[Any]
+U8 = npt.NDArray[Any]
+F32 = npt.NDArray[Any]
+"""Arrays of uint8 and of float32: NumPy's stubs lose the width of an element in arithmetic, so it stands in the name."""
 T = GGMLType
 
 KVALUES_IQ4NL = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from protocol.dtypes import GGMLType
 from protocol.errors import KernelError
 from protocol.graph import Tensor
 from protocol.limits import MAX_ROPE_POSITION
@@ -119,7 +118,7 @@ def gelu(x: Array) -> Array:
 
 
 def gelu_erf(x: Array) -> Array:
-    return 0.5 * x * (1 + _erf(x / math.sqrt(2)).astype(np.float64))
+    return 0.5 * x * (1 + np.asarray(_erf(x / math.sqrt(2)), np.float64))
 
 
 def gelu_quick(x: Array) -> Array:
