@@ -5,10 +5,12 @@ Threads: products and attention use up to `n_threads`; all else runs on the call
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from hashlib import blake2b
 from pathlib import Path
 
@@ -37,6 +39,25 @@ def _kernel_cache() -> Path:
     return root / blake2b(text.encode(), digest_size=8).hexdigest()
 
 
+@contextlib.contextmanager
+def _first_compiler(folder: Path) -> Iterator[bool]:
+    """True for the process that compiles; others wait for it, then load what it made. No folder: everyone compiles."""
+    ready = folder / "ready"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / "lock", "a")
+    except OSError:
+        yield True
+        return
+    with lock:
+        if not ready.exists():
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        first = not ready.exists()
+        yield first
+        if first:
+            ready.touch()
+
+
 class CPUDevice(HostDevice):
     name = "CPU"
     kind = "cpu"
@@ -47,21 +68,17 @@ class CPUDevice(HostDevice):
         import numba
 
         folder = _kernel_cache()
-        ready = folder / "ready"
-        first = not ready.exists()
         numba.config.CACHE_DIR = str(folder)
-        if first:
-            print("worker: compiling kernels for this CPU; this happens once and takes about a minute", file=sys.stderr,
-                  flush=True)  # fmt: skip
         numba.set_num_threads(min(n_threads, numba.config.NUMBA_NUM_THREADS))
         from workers.kernels import cpu_ops, cpu_products, simd
 
         self.ops, self.products, self.simd = cpu_ops, cpu_products, simd
         self.expanded: dict[tuple[int, int], Array] = {}
-        self._warm_up()
-        if first:
-            folder.mkdir(parents=True, exist_ok=True)
-            ready.touch()
+        with _first_compiler(folder) as first:
+            if first:
+                print("worker: compiling kernels for this CPU; this happens once and takes about half a minute",
+                      file=sys.stderr, flush=True)  # fmt: skip
+            self._warm_up()
 
     def n_threads(self) -> int:
         return self._n_threads

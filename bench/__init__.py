@@ -1,0 +1,1 @@
+"""Measurements against peers: both sides in one run, in turn, as ratios."""
