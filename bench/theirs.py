@@ -1,4 +1,4 @@
-"""One measurement of llama.cpp through xllamacpp, printed as JSON: `python -m bench.theirs MODEL THREADS N_PREFILL N_DECODE`."""
+"""One measurement of llama.cpp through xllamacpp, as JSON: `python -m bench.theirs MODEL THREADS N_PREFILL N_DECODE`."""
 
 from __future__ import annotations
 

@@ -22,7 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[:1] == ["worker"]:  # the worker's own process, with the worker's own options
         os.execv(sys.executable, [sys.executable, "-m", "workers", *argv[1:]])
     args = _parser().parse_args(argv)
-    for s in (signal.SIGINT, signal.SIGTERM):  # a shell's background job comes with SIGINT ignored; ours still ends its workers
+    # a shell starts background jobs with SIGINT ignored; ours still ends, and its workers with it
+    for s in (signal.SIGINT, signal.SIGTERM):
         signal.signal(s, _terminated)
     try:
         return int(args.run(args))

@@ -45,17 +45,19 @@ def _first_compiler(folder: Path) -> Iterator[bool]:
     ready = folder / "ready"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / "lock", "a")
+        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError:
         yield True
         return
-    with lock:
+    try:
         if not ready.exists():
             fcntl.flock(lock, fcntl.LOCK_EX)
         first = not ready.exists()
         yield first
         if first:
             ready.touch()
+    finally:
+        os.close(lock)
 
 
 class CPUDevice(HostDevice):
@@ -76,7 +78,7 @@ class CPUDevice(HostDevice):
         self.expanded: dict[tuple[int, int], Array] = {}
         with _first_compiler(folder) as first:
             if first:
-                print("worker: compiling kernels for this CPU; this happens once and takes about half a minute",
+                print("worker: compiling kernels for this CPU; this happens once and takes up to a minute",
                       file=sys.stderr, flush=True)  # fmt: skip
             self._warm_up()
 
