@@ -217,7 +217,7 @@ class BrokerLoop:
                 elif not isinstance(i, ToClient) and i.link in self._dealers:
                     self._dealers[i.link][i.bulk].send_multipart(frames, zmq.DONTWAIT, copy=False)
             except zmq.ZMQError as e:
-                if limits.PING_INTERVAL_S and e.errno in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+                if e.errno in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                     self._handle(gone)
                 else:
                     print(f"ggmq broker: cannot send: {e}", file=sys.stderr)

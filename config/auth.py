@@ -6,6 +6,7 @@ Broker and workers share it, which is why it lies with the keys.
 from __future__ import annotations
 
 import secrets
+import tempfile
 from typing import Any
 
 import zmq
@@ -56,6 +57,11 @@ def require_curve(context: zmq.Context[Any], keys: KeyPair) -> zmq.auth.thread.T
     auth.start()
     auth.configure_curve_callback(domain=limits.ZAP_DOMAIN, credentials_provider=Allowed(keys.public))
     return auth
+
+
+def socket_folder() -> tempfile.TemporaryDirectory[str]:
+    """A private folder for ipc sockets, whose paths may have little more than 100 bytes."""
+    return tempfile.TemporaryDirectory(prefix="ggmq-", dir="/tmp" if len(tempfile.gettempdir()) > 70 else None)
 
 
 def new_keys() -> KeyPair:

@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import zmq
 
 from broker.loop import BrokerLoop
-from config.auth import new_socket
+from config.auth import new_socket, socket_folder
 from config.keys import KeyPair
 from ggmq import __version__
 from protocol import PROTOCOL_VERSION, limits
@@ -131,7 +130,7 @@ class LocalBus:
 
     def __init__(self, keys: KeyPair | None = None, listen: str | None = None) -> None:
         self.context: zmq.Context[Any] = zmq.Context()
-        self.folder = tempfile.TemporaryDirectory(prefix="ggmq-")
+        self.folder = socket_folder()
         self.keys = keys
         self.broker = BrokerLoop(SOFTWARE, self.context, keys)
         self.broker.listen("inproc://broker")

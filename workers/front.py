@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import msgspec
 import zmq
 
-from config.auth import bound_endpoint, new_socket, require_curve
+from config.auth import bound_endpoint, new_socket, require_curve, socket_folder
 from config.keys import KeyPair
 from protocol import messages as m
 from protocol.errors import ConfigError, GgmqError, ProtocolError, WorkerLost
@@ -48,7 +47,7 @@ class Front:
         except zmq.ZMQError as e:
             raise ConfigError(f"{endpoint}: cannot listen: {e.strerror or e}; choose another port with -p") from None
         self.endpoint = bound_endpoint(self.public)
-        self.folder = tempfile.TemporaryDirectory(prefix="ggmq-front-")
+        self.folder = socket_folder()
         self.inner = new_socket(self.context, zmq.ROUTER, None, server=True)
         self.inner_endpoint = f"ipc://{Path(self.folder.name) / 'front'}"
         self.inner.bind(self.inner_endpoint)

@@ -72,9 +72,9 @@ class CPUDevice(HostDevice):
         folder = _kernel_cache()
         numba.config.CACHE_DIR = str(folder)
         numba.set_num_threads(min(n_threads, numba.config.NUMBA_NUM_THREADS))
-        from workers.kernels import cpu_ops, cpu_products, simd
+        from workers.kernels import cpu_ops, cpu_products, simd, simd_rows
 
-        self.ops, self.products, self.simd = cpu_ops, cpu_products, simd
+        self.ops, self.products, self.simd, self.rows = cpu_ops, cpu_products, simd, simd_rows
         self.expanded: dict[tuple[int, int], Array] = {}
         with _first_compiler(folder) as first:
             if first:
@@ -110,8 +110,6 @@ class CPUDevice(HostDevice):
         o.flash_attn(q, 128, 128, 32, 1, 1, k, 64, 64, k, 64, 64, 8, 1, 1, 0, 0, one, one, 0, y.ctypes.data, n)
         w = np.zeros(8 * 34, np.uint8)
         xq, xd, xs16 = np.zeros((4, 32), np.int8), np.zeros((4, 1), np.float32), np.zeros((4, 2), np.int32)
-        p.quantize_plain(f, xq, xd, xs16)
-        p.blocks_product(int(GGMLType.Q8_0), w, 34, 32, 34, xq, xd, xs16, y, n)
         p.floats_product(0, np.zeros(256, np.float32), _NO_HALVES, 32, f, y, n)
         if s.HAVE_AVX2:
             packed = np.zeros(s.BLOCK_BYTES, np.uint8)
@@ -121,10 +119,18 @@ class CPUDevice(HostDevice):
             at = [a.ctypes.data for a in (packed, *flat)]
             for product in (s.q4_0x8_parallel, s.q4_0x8_serial):
                 product(*at, 1, y.ctypes.data, 32, 1, 1, 0, n)
+            sums = np.zeros((4, 1), np.float32)
+            self.rows.quantize_rows(f, xq, xd, sums, 0, 4)
+            self.rows.quantize_rows_parallel(f, xq, xd, sums, n)
+            at = [a.ctypes.data for a in (xq, xd, sums)]
+            self.rows.rows_product(int(GGMLType.Q8_0), w.ctypes.data, 34, *at, 32, y.ctypes.data, 8, 4, n)
+        else:
+            p.quantize_plain(f, xq, xd, xs16)
+            p.blocks_product(int(GGMLType.Q8_0), w, 34, 32, 34, xq, xd, xs16, y, n)
         self._n_compiled = self._count_compiled()
 
     def _count_compiled(self) -> int:
-        modules = (self.ops, self.products, self.simd)
+        modules = (self.ops, self.products, self.simd, self.rows)
         return sum(len(f.signatures) for mod in modules for f in vars(mod).values() if hasattr(f, "signatures"))
 
     @property
@@ -438,6 +444,12 @@ class CPUPlan(HostPlan):
             product = d.simd.q4_0x8_parallel if threads > 1 else d.simd.q4_0x8_serial
             product(w, xq.ctypes.data, xd.ctypes.data, xs.ctypes.data, n_blocks, y.ctypes.data, 4 * n_rows,
                     n_rows // d.simd.GROUP, n_tiles, len(x) - n_tiles * d.simd.COLUMNS, threads)  # fmt: skip
+        elif a.type in d.products.BLOCK_TYPES and d.simd.HAVE_AVX2:
+            xq, xd, xs = self._quantize(x, source, False)
+            row = row_bytes(a.type, k)
+            w = weights.ctypes.data + matrix * n_rows * row
+            d.rows.rows_product(int(a.type), w, row, xq.ctypes.data, xd.ctypes.data, xs.ctypes.data, k, y.ctypes.data,
+                                n_rows, len(x), threads)  # fmt: skip
         elif a.type in d.products.BLOCK_TYPES:
             xq, xd, xs16 = self._quantize(x, source, False)
             row = row_bytes(a.type, k)
@@ -456,20 +468,26 @@ class CPUPlan(HostPlan):
         d, (n, k) = self.device, x.shape
         out = self._quantized.get((n, k, tiled))
         if out is None:
-            sums = np.empty((n, k // 32), np.float32) if tiled else np.empty((n, k // 16), np.int32)
+            wide = d.simd.HAVE_AVX2
+            sums = np.empty((n, k // 32), np.float32) if wide else np.empty((n, k // 16), np.int32)
             out = (np.empty((n, k), np.int8), np.empty((n, k // 32), np.float32), sums)
             self._quantized[(n, k, tiled)] = out
         if source >= 0 and self._fresh == (source, tiled):
             return out
-        if not tiled:
+        many = n >= 16 and d.n_threads() > 1
+        if not d.simd.HAVE_AVX2:
             d.products.quantize_plain(x, *out)
+        elif not tiled and many:
+            d.rows.quantize_rows_parallel(x, *out, d.n_threads())
+        elif not tiled:
+            d.rows.quantize_rows(x, *out, 0, n)
         else:
             flat = [a.reshape(-1) for a in out]
             tiles = n // d.simd.COLUMNS
-            if n < 16 or d.n_threads() == 1:
-                d.simd.quantize_columns(x, *flat, k // 32, tiles, 0, n)
-            else:
+            if many:
                 d.simd.quantize_columns_parallel(x, *flat, k // 32, tiles, n, d.n_threads())
+            else:
+                d.simd.quantize_columns(x, *flat, k // 32, tiles, 0, n)
         self._fresh = (source, tiled)
         return out
 
