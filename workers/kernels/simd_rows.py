@@ -105,7 +105,8 @@ def _unpack(kind: GGMLType, e: Emit, p: Any) -> Iterator[Sub]:
         low, high = e.nibbles(e.load(p, 2, v16i8))
         yield Sub(b.sub(low, e.v(8)), b.sub(high, e.v(8)), e.half(p, 0))
     elif kind == T.Q4_1:
-        yield Sub(*e.nibbles(e.load(p, 4, v16i8)), e.half(p, 0), minimum=e.half(p, 2))
+        low, high = e.nibbles(e.load(p, 4, v16i8))
+        yield Sub(low, high, e.half(p, 0), minimum=e.half(p, 2))
     elif kind in (T.Q5_0, T.Q5_1):
         skip = 2 if kind == T.Q5_0 else 4
         halves = list(e.nibbles(e.load(p, skip + 4, v16i8)))
@@ -114,7 +115,7 @@ def _unpack(kind: GGMLType, e: Emit, p: Any) -> Iterator[Sub]:
             halves[i] = b.or_(halves[i], b.shl(b.zext(bits, v16i8), e.v(4)))
             if kind == T.Q5_0:
                 halves[i] = b.sub(halves[i], e.v(16))
-        yield Sub(*halves, e.half(p, 0), minimum=e.half(p, 2) if kind == T.Q5_1 else None)
+        yield Sub(halves[0], halves[1], e.half(p, 0), minimum=e.half(p, 2) if kind == T.Q5_1 else None)
     elif kind == T.IQ4_NL:
         low, high = e.nibbles(e.load(p, 2, v16i8))
         yield Sub(e.lookup(_IQ4NL, low), e.lookup(_IQ4NL, high), e.half(p, 0))
@@ -154,7 +155,7 @@ def _unpack_affine_k(kind: GGMLType, e: Emit, p: Any) -> Iterator[Sub]:
                 q = b.or_(q, e.crumb(e.load(p, 16 + 16 * i, v16i8), j, 1))
             halves.append(q)
         minimum = b.fneg(b.fmul(dmin, b.uitofp(low, f32)))
-        yield Sub(*halves, b.fmul(d, b.uitofp(scale, f32)), minimum=minimum)
+        yield Sub(halves[0], halves[1], b.fmul(d, b.uitofp(scale, f32)), minimum=minimum)
 
 
 def _unpack_q6_k(e: Emit, p: Any) -> Iterator[Sub]:
@@ -168,7 +169,7 @@ def _unpack_q6_k(e: Emit, p: Any) -> Iterator[Sub]:
                 halves.append(b.sub(q, e.v(32)))
                 scale = b.sext(e.load(p, 192 + 8 * h + 2 * s + i, i8), i32)
                 scales.append(b.fmul(d, b.sitofp(scale, f32)))
-            yield Sub(*halves, scales[0], scales[1])
+            yield Sub(halves[0], halves[1], scales[0], scales[1])
 
 
 def _unpack_iq4_xs(e: Emit, p: Any) -> Iterator[Sub]:
@@ -178,8 +179,8 @@ def _unpack_iq4_xs(e: Emit, p: Any) -> Iterator[Sub]:
         bits = b.and_(b.lshr(e.byte(p, 4 + j // 2), e.int32(4 * (j % 2))), e.int32(15))
         top = b.shl(b.and_(b.lshr(high, e.int32(2 * j)), e.int32(3)), e.int32(4))
         scale = b.sub(b.or_(bits, top), e.int32(32))
-        q = [e.lookup(_IQ4NL, n) for n in e.nibbles(e.load(p, 8 + 16 * j, v16i8))]
-        yield Sub(*q, b.fmul(d, b.sitofp(scale, f32)))
+        first, second = (e.lookup(_IQ4NL, n) for n in e.nibbles(e.load(p, 8 + 16 * j, v16i8)))
+        yield Sub(first, second, b.fmul(d, b.sitofp(scale, f32)))
 
 
 def _row(kind: GGMLType, n_columns: int) -> Any:
