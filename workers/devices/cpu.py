@@ -10,6 +10,7 @@ import fcntl
 import os
 import platform
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from hashlib import blake2b
 from pathlib import Path
@@ -41,14 +42,9 @@ def _kernel_cache() -> Path:
 
 @contextlib.contextmanager
 def _first_compiler(folder: Path) -> Iterator[bool]:
-    """True for the process that compiles; others wait for it, then load what it made. No folder: everyone compiles."""
+    """True for the process that compiles; others wait for it, then load what it made."""
     ready = folder / "ready"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError:
-        yield True
-        return
+    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         if not ready.exists():
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -70,6 +66,11 @@ class CPUDevice(HostDevice):
         import numba
 
         folder = _kernel_cache()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:  # nowhere to keep them: compile for this process alone
+            self._own_folder = tempfile.TemporaryDirectory(prefix="ggmq-kernels-")
+            folder = Path(self._own_folder.name)
         numba.config.CACHE_DIR = str(folder)
         numba.set_num_threads(min(n_threads, numba.config.NUMBA_NUM_THREADS))
         from workers.kernels import cpu_ops, cpu_products, simd, simd_rows
