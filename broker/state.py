@@ -62,7 +62,6 @@ class Worker:
     lost: str = ""
     token: bytes = b""
     first_device: int = -1
-    n_devices: int = 0
     seq: int = 0
     bulk_seq: int = 0
     pinged_s: float = 0.0
@@ -306,7 +305,7 @@ class BrokerState:
         return [ToWorker(link, True, Message(Command.HELLO, bulk, epoch=worker.epoch))]
 
     def _register(self, link: Link, worker: Worker, h: m.Hello) -> None:
-        worker.ready, worker.first_device, worker.n_devices = True, len(self.devices), len(h.devices)
+        worker.ready, worker.first_device = True, len(self.devices)
         name = link.removeprefix("tcp://") if link.startswith("tcp://") else (h.devices[0].host if h.devices else link)
         for i, info in enumerate(h.devices):
             named = msgspec.structs.replace(info, worker=info.worker or name[:256])

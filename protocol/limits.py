@@ -19,7 +19,6 @@ MAX_CHUNK_BYTES = 1 << 20
 MAX_MESSAGE_BYTES = 1 << 30
 """ZMQ_MAXMSGSIZE of every socket: one frame may hold the logits of a long prompt piece, and no more."""
 
-MAX_DIMS = 4
 MAX_SRC = 10
 MAX_OP_PARAMS = 16
 MAX_GRAPH_TENSORS = 65_536

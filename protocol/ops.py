@@ -427,7 +427,7 @@ for _kind, (_name, _line) in enumerate([
     _op(_name, _line + "; one source holds x and g in its halves", _SPLIT, _glu,
         _LIMIT if _name in ("SWIGLU_OAI", "SWIGLU_CLAMP") else _SWAP, FLOATS, kind=_kind)  # fmt: skip
 
-N_UNARY, N_GLU = 22, 7
+N_UNARY = 22
 UNARY_KINDS = [o.name for o in _TABLE if o.kind >= 0][:N_UNARY]
 GLU_KINDS = [o.name for o in _TABLE if o.kind >= 0][N_UNARY:]
 

@@ -167,15 +167,15 @@ def test_fresh_memory_is_zero(attacker: Attacker) -> None:
     assert not any(bytes(attacker.ask(m.GetTensor(SESSION, 3, 0, 1 << 20)).payload[0]))
 
 
-@pytest.mark.parametrize("op", ["GET_ROWS", "SET_ROWS", "MUL_MAT_ID", "ADD_ID", "ROPE"])
-@pytest.mark.parametrize("index", [-1, 4, 1 << 31, -(1 << 31)])
+@pytest.mark.parametrize(("op", "index"), [
+    (op, index) for op in ("GET_ROWS", "SET_ROWS", "MUL_MAT_ID", "ADD_ID", "ROPE")
+    for index in (-1, 4, (1 << 31) - 1, -(1 << 31)) if (op, index) != ("ROPE", 4)
+])  # fmt: skip
 def test_indices_in_data_are_checked(attacker: Attacker, op: str, index: int) -> None:
-    ids = np.array([0, max(-(1 << 31), min(index, (1 << 31) - 1))], np.int32)
+    ids = np.array([0, index], np.int32)
     table, i32 = leaf(0, (32, 4, 1, 1)), leaf(GGMLType.I32, (2, 1, 1, 1))
     params: tuple[int, ...] = (0,) * 16
     if op == "ROPE":
-        if index == 4:
-            pytest.skip("4 is a position like any other")
         table = leaf(0, (32, 1, 2, 1))
         node = replace(table, op=op, src=(0, 1), params=(0, 32, 0, 0, 0, 1176256512, 1065353216, *(0,) * 9))
         leaves = [table, i32]

@@ -214,10 +214,6 @@ class CPUDevice(HostDevice):
         return True
 
 
-def _rows_contiguous(t: Tensor) -> bool:
-    return t.nb[0] == TYPES[t.type].bytes and t.nb[1] == row_bytes(t.type, t.ne[0])
-
-
 def _fast_columns(graph: Graph, u: Tensor) -> bool:
     """Whether the columns of a product are float32 rows that lie one after the other."""
     b = graph.tensors[u.src[1]]
