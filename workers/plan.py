@@ -65,23 +65,20 @@ def lay_out(graph: Graph) -> tuple[dict[int, int], int]:
     return offsets, arena
 
 
+Step = Callable[[], None]
+
+
 class HostPlan(Plan):
     """Nodes bound to arrays, run one after the other.
 
-    `bind` may give a device's own kernel for a node; every other node runs the reference kernel.
+    A device with kernels of its own overrides `_steps`; here every node runs the reference kernel.
     """
 
-    def __init__(
-        self,
-        device: HostDevice,
-        graph: Graph,
-        buffers: dict[int, Buffer],
-        bind: Callable[[Node], Callable[[], None] | None] | None = None,
-    ) -> None:
+    def __init__(self, device: HostDevice, graph: Graph, buffers: dict[int, Buffer]) -> None:
         self.graph = graph
         self.buffers = buffers
-        offsets, arena_bytes = lay_out(graph)
-        arena = device.arena(arena_bytes)
+        offsets, self.arena_bytes = lay_out(graph)
+        arena = device.arena(self.arena_bytes)
         self.memory: list[tuple[Bytes, int]] = []
         arrays: list[Array] = []
         for i, t in enumerate(graph.tensors):
@@ -99,17 +96,20 @@ class HostPlan(Plan):
             arrays.append(tensors.view(base, t, at + start))
         self.inputs = [self._bytes(i) for i in graph.inputs]
         self.outputs = [self._bytes(i) for i in graph.outputs]
-        self.steps: list[tuple[Callable[[], None], int]] = []
+        nodes = []
         for i, t in enumerate(graph.tensors):
             op = op_of(t)
             if op.view or t.op == "NONE":
                 continue
-            node = Node(i, op, t, op.values(t.params), arrays[i],
-                        [arrays[j] if j >= 0 else None for j in t.src],
-                        [graph.tensors[j] if j >= 0 else None for j in t.src])  # fmt: skip
-            fast = bind(node) if bind is not None else None
-            self.steps.append((fast or partial(reference.run, node), i))
-        self.n_nodes = len(self.steps)
+            nodes.append(Node(i, op, t, op.values(t.params), arrays[i],
+                              [arrays[j] if j >= 0 else None for j in t.src],
+                              [graph.tensors[j] if j >= 0 else None for j in t.src]))  # fmt: skip
+        self.n_nodes = len(nodes)
+        self.steps = self._steps(nodes)
+
+    def _steps(self, nodes: list[Node]) -> list[tuple[Step, int]]:
+        """What `run` calls in turn, and the node that each begins with."""
+        return [(partial(reference.run, node), node.index) for node in nodes]
 
     def _bytes(self, i: int) -> memoryview:
         t = self.graph.tensors[i]

@@ -1,76 +1,48 @@
-"""Products with quantised rows: the vector kernels and the portable ones against dequantised weights, column by column."""
+"""Products over packed weights: exact, and the same bits in any company, on every target that the kernels know."""
 
 from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from protocol.dtypes import TYPES, GGMLType
-from tests.support.fixtures import nmse
-from workers.kernels import cpu_products, quantize, quants, simd, simd_rows
+from tests.support.products import Case, K, check, packed, unpacked
+from workers.kernels import formats
+from workers.kernels.simd import TARGETS, cpu_features
 
-TYPES_HERE = sorted(cpu_products.BLOCK_TYPES)
-K, ROWS, COLUMNS = 512, 24, 7
-
-
-def case(t: GGMLType) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Weights as bytes, columns, and the exact product."""
-    rng = np.random.default_rng(int(t))
-    w = rng.standard_normal((ROWS, K)).astype(np.float32)
-    blocks = quantize.quantize(t, w.reshape(-1, TYPES[t].block))
-    x = rng.standard_normal((COLUMNS, K)).astype(np.float32)
-    exact = x.astype(np.float64) @ quants.dequantize(t, blocks).reshape(ROWS, K).astype(np.float64).T
-    return blocks.reshape(-1), x, exact
+ROOT = Path(__file__).resolve().parent.parent.parent
+_COMMON = "+sse,+sse2,+cx16"
+_CPUS = {
+    "AVX2": ("haswell", _COMMON + ",+sse3,+ssse3,+sse4.1,+sse4.2,+popcnt,+avx,+avx2,+fma,+f16c,+bmi,+bmi2"),
+    "portable": ("x86-64", _COMMON),
+}
 
 
-@pytest.mark.parametrize("t", TYPES_HERE, ids=lambda t: t.name)
-def test_portable_products_agree(t: GGMLType) -> None:
-    w, x, exact = case(t)
-    xq, xd = np.empty((COLUMNS, K), np.int8), np.empty((COLUMNS, K // 32), np.float32)
-    xs16, y = np.empty((COLUMNS, K // 16), np.int32), np.empty((COLUMNS, ROWS), np.float32)
-    cpu_products.quantize_plain(x, xq, xd, xs16)
-    row = K // TYPES[t].block * TYPES[t].bytes
-    cpu_products.blocks_product(int(t), w, row, TYPES[t].block, TYPES[t].bytes, xq, xd, xs16, y, 2)
-    assert nmse(y, exact) < 1e-4
+@pytest.mark.parametrize("t", formats.KINDS, ids=lambda t: t.name)
+def test_products_are_right_in_any_company(t: GGMLType) -> None:
+    check(t)
 
 
-@pytest.mark.skipif(not simd.HAVE_AVX2, reason="this CPU has no AVX2")
-@pytest.mark.parametrize("t", TYPES_HERE, ids=lambda t: t.name)
-def test_vector_products_agree_and_do_not_depend_on_company(t: GGMLType) -> None:
-    w, x, exact = case(t)
-    row = K // TYPES[t].block * TYPES[t].bytes
-
-    def product(x: np.ndarray, threads: int) -> np.ndarray:
-        n = len(x)
-        xq, xd, xs = np.empty((n, K), np.int8), np.empty((n, K // 32), np.float32), np.empty((n, K // 32), np.float32)
-        y = np.empty((n, ROWS), np.float32)
-        simd_rows.quantize_rows(x, xq, xd, xs, 0, n)
-        at = [a.ctypes.data for a in (xq, xd, xs)]
-        simd_rows.rows_product(int(t), w.ctypes.data, row, *at, K, y.ctypes.data, ROWS, n, threads)
-        return y
-
-    together = product(x, 2)
-    assert nmse(together, exact) < 1e-4
-    alone = np.concatenate([product(x[c : c + 1], 1) for c in range(COLUMNS)])
-    assert np.array_equal(together, alone)
+@pytest.mark.parametrize("t", formats.KINDS, ids=lambda t: t.name)
+def test_packed_bytes_come_back(t: GGMLType) -> None:
+    shape = (37, K // TYPES[t].block * TYPES[t].bytes)
+    c = Case(t, np.random.default_rng(int(t)).integers(0, 256, shape, np.uint8), np.empty(0))
+    assert np.array_equal(unpacked(c, packed(c)), c.blocks)
 
 
-@pytest.mark.skipif(not simd.HAVE_AVX2, reason="this CPU has no AVX2")
-def test_packed_products_agree_and_do_not_depend_on_company() -> None:
-    w, x, exact = case(GGMLType.Q4_0)
-    packed = w.copy()
-    simd.pack_q4_0x8(packed, ROWS, K // 32)
-
-    def product(x: np.ndarray) -> np.ndarray:
-        n = len(x)
-        tiles, blocks = n // simd.COLUMNS, K // 32
-        flat = np.empty(n * K, np.int8), np.empty(n * blocks, np.float32), np.empty(n * blocks, np.float32)
-        simd.quantize_columns(x, *flat, blocks, tiles, 0, n)
-        y = np.empty((n, ROWS), np.float32)
-        simd.q4_0x8_parallel(packed.ctypes.data, *(a.ctypes.data for a in flat), blocks, y.ctypes.data, 4 * ROWS,
-                             ROWS // 8, tiles, n - tiles * simd.COLUMNS, 2)  # fmt: skip
-        return y
-
-    together = product(x)
-    assert nmse(together, exact) < 1e-4
-    assert np.array_equal(together, np.concatenate([product(x[c : c + 1]) for c in range(COLUMNS)]))
+@pytest.mark.parametrize("name", _CPUS)
+def test_other_targets(name: str, tmp_path: Path) -> None:
+    target = next(t for t in TARGETS if t.name == name)
+    if os.uname().machine != "x86_64" or not cpu_features().issuperset(target.needs):
+        pytest.skip(f"this CPU cannot run code for {name}")
+    cpu, features = _CPUS[name]
+    env = {**os.environ, "NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": features, "NUMBA_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-m", "tests.support.products"], cwd=ROOT, env=env, capture_output=True,
+                          text=True, timeout=300)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == name

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from protocol.dtypes import INTERMEDIATE, NO_QUANTIZE, QUANTIZED, TYPES, GGMLType
 from workers import tensors
-from workers.kernels import quantize, quants, simd
+from workers.kernels import quantize, quants
 
 TYPES_HERE = sorted(QUANTIZED - INTERMEDIATE)
 KNOWN_TO_GGUF = [t for t in TYPES_HERE if t not in (GGMLType.Q1_0, GGMLType.Q2_0)]
@@ -41,16 +41,6 @@ def test_quantised_values_lie_near_what_they_were_made_of(t: GGMLType) -> None:
 def test_zeros_stay_zeros(t: GGMLType) -> None:
     zeros = np.zeros((2, TYPES[t].block), np.float32)
     assert not quants.dequantize(t, quantize.quantize(t, zeros)).any()
-
-
-@given(st.integers(1, 3), st.integers(1, 4), st.integers(0, 1 << 32))
-def test_packed_rows_come_back(groups: int, blocks: int, seed: int) -> None:
-    rows = np.random.default_rng(seed).integers(0, 256, groups * 8 * blocks * 18, np.uint8)
-    packed = rows.copy()
-    simd.pack_q4_0x8(packed, groups * 8, blocks)
-    assert np.array_equal(simd.unpack_q4_0x8(packed, groups * 8, blocks), rows)
-    ids = np.array([0, groups * 8 - 1, 5])
-    assert np.array_equal(simd.rows_of_q4_0x8(packed, blocks, ids), rows.reshape(groups * 8, blocks, 18)[ids])
 
 
 @given(st.lists(st.floats(width=32), min_size=1, max_size=20))

@@ -29,12 +29,13 @@ class Buffer:
         n_bytes: what the client asked for.
         memory: the bytes, zero until written.
         packed: byte offset of each tensor that is held in a layout of the device's own -> its type, ne and size.
-        owner: what the device wants to remember about it.
+        n_layouts: how often that has changed; a plan that was bound to another layout is bound again.
     """
 
     n_bytes: int
     memory: Bytes
     packed: dict[int, tuple[GGMLType, tuple[int, int, int, int], int]] = field(default_factory=dict)
+    n_layouts: int = 0
 
     def check(self, offset: int, n_bytes: int, what: str) -> None:
         """HandleError unless `offset..offset + n_bytes` lies inside; Python integers do not wrap."""
@@ -162,6 +163,10 @@ class HostDevice(Device):
         if n_bytes > min(free, len(self._arena)):
             raise OutOfMemory(f"{self.name}: a graph needs {n_bytes} bytes of scratch, {free} are free", n_bytes, free)
         return np.frombuffer(self._arena, np.uint8)[:n_bytes]
+
+    def arena_address(self) -> int:
+        """Where the arena begins; it never moves."""
+        return int(self.arena(1).ctypes.data)
 
 
 def available_bytes() -> int:

@@ -1,34 +1,298 @@
-"""Vector kernels written as LLVM IR inside Numba functions.
+"""The vector kit: values of 16 lanes and what is done with them, written as LLVM IR inside Numba functions.
 
-Q4_0 weights are held 8 rows interleaved (`pack_q4_0x8`): for each block of 32 columns 144 bytes, 8 float16 scales, then 4
-chunks of 32 bytes; in chunk c byte 4r+t holds (row r, column 4c+t) in its low nibble and (row r, column 16+4c+t) in its
-high nibble. Eight rows then share every load of x, and the sums of a block fit 16 bits.
-
-The arithmetic of one output element is the same for 1 and for 4 columns, so its bits do not depend on the batch.
-Needs AVX2, FMA and F16C; `HAVE_AVX2` says whether this CPU has them.
+LLVM turns 16 lanes into the registers that the CPU has. Only the product of bytes is written per target: AVX-512 VNNI,
+AVX2, and plain multiplications for every other CPU. Adding a target is a row of `TARGETS` and a branch of `Emit.dot`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import llvmlite.binding as llvm
-import numpy as np
-import numpy.typing as npt
 from llvmlite import ir
-from numba import njit, prange, types
-from numba.core import cgutils
+from numba import types
+from numba.core import cgutils, config
 from numba.extending import intrinsic
 
-_FEATURES = llvm.get_host_cpu_features()
-HAVE_AVX2 = all(_FEATURES.get(f, False) for f in ("avx2", "fma", "f16c"))
+LANES = 16
+"""Rows that are multiplied side by side."""
 
-GROUP = 8
-BLOCK_BYTES = 144
-PREFETCH_BYTES = 1152
+i1, i8, i16, i32, i64 = (ir.IntType(k) for k in (1, 8, 16, 32, 64))
+f32, f16, f64 = ir.FloatType(), ir.HalfType(), ir.DoubleType()
+vec = ir.VectorType
+v16f, v16i, v64b = vec(f32, LANES), vec(i32, LANES), vec(i8, 4 * LANES)
 
-i8, i16, i32, i64 = (ir.IntType(k) for k in (8, 16, 32, 64))
-f32, f16 = ir.FloatType(), ir.HalfType()
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Attributes:
+    needs: CPU features.
+    columns: tiles of columns that products are made for, largest first; what its registers hold.
+    signed: whether bytes of a weight may stay signed (else they are stored with an offset).
+    """
+
+    name: str
+    needs: tuple[str, ...]
+    columns: tuple[int, ...]
+    signed: bool
+
+
+TARGETS = (
+    Target("AVX-512 VNNI", ("avx512f", "avx512bw", "avx512vl", "avx512vnni", "avx2", "fma", "f16c"), (8, 4, 1), False),
+    Target("AVX2", ("avx2", "fma", "f16c"), (4, 1), True),
+    Target("portable", (), (4, 1), True),
+)
+
+
+def cpu_features() -> frozenset[str]:
+    """What Numba compiles for: the host's features, or those of NUMBA_CPU_FEATURES."""
+    if config.CPU_FEATURES is not None:
+        return frozenset(f[1:] for f in config.CPU_FEATURES.split(",") if f.startswith("+"))
+    return frozenset(name for name, there in llvm.get_host_cpu_features().items() if there)
+
+
+TARGET = next(t for t in TARGETS if cpu_features().issuperset(t.needs))
+_HAS_HALVES = "f16c" in cpu_features() or llvm.get_process_triple().startswith(("aarch64", "arm64"))
+
+
+def widen_half(b: Any, bits: Any) -> Any:
+    """float32 of float16 bits, one or a vector of them. Without an instruction for it: shifted, scaled by 2^112."""
+    kind = bits.type
+    n = getattr(kind, "count", 0)
+    wide, floats, halves = (vec(t, n) if n else t for t in (i32, f32, f16))
+    if _HAS_HALVES:
+        return b.fpext(b.bitcast(bits, halves), floats)
+
+    def const(value: int) -> Any:
+        return ir.Constant(wide, [value] * n if n else value)
+
+    x = b.zext(bits, wide)
+    size = b.shl(b.and_(x, const(0x7FFF)), const(13))
+    scaled = b.fmul(b.bitcast(size, floats), b.bitcast(const((127 + 112) << 23), floats))
+    special = b.icmp_unsigned(">=", size, const(0x7C00 << 13))
+    value = b.select(special, b.or_(size, const(0x7F800000)), b.bitcast(scaled, wide))
+    return b.bitcast(b.or_(value, b.shl(b.and_(x, const(0x8000)), const(16))), floats)
+
+
+def narrow_half(b: Any, x: Any) -> Any:
+    """Bits of the float16 nearest to a float32, ties to even."""
+    if _HAS_HALVES:
+        return b.bitcast(b.fptrunc(x, f16), i16)
+
+    def const(value: int) -> Any:
+        return ir.Constant(i32, value)
+
+    bits = b.bitcast(x, i32)
+    size = b.and_(bits, const(0x7FFFFFFF))
+    half = const(126 << 23)
+    tiny = b.sub(b.bitcast(b.fadd(b.bitcast(size, f32), b.bitcast(half, f32)), i32), half)
+    odd = b.and_(b.lshr(size, const(13)), const(1))
+    normal = b.lshr(b.add(b.add(size, const((15 - 127) * (1 << 23) + 0xFFF)), odd), const(13))
+    beyond = b.select(b.icmp_unsigned(">", size, const(0x7F800000)), const(0x7E00), const(0x7C00))
+    out = b.select(b.icmp_unsigned("<", size, const(0x38800000)), tiny, normal)
+    out = b.select(b.icmp_unsigned(">=", size, const(0x47800000)), beyond, out)
+    return b.trunc(b.or_(out, b.and_(b.lshr(bits, const(16)), const(0x8000))), i16)
+
+
+class Emit:
+    """Writes instructions. Addresses are 64-bit integers, as everywhere in these kernels."""
+
+    def __init__(self, b: Any) -> None:
+        self.b = b
+
+    # -- values --------------------------------------------------------------------------------------------------------
+
+    def const(self, value: int) -> Any:
+        return ir.Constant(i64, value)
+
+    def int32(self, value: int) -> Any:
+        return ir.Constant(i32, value)
+
+    def bytes(self, value: int, n: int = 4 * LANES) -> Any:
+        return ir.Constant(vec(i8, n), [value & 255] * n)
+
+    def floats(self, value: float) -> Any:
+        return ir.Constant(v16f, [value] * LANES)
+
+    def function(self, name: str, result: Any, arguments: Sequence[Any]) -> Any:
+        return cgutils.get_or_insert_function(self.b.module, ir.FunctionType(result, arguments), name)
+
+    def at(self, p: Any, offset: int) -> Any:
+        return self.b.add(p, self.const(offset)) if offset else p
+
+    def load(self, p: Any, offset: int, kind: Any) -> Any:
+        value = self.b.load(self.b.inttoptr(self.at(p, offset), ir.PointerType(kind)))
+        value.align = 1
+        return value
+
+    def store(self, value: Any, p: Any, offset: int = 0) -> None:
+        self.b.store(value, self.b.inttoptr(self.at(p, offset), ir.PointerType(value.type))).align = 1
+
+    def prefetch(self, p: Any, offset: int) -> None:
+        call = self.function("llvm.prefetch.p0", ir.VoidType(), [ir.PointerType(i8), i32, i32, i32])
+        at = self.b.inttoptr(self.at(p, offset), ir.PointerType(i8))
+        self.b.call(call, [at, self.int32(0), self.int32(3), self.int32(1)])
+
+    def splat(self, x: Any, n: int = LANES) -> Any:
+        empty = ir.Constant(vec(x.type, n), ir.Undefined)
+        one = self.b.insert_element(empty, x, self.int32(0))
+        return self.b.shuffle_vector(one, empty, ir.Constant(vec(i32, n), [0] * n))
+
+    def fma(self, x: Any, y: Any, z: Any) -> Any:
+        return self.b.call(self.function("llvm.fma.v16f32", v16f, [v16f] * 3), [x, y, z])
+
+    def halves(self, p: Any, offset: int) -> Any:
+        """16 float16 as float32."""
+        return widen_half(self.b, self.load(p, offset, vec(i16, LANES)))
+
+    def small(self, p: Any, offset: int, signed: bool = False) -> Any:
+        """16 bytes as int32."""
+        x = self.load(p, offset, vec(i8, LANES))
+        return self.b.sext(x, v16i) if signed else self.b.zext(x, v16i)
+
+    def ints(self, value: int) -> Any:
+        return ir.Constant(v16i, [value] * LANES)
+
+    def part(self, x: Any, start: int, n: int) -> Any:
+        """Elements start..start + n of a vector."""
+        return self.b.shuffle_vector(x, x, ir.Constant(vec(i32, n), list(range(start, start + n))))
+
+    def exp(self, x: Any) -> Any:
+        """e^x of 16 float32 to about 1 unit in the last place; 0 below -87.3, infinity above 88.7.
+
+        Source: the range reduction and polynomial of Cephes' expf.
+        """
+        b = self.b
+        low, high = self.floats(-87.3365447504), self.floats(88.7228317261)
+        held = b.select(b.fcmp_ordered("<", x, low), low, x)
+        held = b.select(b.fcmp_ordered(">", held, high), high, held)
+        nearest = self.function("llvm.rint.v16f32", v16f, [v16f])
+        n = b.call(nearest, [b.fmul(held, self.floats(1.44269504088896341))])
+        r = self.fma(n, self.floats(-0.693359375), held)
+        r = self.fma(n, self.floats(2.12194440e-4), r)
+        p = self.floats(1.9875691500e-4)
+        for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+            p = self.fma(p, r, self.floats(c))
+        y = b.fadd(self.fma(b.fmul(r, r), p, r), self.floats(1.0))
+        # 2^n in two steps: n = 128 has no float32 of its own
+        k = b.fptosi(n, v16i)
+        first = b.ashr(k, self.ints(1))
+        for step in (first, b.sub(k, first)):
+            y = b.fmul(y, b.bitcast(b.shl(b.add(step, self.ints(127)), self.ints(23)), v16f))
+        y = b.select(b.fcmp_ordered("<", x, low), self.floats(0.0), y)
+        return b.select(b.fcmp_ordered(">", x, high), self.floats(float("inf")), y)
+
+    def join(self, x: Any, y: Any) -> Any:
+        n = 2 * x.type.count
+        return self.b.shuffle_vector(x, y, ir.Constant(vec(i32, n), list(range(n))))
+
+    # -- bytes ---------------------------------------------------------------------------------------------------------
+
+    def low(self, x: Any) -> Any:
+        return self.b.and_(x, self.bytes(15))
+
+    def high(self, x: Any) -> Any:
+        return self.b.lshr(x, self.bytes(4))
+
+    def bits(self, x: Any, at: int, width: int, to: int) -> Any:
+        """`width` bits from bit `at` of each byte, moved to bit `to`."""
+        if at > to:
+            x = self.b.lshr(x, self.bytes(at - to))
+        elif to > at:
+            x = self.b.shl(x, self.bytes(to - at))
+        return self.b.and_(x, self.bytes(((1 << width) - 1) << to))
+
+    def lookup(self, table: Sequence[int], index: Any) -> Any:
+        """table[index] for bytes 0..15."""
+        values = [t & 255 for t in table]
+        if TARGET.name == "portable":
+            out = self.bytes(values[0])
+            for i in range(1, 16):
+                out = self.b.select(self.b.icmp_unsigned("==", index, self.bytes(i)), self.bytes(values[i]), out)
+            return out
+        v32b = vec(i8, 32)
+        shuffle = self.function("llvm.x86.avx2.pshuf.b", v32b, [v32b, v32b])
+        held = ir.Constant(v32b, values * 2)
+        return self.join(*(self.b.call(shuffle, [held, self.part(index, at, 32)]) for at in (0, 32)))
+
+    def dot(self, chunks: Sequence[Any], x: Sequence[Any], peak: int) -> Any:
+        """Sixteen int32: for each row the products of its 4 bytes of every chunk with the 4 bytes of x, added.
+
+        Arguments: chunks of 64 bytes [row][4]; for each the 4 bytes of x as an int32; `peak`, the largest weight, or 0
+        when weights are signed. |x| is at most 127.
+        """
+        b = self.b
+        if TARGET.name == "AVX-512 VNNI":
+            call = self.function("llvm.x86.avx512.vpdpbusd.512", v16i, [v16i] * 3)
+            total = self.ints(0)
+            for w, v in zip(chunks, x, strict=True):
+                total = b.call(call, [total, b.bitcast(w, v16i), self.splat(v)])
+            return total
+        if TARGET.name == "AVX2":
+            return self.join(*(self._dot_avx2([self.part(w, at, 32) for w in chunks], x, peak) for at in (0, 32)))
+        total = self.ints(0)
+        for w, v in zip(chunks, x, strict=True):
+            each = b.bitcast(self.splat(v), v64b)
+            wide = vec(i32, 64)
+            p = b.mul(b.zext(w, wide) if peak else b.sext(w, wide), b.sext(each, wide))
+            for i in range(4):
+                total = b.add(total, b.shuffle_vector(p, p, ir.Constant(v16i, list(range(i, 64, 4)))))
+        return total
+
+    def _dot_avx2(self, chunks: Sequence[Any], x: Sequence[Any], peak: int) -> Any:
+        b, v32b, v16w, v8i = self.b, vec(i8, 32), vec(i16, 16), vec(i32, 8)
+        bytes_ = self.function("llvm.x86.avx2.pmadd.ub.sw", v16w, [v32b, v32b])
+        words = self.function("llvm.x86.avx2.pmadd.wd", v8i, [v16w, v16w])
+        sign = self.function("llvm.x86.avx2.psign.b", v32b, [v32b, v32b])
+        ones = ir.Constant(v16w, [1] * 16)
+        together = max(1, 32767 // (2 * 127 * peak)) if peak else 1
+        total, word = ir.Constant(v8i, [0] * 8), None
+        for i, (w, v) in enumerate(zip(chunks, x, strict=True)):
+            each = b.bitcast(self.splat(v, 8), v32b)
+            if not peak:
+                zero = ir.Constant(v32b, [0] * 32)
+                each = b.call(sign, [each, w])
+                w = b.select(b.icmp_signed("<", w, zero), b.sub(zero, w), w)
+            p = b.call(bytes_, [w, each])
+            word = p if word is None else b.add(word, p)
+            if (i + 1) % together == 0 or i + 1 == len(chunks):
+                total = b.add(total, b.call(words, [word, ones]))
+                word = None
+        return total
+
+
+# -- scalars for Numba -------------------------------------------------------------------------------------------------
+
+
+def _loader(kind: Any, result: Any) -> Any:
+    @intrinsic
+    def load(typingctx: Any, address: Any) -> Any:
+        def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
+            return Emit(b).load(args[0], 0, kind)
+
+        return result(types.int64), codegen
+
+    return load
+
+
+def _storer(kind: Any) -> Any:
+    @intrinsic
+    def store(typingctx: Any, address: Any, value: Any) -> Any:
+        def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
+            Emit(b).store(args[1], args[0])
+            return context.get_dummy_value()
+
+        return types.void(types.int64, kind), codegen
+
+    return store
+
+
+load8, load16, load32 = _loader(i8, types.uint8), _loader(i16, types.uint16), _loader(i32, types.int32)
+load64, loadf = _loader(i64, types.int64), _loader(f32, types.float32)
+store8, store16, store32 = _storer(types.uint8), _storer(types.uint16), _storer(types.int32)
+store64, storef = _storer(types.int64), _storer(types.float32)
 
 
 @intrinsic
@@ -36,7 +300,7 @@ def half_to_float(typingctx: Any, bits: Any) -> Any:
     """float32 of the float16 whose bits are a uint16."""
 
     def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        return b.fpext(b.bitcast(args[0], f16), f32)
+        return widen_half(b, args[0])
 
     return types.float32(types.uint16), codegen
 
@@ -46,208 +310,71 @@ def float_to_half(typingctx: Any, x: Any) -> Any:
     """Bits of the float16 nearest to a float32, ties to even."""
 
     def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        return b.bitcast(b.fptrunc(args[0], f16), i16)
+        return narrow_half(b, args[0])
 
     return types.uint16(types.float32), codegen
 
 
 @intrinsic
-def as_halves(typingctx: Any, address: Any) -> Any:
-    """A pointer to uint16 at an address, for `carray`."""
-
+def bits_to_float(typingctx: Any, bits: Any) -> Any:
     def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        return b.inttoptr(args[0], ir.PointerType(i16))
+        return b.bitcast(args[0], f32)
 
-    return types.CPointer(types.uint16)(types.int64), codegen
+    return types.float32(types.int32), codegen
+
+
+def _address_as(kind: Any, result: Any) -> Any:
+    @intrinsic
+    def as_pointer(typingctx: Any, address: Any) -> Any:
+        def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
+            return b.inttoptr(args[0], ir.PointerType(kind))
+
+        return types.CPointer(result)(types.int64), codegen
+
+    return as_pointer
+
+
+as_floats, as_halves = _address_as(f32, types.float32), _address_as(i16, types.uint16)
+"""Pointers at an address, for `carray`."""
+
+
+# -- what threads share ------------------------------------------------------------------------------------------------
 
 
 @intrinsic
-def as_floats(typingctx: Any, address: Any) -> Any:
-    """A pointer to float32 at an address, for `carray`."""
+def atomic_add(typingctx: Any, address: Any, value: Any) -> Any:
+    """Add to the int64 at an address; the value before."""
 
     def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        return b.inttoptr(args[0], ir.PointerType(f32))
+        return b.atomic_rmw("add", b.inttoptr(args[0], ir.PointerType(i64)), args[1], "seq_cst")
 
-    return types.CPointer(types.float32)(types.int64), codegen
-
-
-def _dot8(n_columns: int) -> Any:
-    """An intrinsic: 8 rows of packed Q4_0 times `n_columns` columns of quantised x.
-
-    Arguments, addresses but for the counts: weights, x int8 [block][column][32], scales [block][column], corrections
-    -8 * scale * sum [block][column], number of blocks, y, bytes from one column of y to the next.
-    """
-
-    @intrinsic
-    def dot(typingctx: Any, w: Any, xq: Any, xd: Any, xs: Any, n_blocks: Any, y: Any, ldy: Any) -> Any:
-        def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
-            w, xq, xd, xs, n_blocks, y, ldy = args
-            vec = ir.VectorType
-            v8 = vec(f32, 8)
-
-            def function(name: str, result: Any, arguments: list[Any]) -> Any:
-                return cgutils.get_or_insert_function(b.module, ir.FunctionType(result, arguments), name)
-
-            mul_add_bytes = function("llvm.x86.avx2.pmadd.ub.sw", vec(i16, 16), [vec(i8, 32)] * 2)
-            mul_add_words = function("llvm.x86.avx2.pmadd.wd", vec(i32, 8), [vec(i16, 16)] * 2)
-            fma = function("llvm.fma.v8f32", v8, [v8] * 3)
-            prefetch = function("llvm.prefetch.p0", ir.VoidType(), [ir.PointerType(i8), i32, i32, i32])
-
-            def const(v: int) -> Any:
-                return ir.Constant(i64, v)
-
-            def load(address: Any, kind: Any, align: int) -> Any:
-                value = b.load(b.inttoptr(address, ir.PointerType(kind)))
-                value.align = align
-                return value
-
-            def splat(v: Any) -> Any:
-                empty = ir.Constant(vec(v.type, 8), ir.Undefined)
-                one = b.insert_element(empty, v, ir.Constant(i32, 0))
-                return b.shuffle_vector(one, empty, ir.Constant(vec(i32, 8), [0] * 8))
-
-            nibble, four = ir.Constant(vec(i8, 32), [15] * 32), ir.Constant(vec(i8, 32), [4] * 32)
-            ones = ir.Constant(vec(i16, 16), [1] * 16)
-            acc = [cgutils.alloca_once_value(b, ir.Constant(v8, [0.0] * 8)) for _ in range(n_columns)]
-            with cgutils.for_range(b, n_blocks) as loop:
-                k = loop.index
-                p = b.add(w, b.mul(k, const(BLOCK_BYTES)))
-                xp = b.add(xq, b.mul(k, const(32 * n_columns)))
-                dp = b.add(xd, b.mul(k, const(4 * n_columns)))
-                sp = b.add(xs, b.mul(k, const(4 * n_columns)))
-                for ahead in (0, 64, 128):
-                    at = b.inttoptr(b.add(p, const(PREFETCH_BYTES + ahead)), ir.PointerType(i8))
-                    b.call(prefetch, [at, ir.Constant(i32, 0), ir.Constant(i32, 3), ir.Constant(i32, 1)])
-                d = b.fpext(load(p, vec(f16, 8), 2), v8)
-                low, high = [], []
-                for c in range(4):
-                    q = load(b.add(p, const(16 + 32 * c)), vec(i8, 32), 1)
-                    low.append(b.and_(q, nibble))
-                    high.append(b.lshr(q, four))
-                for j in range(n_columns):
-                    parts = []
-                    for c in range(4):
-                        xl = b.bitcast(splat(load(b.add(xp, const(32 * j + 4 * c)), i32, 1)), vec(i8, 32))
-                        xh = b.bitcast(splat(load(b.add(xp, const(32 * j + 16 + 4 * c)), i32, 1)), vec(i8, 32))
-                        parts.append(b.add(b.call(mul_add_bytes, [low[c], xl]), b.call(mul_add_bytes, [high[c], xh])))
-                    t = b.add(b.add(parts[0], parts[1]), b.add(parts[2], parts[3]))
-                    s = b.sitofp(b.call(mul_add_words, [t, ones]), v8)
-                    scale = splat(load(b.add(dp, const(4 * j)), f32, 4))
-                    correction = splat(load(b.add(sp, const(4 * j)), f32, 4))
-                    inner = b.call(fma, [s, scale, correction])
-                    b.store(b.call(fma, [d, inner, b.load(acc[j])]), acc[j])
-            for j in range(n_columns):
-                to = b.inttoptr(b.add(y, b.mul(ldy, const(j))), ir.PointerType(v8))
-                b.store(b.load(acc[j]), to).align = 4
-            return context.get_dummy_value()
-
-        return types.void(*[types.int64] * 7), codegen
-
-    return dot
+    return types.int64(types.int64, types.int64), codegen
 
 
-_dot8x1, _dot8x4 = _dot8(1), _dot8(4)
-COLUMNS = 4
-_ROWS_IN_CACHE = 16
+@intrinsic
+def atomic_load(typingctx: Any, address: Any) -> Any:
+    def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        return b.load_atomic(b.inttoptr(args[0], ir.PointerType(i64)), "acquire", 8)
+
+    return types.int64(types.int64), codegen
 
 
-@njit(nogil=True, cache=True)
-def _q4_0x8_part(w, xq, xd, xs, n_blocks, y, ldy, g0, g1, n_tiles, n_single):  # type: ignore[no-untyped-def]
-    """Row groups g0..g1 times all columns: tiles of 4 first, then single ones. Units: addresses and bytes."""
-    tile_q, tile_d = n_blocks * 32 * COLUMNS, n_blocks * 4 * COLUMNS
-    for start in range(g0, g1, _ROWS_IN_CACHE):
-        stop = min(start + _ROWS_IN_CACHE, g1)
-        for t in range(n_tiles):
-            for g in range(start, stop):
-                _dot8x4(w + g * n_blocks * BLOCK_BYTES, xq + t * tile_q, xd + t * tile_d, xs + t * tile_d, n_blocks,
-                        y + 4 * GROUP * g + t * COLUMNS * ldy, ldy)  # fmt: skip
-        for s in range(n_single):
-            q, d = n_tiles * tile_q + s * n_blocks * 32, n_tiles * tile_d + s * n_blocks * 4
-            for g in range(start, stop):
-                _dot8x1(w + g * n_blocks * BLOCK_BYTES, xq + q, xd + d, xs + d, n_blocks,
-                        y + 4 * GROUP * g + (n_tiles * COLUMNS + s) * ldy, ldy)  # fmt: skip
+@intrinsic
+def atomic_store(typingctx: Any, address: Any, value: Any) -> Any:
+    def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        b.store_atomic(args[1], b.inttoptr(args[0], ir.PointerType(i64)), "release", 8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
 
 
-@njit(nogil=True, cache=True, parallel=True)
-def q4_0x8_parallel(w, xq, xd, xs, n_blocks, y, ldy, n_groups, n_tiles, n_single, n_threads):  # type: ignore[no-untyped-def]
-    """Packed Q4_0 times quantised columns, rows divided over threads."""
-    for t in prange(n_threads):
-        _q4_0x8_part(w, xq, xd, xs, n_blocks, y, ldy, n_groups * t // n_threads, n_groups * (t + 1) // n_threads,
-                     n_tiles, n_single)  # fmt: skip
+@intrinsic
+def pause(typingctx: Any) -> Any:
+    """Tell the core that this is a loop that waits."""
 
+    def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        if any(t in llvm.get_process_triple() for t in ("x86_64", "amd64", "i686")):
+            b.call(Emit(b).function("llvm.x86.sse2.pause", ir.VoidType(), []), [])
+        return context.get_dummy_value()
 
-@njit(nogil=True, cache=True)
-def q4_0x8_serial(w, xq, xd, xs, n_blocks, y, ldy, n_groups, n_tiles, n_single, n_threads):  # type: ignore[no-untyped-def]
-    """The same on one thread."""
-    _q4_0x8_part(w, xq, xd, xs, n_blocks, y, ldy, 0, n_groups, n_tiles, n_single)
-
-
-@njit(nogil=True, cache=True)
-def quantize_columns(x, xq, xd, xs, n_blocks, n_tiles, c0, c1):  # type: ignore[no-untyped-def]
-    """Columns c0..c1 of x as int8 blocks of 32 in the order that the products read: tiles of 4, then single ones.
-
-    Shapes: x float32 [n_columns, 32 * n_blocks]; xq int8, xd and xs float32, all flat.
-    """
-    for c in range(c0, c1):
-        tiled = c < n_tiles * COLUMNS
-        step = COLUMNS if tiled else 1
-        base = (c // COLUMNS) * COLUMNS * n_blocks + c % COLUMNS if tiled else c * n_blocks
-        for k in range(n_blocks):
-            peak = np.float32(0)
-            for i in range(32):
-                peak = max(peak, abs(x[c, 32 * k + i]))
-            d = peak / np.float32(127)
-            inverse = np.float32(1) / d if d != 0 else np.float32(0)
-            total = np.int32(0)
-            at = base + k * step
-            for i in range(32):
-                q = np.int32(np.rint(x[c, 32 * k + i] * inverse))
-                total += q
-                xq[32 * at + i] = np.int8(q)
-            xd[at] = d
-            xs[at] = np.float32(-8) * d * np.float32(total)
-
-
-@njit(nogil=True, cache=True, parallel=True)
-def quantize_columns_parallel(x, xq, xd, xs, n_blocks, n_tiles, n_columns, n_threads):  # type: ignore[no-untyped-def]
-    """`quantize_columns` over all columns, divided over threads."""
-    for t in prange(n_threads):
-        quantize_columns(x, xq, xd, xs, n_blocks, n_tiles, n_columns * t // n_threads, n_columns * (t + 1) // n_threads)
-
-
-_Q4_0 = np.dtype([("d", "<u2"), ("q", "u1", 16)])
-_Q4_0X8 = np.dtype([("d", "<u2", 8), ("q", "u1", (4, 8, 4))])
-_GROUPS_AT_ONCE = 256
-
-
-def pack_q4_0x8(memory: npt.NDArray[np.uint8], n_rows: int, n_blocks: int) -> None:
-    """Interleave Q4_0 rows by eights, in place. Shapes: `memory` flat, n_rows * n_blocks * 18 bytes, n_rows % 8 == 0."""
-    rows = memory.view(_Q4_0).reshape(n_rows // GROUP, GROUP, n_blocks)
-    packed = memory.view(_Q4_0X8).reshape(n_rows // GROUP, n_blocks)
-    for g in range(0, len(rows), _GROUPS_AT_ONCE):
-        part = rows[g : g + _GROUPS_AT_ONCE].copy()
-        packed["d"][g : g + _GROUPS_AT_ONCE] = part["d"].transpose(0, 2, 1)
-        q = part["q"].reshape(*part.shape, 4, 4)
-        packed["q"][g : g + _GROUPS_AT_ONCE] = q.transpose(0, 2, 3, 1, 4)
-
-
-def unpack_q4_0x8(memory: npt.NDArray[np.uint8], n_rows: int, n_blocks: int) -> npt.NDArray[np.uint8]:
-    """The rows of packed memory as they were, in new memory."""
-    packed = memory.view(_Q4_0X8).reshape(n_rows // GROUP, n_blocks)
-    rows = np.empty((n_rows // GROUP, GROUP, n_blocks), _Q4_0)
-    rows["d"] = packed["d"].transpose(0, 2, 1)
-    rows["q"] = packed["q"].transpose(0, 3, 1, 2, 4).reshape(*rows.shape, 16)
-    return rows.reshape(-1).view(np.uint8)
-
-
-def rows_of_q4_0x8(
-    memory: npt.NDArray[np.uint8], n_blocks: int, ids: npt.NDArray[np.int64]
-) -> npt.NDArray[np.uint8]:
-    """Some rows of packed memory as plain Q4_0 blocks. Shapes: returns uint8 [len(ids), n_blocks, 18]."""
-    packed = memory.view(_Q4_0X8).reshape(-1, n_blocks)[ids // GROUP]
-    r = ids % GROUP
-    rows = np.empty((len(ids), n_blocks), _Q4_0)
-    rows["d"] = np.take_along_axis(packed["d"], r[:, None, None], 2)[..., 0]
-    q = np.take_along_axis(packed["q"], r[:, None, None, None, None], 3)[..., 0, :]
-    rows["q"] = q.reshape(len(ids), n_blocks, 16)
-    return rows.view(np.uint8).reshape(len(ids), n_blocks, 18)
+    return types.void(), codegen

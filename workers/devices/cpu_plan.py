@@ -1,0 +1,460 @@
+"""Binds the nodes of a graph to steps of the CPU device's team: addresses, strides, counts, and what depends on what."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from protocol.dtypes import TYPES, GGMLType, row_bytes
+from protocol.errors import KernelError
+from protocol.graph import Graph, Tensor
+from workers.devices.base import Buffer, Tick
+from workers.kernels import attention, formats, products, reference, rows, team
+from workers.kernels.reference import Node, rope_angles
+from workers.plan import ALIGN, HostPlan, Step
+from workers.tensors import NUMPY_TYPE, Array, load
+
+if TYPE_CHECKING:
+    from workers.devices.cpu import CPUDevice
+
+F32, F16 = GGMLType.F32, GGMLType.F16
+Range = tuple[int, int]
+TICK_COST = 400_000_000
+"""Multiplications after which a running plan looks at its sockets: some milliseconds."""
+SPLIT_QUERIES = 64
+"""With fewer queries than this the context is divided over threads too."""
+
+
+def float_word(x: float) -> int:
+    """The bits of a float32 as an argument of a step."""
+    return int(struct.unpack("<i", struct.pack("<f", x))[0])
+
+
+class CPUPlan(HostPlan):
+    """A plan whose nodes run on the team where it has kernels for them.
+
+    Attributes:
+        program: the team's steps, one row each.
+        profile: nanoseconds of each of them, when the device profiles.
+    """
+
+    def __init__(self, device: CPUDevice, graph: Graph, buffers: dict[int, Buffer]) -> None:
+        self.device = device
+        used = [buffers[t.buffer] for t in graph.tensors if t.buffer in buffers]
+        self._layouts = -1
+        self._used_buffers = list({id(b): b for b in used}.values())
+        while self._layouts != self._layout():  # a node without a kernel may ask for its weights in GGUF's layout
+            device.unpack_for(graph, buffers)
+            self._layouts = self._layout()
+            self._bind_all(graph, buffers)
+
+    def _layout(self) -> int:
+        return sum(b.n_layouts for b in self._used_buffers)
+
+    def run(self, inputs: Sequence[bytes | memoryview], tick: Tick) -> list[memoryview]:
+        if self._layouts != self._layout():
+            self.__init__(self.device, self.graph, self.buffers)  # type: ignore[misc]
+        return super().run(inputs, tick)
+
+    def _bind_all(self, graph: Graph, buffers: dict[int, Buffer]) -> None:
+        self._rows: list[list[int]] = []
+        self._row_nodes: list[int] = []
+        self._reads: list[Range] = []
+        self._writes: list[Range] = []
+        self._quantized: dict[int, Range] = {}
+        self._free: list[Range] = []
+        self._parts: dict[int, int] = {}
+        self._tables: dict[tuple[object, ...], tuple[int, int]] = {}
+        self._preludes: list[Step] = []
+        self._used = [0] * len(graph.tensors)
+        self._products_of = [0] * len(graph.tensors)
+        for t in graph.tensors:
+            for j in t.src:
+                if j >= 0:
+                    self._used[j] += 1
+            if t.op in ("MUL_MAT", "MUL_MAT_ID"):
+                self._products_of[t.src[1]] += 1
+        for i in graph.outputs:
+            self._used[i] += 1
+        super().__init__(self.device, graph, buffers)
+
+    # -- from nodes to steps -------------------------------------------------------------------------------------------
+
+    def _steps(self, nodes: list[Node]) -> list[tuple[Step, int]]:
+        out: list[tuple[Step, int]] = []
+        self._end = -(-self.arena_bytes // ALIGN) * ALIGN
+        self._scratch_bytes = products.PANEL_BYTES
+        first, cost, skip = 0, 0, -1
+
+        def flush() -> None:
+            nonlocal first, cost
+            if first < len(self._rows):
+                out.append((partial(self._run_team, first, len(self._rows)), self._row_nodes[first]))
+            first, cost = len(self._rows), 0
+            self._reads, self._writes = [], []
+
+        for k, node in enumerate(nodes):
+            if node.index == skip:
+                continue
+            following = nodes[k + 1] if k + 1 < len(nodes) else None
+            bound, fused = self._bind(node, following)
+            if not bound:
+                flush()
+                out.append((self._fallback(node), node.index))
+                continue
+            if fused and following is not None:
+                skip = following.index
+            cost += self._cost(node)
+            if cost > TICK_COST:
+                flush()
+        flush()
+        self.program = np.zeros((len(self._rows), team.WORDS), np.int64)
+        for i, row in enumerate(self._rows):
+            self.program[i, : len(row)] = row
+        self.profile = np.zeros(len(self._rows), np.int64) if self.device.profiling else None
+        self.device.arena(self._end)
+        self.device.team.reserve(self._scratch_bytes)
+        return [(prelude, -1) for prelude in self._preludes] + out
+
+    @staticmethod
+    def _cost(n: Node) -> int:
+        if n.op.name in ("MUL_MAT", "MUL_MAT_ID"):
+            a = n.src_tensor[0]
+            assert a is not None  # products have their sources
+            return n.tensor.n_elements * a.ne[0]
+        return n.tensor.n_elements * 64
+
+    def _bind(self, node: Node, following: Node | None) -> tuple[bool, bool]:
+        """Add a node's steps. Returns whether it has any, and whether the node behind it is in them too."""
+        if node.op.name == "RMS_NORM":
+            return self._rms_norm(node, following)
+        bind: Callable[[Node], bool] | None = getattr(self, f"_bind_{node.op.name.lower()}", None)
+        return (bind is not None and 0 not in node.tensor.ne and bind(node)), False
+
+    def _fallback(self, node: Node) -> Step:
+        if node.op.name == "GET_ROWS" and self._packed_rows(node) is not None:
+            return partial(self._get_packed_rows, node)
+        for t in node.src_tensor:
+            if t is not None and t.op == "NONE" and t.buffer in self.buffers:
+                self.device.unpack(self.buffers[t.buffer], t)
+        return partial(reference.run, node)
+
+    def _run_team(self, first: int, last: int) -> None:
+        bad = self.device.team.run(self.program, first, last, self.profile)
+        if bad >= 0:
+            t = self.graph.tensors[bad]
+            raise KernelError(f"node {bad} ({t.op}): an index points outside the tensor that it names")
+
+    def _add(self, node: Node, op: int, args: list[int], reads: list[Range], writes: list[Range]) -> None:
+        """Append a step; the threads meet before it when it touches what was written since they last met."""
+
+        def meets(new: list[Range], old: list[Range]) -> bool:
+            return any(a < d and c < b for a, b in new for c, d in old)
+
+        wait = meets(reads, self._writes) or meets(writes, self._writes) or meets(writes, self._reads)
+        if wait:
+            self._reads, self._writes = [], []
+        self._reads += reads
+        self._writes += writes
+        self._rows.append([op, int(wait), *args])
+        self._row_nodes.append(node.index)
+
+    def _more(self, n_bytes: int) -> int:
+        """The address of further scratch memory of this plan."""
+        at = self._end
+        self._end += -(-n_bytes // ALIGN) * ALIGN
+        return int(self.device.arena_address() + at)
+
+    def _address(self, i: int) -> int:
+        base, at = self.memory[i]
+        return int(base.ctypes.data + at)
+
+    def _range(self, i: int) -> Range:
+        at = self._address(i)
+        return at, at + self.graph.tensors[i].extent_bytes()
+
+    # -- rows ----------------------------------------------------------------------------------------------------------
+
+    def _float_rows(self, i: int) -> tuple[int, int, int, int] | None:
+        """Address, bytes from row to row, rows and row length of a float32 tensor with evenly spaced rows."""
+        t = self.graph.tensors[i]
+        if t.type != F32 or t.nb[0] != 4 or 0 in t.ne:
+            return None
+        if t.ne[2] == t.ne[3] == 1 or (t.nb[2] == t.nb[1] * t.ne[1] and t.nb[3] == t.nb[2] * t.ne[2]):
+            return self._address(i), t.nb[1], t.n_rows, t.ne[0]
+        if t.ne[1] == t.ne[3] == 1:
+            return self._address(i), t.nb[2], t.n_rows, t.ne[0]
+        return None
+
+    def _elementwise(self, n: Node, kind: int, second: int, offsets: tuple[int, int] = (0, 0)) -> bool:
+        """y = x op z over rows; z is source `second` with the rows of x, or rows that repeat."""
+        i, j, k = n.tensor.src[0], n.tensor.src[second], n.index
+        x, z, y = self._float_rows(i), self._float_rows(j), self._float_rows(k)
+        if x is None or z is None or y is None or x[2] != y[2]:
+            return False
+        tx, tz = self.graph.tensors[i], self.graph.tensors[j]
+        same = second == 0 or tx.ne == tz.ne
+        if not same and (tz.ne[0] != tx.ne[0] or (tz.n_rows != 1 and tz.ne[1:] != (tx.ne[1], 1, 1))):
+            return False
+        self._add(n, team.BINARY, [kind, x[0] + offsets[0], x[1], z[0] + offsets[1], z[1], z[2], y[0], y[1], y[2], y[3]],
+                  [self._range(i), self._range(j)], [self._range(k)])  # fmt: skip
+        return True
+
+    def _bind_add(self, n: Node) -> bool:
+        return self._elementwise(n, rows.ADD, 1)
+
+    def _bind_mul(self, n: Node) -> bool:
+        return self._elementwise(n, rows.MUL, 1)
+
+    def _glu(self, n: Node, kind: int) -> bool:
+        if len(n.src) > 1 and n.src[1] is not None:
+            return self._elementwise(n, kind, 1)
+        half = 4 * n.tensor.ne[0]
+        return self._elementwise(n, kind, 0, (half, 0) if n.params["swapped"] else (0, half))
+
+    def _bind_swiglu(self, n: Node) -> bool:
+        return self._glu(n, rows.SWIGLU)
+
+    def _bind_geglu(self, n: Node) -> bool:
+        return self._glu(n, rows.GEGLU)
+
+    def _bind_scale(self, n: Node) -> bool:
+        i, k = n.tensor.src[0], n.index
+        x, y = self._float_rows(i), self._float_rows(k)
+        if x is None or y is None or x[2:] != y[2:]:
+            return False
+        words = [float_word(n.params["scale"]), float_word(n.params["bias"])]
+        self._add(n, team.SCALE, [x[0], x[1], y[0], y[1], y[2], y[3], *words], [self._range(i)], [self._range(k)])
+        return True
+
+    def _rms_norm(self, n: Node, following: Node | None) -> tuple[bool, bool]:
+        """RMS_NORM, with the MUL by a row of weights behind it when nothing else wants what lies between."""
+        i, k = n.tensor.src[0], n.index
+        x, y = self._float_rows(i), self._float_rows(k)
+        if x is None or y is None or x[2:] != y[2:]:
+            return False, False
+        weight, reads, last = 0, [self._range(i)], k
+        f = following
+        if f is not None and f.op.name == "MUL" and f.tensor.src[0] == k and self._used[k] == 1:
+            w, out = self._float_rows(f.tensor.src[1]), self._float_rows(f.index)
+            (a, b), (c, d) = self._range(i), self._range(f.index)
+            apart = a == c or b <= c or d <= a
+            if w is not None and out is not None and w[2] == 1 and w[3] == y[3] and apart:
+                weight, y, last = w[0], out, f.index
+                reads.append(self._range(f.tensor.src[1]))
+        self._add(n, team.RMS_NORM, [x[0], x[1], weight, y[0], y[1], y[2], y[3], float_word(n.params["eps"])], reads,
+                  [self._range(last)])  # fmt: skip
+        return True, last != k
+
+    def _bind_argmax(self, n: Node) -> bool:
+        i, k = n.tensor.src[0], n.index
+        x = self._float_rows(i)
+        if x is None or n.tensor.type != GGMLType.I32 or not n.tensor.contiguous:
+            return False
+        self._add(n, team.ARGMAX, [*x, self._address(k)], [self._range(i)], [self._range(k)])
+        return True
+
+    # -- positions and the cache ---------------------------------------------------------------------------------------
+
+    def _bind_rope(self, n: Node) -> bool:
+        t, x = n.tensor, n.src_tensor[0]
+        plain = n.params["mode"] in (0, 2) and n.params["n_offs"] == 0
+        if not plain or x is None or t.type != F32 or t.ne[3] != 1 or x.nb[0] != 4 or t.nb[0] != 4:
+            return False
+        table = self._rope_table(n)
+        if table is None:
+            return False
+        i, k = t.src[0], n.index
+        args = [self._address(i), x.nb[1], x.nb[2], self._address(k), t.nb[1], t.nb[2], t.ne[2], t.ne[1], t.ne[0],
+                *table, int(n.params["mode"] == 2), n.params["n_dims"]]  # fmt: skip
+        self._add(n, team.ROPE, args, [self._range(i)], [self._range(k)])
+        return True
+
+    def _rope_table(self, n: Node) -> tuple[int, int] | None:
+        """Addresses of cosines and sines [n_tokens][n_dims / 2], made before the first step; layers share them."""
+        source, factors = n.tensor.src[1], n.tensor.src[2] if len(n.tensor.src) > 2 else -1
+        leaves = all(j < 0 or self.graph.tensors[self.graph.root(j)[0]].op == "NONE" for j in (source, factors))
+        if not leaves:
+            return None
+        key = (n.tensor.params, source, factors)
+        known = self._tables.get(key)
+        if known is None:
+            n_tokens, half = n.tensor.ne[2], n.params["n_dims"] // 2
+            cos, sin = np.zeros((n_tokens, half), np.float32), np.zeros((n_tokens, half), np.float32)
+
+            def fill() -> None:
+                positions = n.indices(1, 1 << 30).reshape(-1)
+                cos[:], sin[:], _ = rope_angles(n, positions, n.opt(2))
+
+            self._preludes.append(fill)
+            known = self._tables[key] = (cos.ctypes.data, sin.ctypes.data)
+        return known
+
+    def _bind_set_rows(self, n: Node) -> bool:
+        t, x, ids = n.tensor, n.src_tensor[0], n.src_tensor[1]
+        if x is None or ids is None or ids.type != GGMLType.I64 or not ids.contiguous:
+            return False
+        flat = t.ne[2] * t.ne[3] == 1 and ids.ne[1] * ids.ne[2] == 1
+        if not flat or t.type != F16 or t.nb[0] != 2 or x.type != F32 or x.nb[0] != 4 or x.ne[2] * x.ne[3] != 1:
+            return False
+        i, j, k = t.src[0], t.src[1], n.index
+        args = [self._address(i), x.nb[1], x.ne[1], x.ne[0], self._address(j), self._address(k), t.nb[1], t.ne[1], k]
+        self._add(n, team.STORE_HALVES, args, [self._range(i), self._range(j)], [self._range(k)])
+        return True
+
+    def _bind_flash_attn_ext(self, n: Node) -> bool:
+        q, k, v = n.src_tensor[0], n.src_tensor[1], n.src_tensor[2]
+        mask = n.src_tensor[3] if len(n.src) > 3 else None
+        assert q is not None and k is not None and v is not None  # FLASH_ATTN_EXT has its sources
+        halves = k.type == v.type == F16 and k.nb[0] == v.nb[0] == 2 and q.nb[0] == 4 and q.type == F32
+        if not halves or n.params["max_bias"] or not n.tensor.contiguous or n.params["scale"] <= 0:
+            return False
+        if k.ne[3] != q.ne[3] or v.ne[3] != q.ne[3] or k.ne[2] != v.ne[2]:
+            return False
+        if mask is not None and (mask.nb[0] != 2 or mask.ne[2] != 1 or mask.ne[3] not in (1, q.ne[3])):
+            return False
+        src = n.tensor.src
+        d, d_v, n_tokens, n_head, n_seq, n_kv = q.ne[0], v.ne[0], q.ne[1], q.ne[2], q.ne[3], k.ne[1]
+        n_queries = n_tokens * n_head * n_seq
+        split = n_tokens * n_seq * k.ne[2] < SPLIT_QUERIES
+        parts_bytes = attention.parts_bytes(n_queries, n_kv, d_v) if split else 0
+        if split and parts_bytes not in self._parts:
+            self._parts[parts_bytes] = self._more(parts_bytes)
+        parts = self._parts[parts_bytes] if split else 0
+        sinks = src[4] if len(src) > 4 else -1
+        args = [
+            self._address(src[0]), q.nb[1], q.nb[2], q.nb[3], d, n_tokens, n_head, n_seq,
+            self._address(src[1]), k.nb[1], k.nb[2], k.nb[3], self._address(src[2]), v.nb[1], v.nb[2], v.nb[3], d_v,
+            k.ne[2], n_kv, self._address(src[3]) if mask is not None else 0, mask.nb[1] if mask is not None else 0,
+            mask.nb[3] if mask is not None and mask.ne[3] > 1 else 0, float_word(n.params["scale"]),
+            float_word(n.params["logit_softcap"]), self._address(sinks) if sinks >= 0 else 0, self._address(n.index), parts,
+        ]  # fmt: skip
+        reads, out = [self._range(j) for j in src if j >= 0], [self._range(n.index)]
+        self._scratch_bytes = max(self._scratch_bytes, attention.scratch_bytes(d, d_v))
+        if split:
+            between = [(parts, parts + parts_bytes)]
+            self._add(n, team.ATTEND, args, reads, between)
+            self._add(n, team.MERGE, args, between, out)
+        else:
+            self._add(n, team.ATTEND, args, reads, out)
+        return True
+
+    # -- products ------------------------------------------------------------------------------------------------------
+
+    def _weights(self, i: int) -> tuple[int, int, int, int] | None:
+        """Kind, address, bytes of a row and packed rows a matrix of weights that the products can read."""
+        t = self.graph.tensors[i]
+        if not t.contiguous:
+            return None
+        kind = formats.KIND_OF.get(GGMLType(t.type))
+        if kind is None:
+            wide = self.device.widened(self.buffers.get(t.buffer), t)
+            return None if wide is None else (formats.KIND_OF[F16], wide[0], 2 * t.ne[0], wide[1])
+        buffer = self.buffers.get(t.buffer)
+        packed = t.op == "NONE" and buffer is not None and t.offset in buffer.packed
+        return kind, self._address(i), row_bytes(t.type, t.ne[0]), t.ne[1] // 16 * 16 if packed else 0
+
+    def _columns(self, n: Node, kind: int, j: int) -> tuple[int, int] | None:
+        """Address of the columns of source tensor `j` as the product of `kind` reads them, and bytes of one."""
+        t = self.graph.tensors[j]
+        if t.type != F32 or not t.contiguous:
+            return None
+        k = t.ne[0]
+        if kind >= formats.N_QUANTIZED:
+            return self._address(j), 4 * k
+        known = self._quantized.get(j)
+        if known is None:
+            n_bytes = t.n_rows * (k // 32) * products.X_BLOCK
+            free = next((f for f in self._free if f[1] - f[0] >= n_bytes), None)
+            if free is not None:
+                self._free.remove(free)
+            at = free[0] if free is not None else self._more(n_bytes)
+            self._add(n, team.QUANTIZE, [self._address(j), 4 * k, t.n_rows, k, at], [self._range(j)], [(at, at + n_bytes)])
+            known = self._quantized[j] = free or (at, at + n_bytes)
+        self._products_of[j] -= 1
+        if not self._products_of[j]:  # nobody else multiplies it: its place can be used again
+            self._free.append(self._quantized.pop(j))
+        return known[0], k // 32 * products.X_BLOCK
+
+    def _need(self, weight_row_bytes: int, n_columns: int) -> None:
+        n_bytes = products.PANEL_BYTES + 16 * weight_row_bytes + 88 * n_columns + 64
+        self._scratch_bytes = max(self._scratch_bytes, n_bytes)
+
+    def _bind_mul_mat(self, n: Node) -> bool:
+        a, b = n.src_tensor[0], n.src_tensor[1]
+        i, j, k = n.tensor.src[0], n.tensor.src[1], n.index
+        if a is None or b is None or not n.tensor.contiguous or n.tensor.type != F32 or a.ne[0] % TYPES[a.type].block:
+            return False
+        weights = self._weights(i)
+        if weights is None or (weights[0] < formats.N_QUANTIZED and a.ne[0] % 32):
+            return False
+        columns = self._columns(n, weights[0], j)
+        if columns is None:
+            return False
+        kind, w, row, packed = weights
+        x, x_bytes = columns
+        x_range = (x, x + x_bytes * b.n_rows)
+        if a.ne[2] * a.ne[3] == 1:
+            self._need(row, b.n_rows)
+            args = [kind, w, row, a.ne[1], packed, a.ne[0], x, x_bytes, self._address(k), 4 * a.ne[1], b.n_rows]
+            self._add(n, team.PRODUCT, args, [x_range, self._range(i)], [self._range(k)])
+            return True
+        self._need(row, b.ne[1])
+        r2, r3 = b.ne[2] // a.ne[2], b.ne[3] // a.ne[3]
+        for i3 in range(b.ne[3]):
+            for i2 in range(b.ne[2]):
+                matrix, batch = (i3 // r3) * a.ne[2] + i2 // r2, i3 * b.ne[2] + i2
+                at = self._address(k) + 4 * a.ne[1] * b.ne[1] * batch
+                args = [kind, w + matrix * a.ne[1] * row, row, a.ne[1], packed, a.ne[0], x + batch * b.ne[1] * x_bytes,
+                        x_bytes, at, 4 * a.ne[1], b.ne[1]]  # fmt: skip
+                self._add(n, team.PRODUCT, args, [x_range, self._range(i)], [(at, at + 4 * a.ne[1] * b.ne[1])])
+        return True
+
+    def _bind_mul_mat_id(self, n: Node) -> bool:
+        a, b, ids = n.src_tensor[0], n.src_tensor[1], n.src_tensor[2]
+        i, j, c, k = *n.tensor.src[:3], n.index
+        if a is None or b is None or ids is None or not n.tensor.contiguous or n.tensor.type != F32:
+            return False
+        if ids.nb[0] != 4 or ids.ne[2] * ids.ne[3] != 1 or b.ne[3] != 1 or a.ne[0] % TYPES[a.type].block:
+            return False
+        weights = self._weights(i)
+        if weights is None or (weights[0] < formats.N_QUANTIZED and a.ne[0] % 32):
+            return False
+        columns = self._columns(n, weights[0], j)
+        if columns is None:
+            return False
+        kind, w, row, packed = weights
+        x, x_bytes = columns
+        self._need(row, ids.ne[0] * ids.ne[1])
+        args = [kind, w, row, a.ne[1], packed, a.ne[0], x, x_bytes, self._address(k), 4 * a.ne[1], a.ne[2], b.ne[1],
+                self._address(c), ids.nb[1], ids.ne[0], ids.ne[1], k]  # fmt: skip
+        self._add(n, team.PRODUCT_ID, args, [(x, x + x_bytes * b.n_rows), self._range(i), self._range(c)],
+                  [self._range(k)])  # fmt: skip
+        return True
+
+    # -- rows of packed weights ----------------------------------------------------------------------------------------
+
+    def _packed_rows(self, n: Node) -> Tensor | None:
+        t = n.src_tensor[0]
+        buffer = self.buffers.get(t.buffer) if t is not None else None
+        usable = t is not None and buffer is not None and t.op == "NONE" and t.offset in buffer.packed
+        return t if usable and t is not None and t.ne[2] * t.ne[3] == 1 else None
+
+    def _get_packed_rows(self, n: Node) -> None:
+        t = n.src_tensor[0]
+        assert t is not None  # it was packed
+        ids = n.indices(1, t.ne[1])
+        blocks = self.device.rows_of(self.buffers[t.buffer], t, ids.reshape(-1))
+        n.put(values_of(blocks, t).reshape(n.dst.shape))
+
+
+def values_of(blocks: Array, t: Tensor) -> Array:
+    """Rows in GGUF's layout as float32. Shapes: uint8 [n, row_bytes] to [n, ne[0]]."""
+    info = TYPES[t.type]
+    if info.quantized:
+        return load(blocks.reshape(1, 1, len(blocks), -1, info.bytes), t.type, np.float32)
+    return load(blocks.view(NUMPY_TYPE[t.type]), t.type, np.float32)

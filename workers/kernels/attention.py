@@ -1,0 +1,451 @@
+"""Flash attention over a float16 cache: grouped heads, windows, sinks, soft caps.
+
+The context is taken in blocks of 64 cells, and 8 blocks are a chunk, both counted from the cache's first cell. Within a
+chunk the softmax runs online, a block at a time; chunks are merged in order. A block that a query does not see changes
+nothing. So a query's bits do not depend on who else is in the batch, on the cells behind it, or on the threads.
+Source: Dao et al., FlashAttention-2; Dao et al., Flash-Decoding for the chunks.
+
+Units: addresses, counts, strides in bytes; `Shape` of the arguments is that of FLASH_ATTN_EXT.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from workers.kernels.simd import (
+    Emit,
+    bits_to_float,
+    f32,
+    half_to_float,
+    i16,
+    i32,
+    i64,
+    load16,
+    load32,
+    load64,
+    loadf,
+    store16,
+    store64,
+    storef,
+    v16f,
+    vec,
+    widen_half,
+)
+
+BLOCK = 64
+CHUNK = 8 * BLOCK
+TOGETHER = 4
+"""Queries that share every load of keys and values."""
+TILE = 16
+"""Queries of one head of keys that share the unpacking of a block."""
+HIDDEN = 0xFC00
+"""Bits of a float16 minus infinity: a cell that is not seen."""
+
+
+# -- vector pieces -----------------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def _transpose16(typingctx: Any, k: Any, k_row: Any, out: Any) -> Any:
+    """16 float16 of each of 16 cells as float32 [16][BLOCK]: four rounds of interleaving."""
+
+    def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emit(b)
+        k, k_row, out = args
+        rows = [e.halves(b.add(k, b.mul(k_row, e.const(i))), 0) for i in range(16)]
+        mix = [ir.Constant(vec(i32, 16), [x for i in range(8) for x in (i + at, i + at + 16)]) for at in (0, 8)]
+        for _ in range(4):
+            rows = [b.shuffle_vector(rows[i // 2], rows[i // 2 + 8], mix[i % 2]) for i in range(16)]
+        for i, row in enumerate(rows):
+            e.store(row, out, 4 * BLOCK * i)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
+
+
+def _scores(n: int) -> Any:
+    @intrinsic
+    def scores(typingctx: Any, queries: Any, keys: Any, d: Any, out: Any) -> Any:
+        """`n` queries (an array of addresses) times a block of transposed keys. Shapes: out float32 [n][BLOCK]."""
+
+        def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
+            e = Emit(b)
+            queries, keys, d, out = args
+            q = [e.load(queries, 8 * i, i64) for i in range(n)]
+            for part in range(0, BLOCK // 16, 2):
+                acc = [[cgutils.alloca_once_value(b, e.floats(0.0)) for _ in range(2)] for _ in range(n)]
+                for a in (x for pair in acc for x in pair):
+                    b.store(e.floats(0.0), a)
+                with cgutils.for_range(b, d) as loop:
+                    at, step = b.mul(loop.index, e.const(4 * BLOCK)), b.mul(loop.index, e.const(4))
+                    row = b.add(keys, at)
+                    k = [e.load(row, 64 * (part + j), v16f) for j in range(2)]
+                    for i in range(n):
+                        x = e.splat(e.load(b.add(q[i], step), 0, f32))
+                        for j in range(2):
+                            b.store(e.fma(x, k[j], b.load(acc[i][j])), acc[i][j])
+                for i in range(n):
+                    for j in range(2):
+                        e.store(b.load(acc[i][j]), out, 4 * BLOCK * i + 64 * (part + j))
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 4), codegen
+
+    return scores
+
+
+def _weighted(n: int, width: int) -> Any:
+    @intrinsic
+    def weighted(typingctx: Any, weights: Any, v: Any, v_row: Any, n_cells: Any, outputs: Any, offset: Any) -> Any:
+        """Add cells of values (float16), weighted, to `width` * 16 elements of `n` outputs (an array of addresses)."""
+
+        def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
+            e = Emit(b)
+            weights, v, v_row, n_cells, outputs, offset = args
+            y = [b.add(e.load(outputs, 8 * i, i64), b.mul(offset, e.const(2))) for i in range(n)]
+            acc = [[cgutils.alloca_once(b, v16f) for _ in range(width)] for _ in range(n)]
+            for i in range(n):
+                for j in range(width):
+                    b.store(e.load(y[i], 64 * j, v16f), acc[i][j])
+            with cgutils.for_range(b, n_cells) as loop:
+                row = b.add(b.add(v, offset), b.mul(loop.index, v_row))
+                values = [e.halves(row, 32 * j) for j in range(width)]
+                at = b.add(weights, b.mul(loop.index, e.const(4)))
+                for i in range(n):
+                    p = e.splat(e.load(at, 4 * BLOCK * i, f32))
+                    for j in range(width):
+                        b.store(e.fma(p, values[j], b.load(acc[i][j])), acc[i][j])
+            for i in range(n):
+                for j in range(width):
+                    e.store(b.load(acc[i][j]), y[i], 64 * j)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 6), codegen
+
+    return weighted
+
+
+@intrinsic
+def _masked(typingctx: Any, scores: Any, mask: Any, scale: Any, softcap: Any) -> Any:
+    """Scale, cap and mask a block of scores in place (a `mask` of 0: none); the largest of them."""
+
+    def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emit(b)
+        scores, mask, scale, softcap = args
+        top = e.function("llvm.vector.reduce.fmax.v16f32", f32, [v16f])
+        larger = e.function("llvm.maxnum.v16f32", v16f, [v16f, v16f])
+        one, two = e.floats(1.0), e.floats(2.0)
+        peak = cgutils.alloca_once_value(b, e.floats(float("-inf")))
+        room = cgutils.alloca_once(b, v16f)
+        for part in range(0, 4 * BLOCK, 64):
+            b.store(b.fmul(e.load(scores, part, v16f), e.splat(scale)), room)
+            with b.if_then(b.fcmp_unordered("!=", softcap, ir.Constant(f32, 0.0))):
+                cap = e.splat(softcap)
+                u = b.fmul(b.fdiv(b.load(room), cap), two)
+                tanh = b.fsub(one, b.fdiv(two, b.fadd(e.exp(u), one)))
+                b.store(b.fmul(tanh, cap), room)
+            with b.if_then(b.icmp_signed("!=", mask, e.const(0))):
+                bits = e.load(mask, part // 2, vec(i16, 16))
+                hidden = b.icmp_unsigned("==", bits, ir.Constant(vec(i16, 16), [HIDDEN] * 16))
+                shown = b.fadd(b.load(room), widen_half(b, bits))
+                b.store(b.select(hidden, e.floats(float("-inf")), shown), room)
+            x = b.load(room)
+            e.store(x, scores, part)
+            b.store(b.call(larger, [b.load(peak), x]), peak)
+        return b.call(top, [b.load(peak)])
+
+    return types.float32(types.int64, types.int64, types.float32, types.float32), codegen
+
+
+@intrinsic
+def _weights(typingctx: Any, scores: Any, peak: Any) -> Any:
+    """e^(score - peak) in place for a block; their sum."""
+
+    def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emit(b)
+        scores, peak = args
+        add = e.function("llvm.vector.reduce.fadd.v16f32", f32, [f32, v16f])
+        total = e.floats(0.0)
+        for part in range(0, 4 * BLOCK, 64):
+            p = e.exp(b.fsub(e.load(scores, part, v16f), e.splat(peak)))
+            e.store(p, scores, part)
+            total = b.fadd(total, p)
+        return b.call(add, [ir.Constant(f32, 0.0), total])
+
+    return types.float32(types.int64, types.float32), codegen
+
+
+@intrinsic
+def _exp1(typingctx: Any, x: Any) -> Any:
+    """The same e^x as in a block, for one number."""
+
+    def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emit(b)
+        return b.extract_element(e.exp(e.splat(args[0])), ir.Constant(i32, 0))
+
+    return types.float32(types.float32), codegen
+
+
+_scores4, _scores1 = _scores(TOGETHER), _scores(1)
+_weighted4x4, _weighted1x4 = _weighted(TOGETHER, 4), _weighted(1, 4)
+_weighted4x1, _weighted1x1 = _weighted(TOGETHER, 1), _weighted(1, 1)
+
+
+# -- one tile of queries -----------------------------------------------------------------------------------------------
+
+
+@njit(nogil=True, cache=True)
+def _load_keys(k, k_row, n_cells, d, out):  # type: ignore[no-untyped-def]
+    """A block of keys, transposed: float32 [d][BLOCK], zero where there is no cell."""
+    whole = n_cells == BLOCK and d % 16 == 0
+    if whole:
+        for c in range(0, BLOCK, 16):
+            for i in range(0, d, 16):
+                _transpose16(k + c * k_row + 2 * i, k_row, out + 4 * (BLOCK * i + c))
+        return
+    for i in range(d):
+        for c in range(BLOCK):
+            x = half_to_float(load16(k + c * k_row + 2 * i)) if c < n_cells else np.float32(0)
+            storef(out + 4 * (BLOCK * i + c), x)
+
+
+@njit(nogil=True, cache=True)
+def _hidden(mask, n_cells):  # type: ignore[no-untyped-def]
+    """Whether no cell of a block is seen."""
+    for c in range(0, n_cells - 1, 2):
+        if load32(mask + 2 * c) != -67044352:  # two of HIDDEN
+            return False
+    return n_cells % 2 == 0 or load16(mask + 2 * (n_cells - 1)) == HIDDEN
+
+
+@njit(nogil=True, cache=True)
+def _add_values(n, weights, v, v_row, n_cells, outputs, d_v):  # type: ignore[no-untyped-def]
+    """Weighted values of a block to n outputs (n is TOGETHER or 1)."""
+    i = 0
+    while i + 64 <= d_v:
+        if n == TOGETHER:
+            _weighted4x4(weights, v, v_row, n_cells, outputs, 2 * i)
+        else:
+            _weighted1x4(weights, v, v_row, n_cells, outputs, 2 * i)
+        i += 64
+    while i + 16 <= d_v:
+        if n == TOGETHER:
+            _weighted4x1(weights, v, v_row, n_cells, outputs, 2 * i)
+        else:
+            _weighted1x1(weights, v, v_row, n_cells, outputs, 2 * i)
+        i += 16
+    for j in range(n):
+        y = load64(outputs + 8 * j)
+        for x in range(i, d_v):
+            total = loadf(y + 4 * x)
+            for c in range(n_cells):
+                total += loadf(weights + 4 * (BLOCK * j + c)) * half_to_float(load16(v + c * v_row + 2 * x))
+            storef(y + 4 * x, total)
+
+
+@njit(nogil=True, cache=True)
+def _merge(state, part, d_v):  # type: ignore[no-untyped-def]
+    """Add a part (peak, sum, values) to a state of the same form."""
+    peak, other = loadf(state), loadf(part)
+    if other == -np.inf:
+        return
+    top = max(peak, other)
+    a, b = _exp1(peak - top), _exp1(other - top)
+    storef(state, top)
+    storef(state + 4, loadf(state + 4) * a + loadf(part + 4) * b)
+    for i in range(d_v):
+        at = 8 + 4 * i
+        storef(state + at, loadf(state + at) * a + loadf(part + at) * b)
+
+
+@njit(nogil=True, cache=True)
+def _clear(state, d_v):  # type: ignore[no-untyped-def]
+    storef(state, np.float32(-np.inf))
+    for i in range(d_v + 1):
+        storef(state + 4 + 4 * i, np.float32(0))
+
+
+@njit(nogil=True, cache=True)
+def _finish(state, sink, d_v, y):  # type: ignore[no-untyped-def]
+    """Divide by the sum of weights. A sink (not -inf) takes part in it and gives nothing."""
+    peak, total = loadf(state), loadf(state + 4)
+    factor = np.float32(1)
+    if sink != -np.inf:
+        top = max(peak, sink)
+        factor = _exp1(peak - top)
+        total = total * factor + _exp1(sink - top)
+    inverse = factor / total if total != 0 else np.float32(0)
+    for i in range(d_v):
+        storef(y + 4 * i, loadf(state + 8 + 4 * i) * inverse)
+
+
+@njit(nogil=True, cache=True)
+def _zero(row):  # type: ignore[no-untyped-def]
+    for c in range(BLOCK):
+        storef(row + 4 * c, np.float32(0))
+
+
+@njit(nogil=True, cache=True)
+def _short_mask(mask, n_cells, out):  # type: ignore[no-untyped-def]
+    """The mask of a block that the context ends in."""
+    for c in range(BLOCK):
+        shown = load16(mask + 2 * c) if mask != 0 and c < n_cells else 0
+        store16(out + 2 * c, shown if c < n_cells else HIDDEN)
+
+
+@njit(nogil=True, cache=True)
+def _tile_chunk(  # type: ignore[no-untyped-def]
+    queries, masks, n, d, k, k_row, v, v_row, d_v, first, last, scale, softcap, states, scratch
+):  # fmt: skip
+    """A tile of queries over the cells first..last of one chunk; each query's state is made anew.
+
+    `queries`, `masks`, `states`: arrays of addresses. `scratch`: keys, scores, then arrays of addresses.
+    """
+    keys, scores = scratch, scratch + 4 * BLOCK * d
+    lists = scores + 4 * BLOCK * TOGETHER
+    for i in range(n):
+        _clear(load64(states + 8 * i), d_v)
+    for cell in range(first, last, BLOCK):
+        n_cells = min(BLOCK, last - cell)
+        n_seen = 0
+        for i in range(n):
+            mask = load64(masks + 8 * i)
+            if mask == 0 or not _hidden(mask + 2 * cell, n_cells):
+                store64(lists + 8 * n_seen, i)
+                n_seen += 1
+        if n_seen == 0:
+            continue
+        _load_keys(k + cell * k_row, k_row, n_cells, d, keys)
+        at = 0
+        while at < n_seen:
+            m = TOGETHER if n_seen - at >= TOGETHER else 1
+            chosen, outputs = lists + 8 * TILE, lists + 8 * (TILE + TOGETHER)
+            for i in range(m):
+                store64(chosen + 8 * i, load64(queries + 8 * load64(lists + 8 * (at + i))))
+            if m == TOGETHER:
+                _scores4(chosen, keys, d, scores)
+            else:
+                _scores1(chosen, keys, d, scores)
+            for i in range(m):
+                which = load64(lists + 8 * (at + i))
+                mask, state, row = load64(masks + 8 * which), load64(states + 8 * which), scores + 4 * BLOCK * i
+                mask = mask + 2 * cell if mask != 0 else 0
+                if n_cells < BLOCK:
+                    _short_mask(mask, n_cells, lists + 8 * (TILE + 2 * TOGETHER))
+                    mask = lists + 8 * (TILE + 2 * TOGETHER)
+                old = loadf(state)
+                peak = max(old, _masked(row, mask, scale, softcap))
+                store64(outputs + 8 * i, state + 8)
+                if peak == -np.inf:
+                    _zero(row)
+                    continue
+                total = _weights(row, peak)
+                factor = _exp1(old - peak)
+                storef(state, peak)
+                storef(state + 4, loadf(state + 4) * factor + total)
+                if factor != 1:
+                    for x in range(d_v):
+                        storef(state + 8 + 4 * x, loadf(state + 8 + 4 * x) * factor)
+            _add_values(m, scores, v + cell * v_row, v_row, n_cells, outputs, d_v)
+            at += m
+
+
+
+# -- the whole op ------------------------------------------------------------------------------------------------------
+
+(Q, Q_ROW, Q_HEAD, Q_SEQ, D, N_TOKENS, N_HEAD, N_SEQ, K, K_ROW, K_HEAD, K_SEQ, V, V_ROW, V_HEAD, V_SEQ, D_V, N_HEAD_KV,
+ N_KV, MASK, MASK_ROW, MASK_SEQ, SCALE, SOFTCAP, SINKS, Y, PARTS) = range(27)  # fmt: skip
+"""Words of an attention's arguments. SCALE and SOFTCAP are the bits of float32; of MASK, SINKS and PARTS 0 means none."""
+
+
+def scratch_bytes(d: int, d_v: int) -> int:
+    """What a thread needs."""
+    return 4 * BLOCK * (d + TOGETHER) + 8 * (TILE + 2 * TOGETHER) + 2 * BLOCK + TILE * (24 + 16 + 8 * (d_v + 2)) + 64
+
+
+def parts_bytes(n_queries: int, n_kv: int, d_v: int) -> int:
+    """What is kept between the two halves of an attention that is split over the context."""
+    return n_queries * ((n_kv + CHUNK - 1) // CHUNK) * int(state_bytes.py_func(d_v))
+
+
+@njit(nogil=True, cache=True)
+def state_bytes(d_v):  # type: ignore[no-untyped-def]
+    return 4 * (d_v + 2)
+
+
+@njit(nogil=True, cache=True)
+def _arg(a, i):  # type: ignore[no-untyped-def]
+    return load64(a + 8 * i)
+
+
+@njit(nogil=True, cache=True)
+def _sink(a, head):  # type: ignore[no-untyped-def]
+    sinks = _arg(a, SINKS)
+    return loadf(sinks + 4 * head) if sinks != 0 else np.float32(-np.inf)
+
+
+@njit(nogil=True, cache=True)
+def attend(a, scratch, t, n_threads):  # type: ignore[no-untyped-def]
+    """Attention with the arguments at `a`. With PARTS the chunks are tasks of their own, and `merge_parts` must follow."""
+    n_tokens, n_head, n_kv_heads, n_kv = _arg(a, N_TOKENS), _arg(a, N_HEAD), _arg(a, N_HEAD_KV), _arg(a, N_KV)
+    d, d_v, parts, mask = _arg(a, D), _arg(a, D_V), _arg(a, PARTS), _arg(a, MASK)
+    scale, softcap = bits_to_float(np.int32(_arg(a, SCALE))), bits_to_float(np.int32(_arg(a, SOFTCAP)))
+    group = n_head // n_kv_heads
+    n_queries = n_tokens * group
+    n_tiles, n_chunks = (n_queries + TILE - 1) // TILE, (n_kv + CHUNK - 1) // CHUNK
+    in_task = 1 if parts != 0 else n_chunks
+    per_tile = n_chunks // in_task if parts != 0 else 1
+    size = state_bytes(d_v)
+    lists = scratch + 4 * BLOCK * (d + TOGETHER) + 8 * (TILE + 2 * TOGETHER) + 2 * BLOCK
+    queries, masks, states = lists, lists + 8 * TILE, lists + 16 * TILE
+    totals = lists + 24 * TILE
+    fresh = totals + TILE * size
+    work = _arg(a, N_SEQ) * n_kv_heads * n_tiles * per_tile
+    for task in range(work * t // n_threads, work * (t + 1) // n_threads):
+        chunk, rest = task % per_tile, task // per_tile
+        tile, rest = rest % n_tiles, rest // n_tiles
+        kv_head, seq = rest % n_kv_heads, rest // n_kv_heads
+        first = tile * TILE
+        n = min(TILE, n_queries - first)
+        for i in range(n):
+            token, head = (first + i) // group, kv_head * group + (first + i) % group
+            store64(queries + 8 * i, _arg(a, Q) + token * _arg(a, Q_ROW) + head * _arg(a, Q_HEAD) + seq * _arg(a, Q_SEQ))
+            store64(masks + 8 * i, mask + token * _arg(a, MASK_ROW) + seq * _arg(a, MASK_SEQ) if mask != 0 else 0)
+            if parts != 0:
+                at = ((seq * n_tokens + token) * n_head + head) * n_chunks + chunk
+                store64(states + 8 * i, parts + at * size)
+            else:
+                store64(states + 8 * i, fresh + i * size)
+                _clear(totals + i * size, d_v)
+        k = _arg(a, K) + kv_head * _arg(a, K_HEAD) + seq * _arg(a, K_SEQ)
+        v = _arg(a, V) + kv_head * _arg(a, V_HEAD) + seq * _arg(a, V_SEQ)
+        for c in range(chunk, chunk + in_task):
+            _tile_chunk(queries, masks, n, d, k, _arg(a, K_ROW), v, _arg(a, V_ROW), d_v, c * CHUNK,
+                        min(n_kv, (c + 1) * CHUNK), scale, softcap, states, scratch)  # fmt: skip
+            if parts == 0:
+                for i in range(n):
+                    _merge(totals + i * size, fresh + i * size, d_v)
+        if parts == 0:
+            for i in range(n):
+                token, head = (first + i) // group, kv_head * group + (first + i) % group
+                y = _arg(a, Y) + 4 * d_v * ((seq * n_tokens + token) * n_head + head)
+                _finish(totals + i * size, _sink(a, head), d_v, y)
+
+
+@njit(nogil=True, cache=True)
+def merge_parts(a, scratch, t, n_threads):  # type: ignore[no-untyped-def]
+    """The second half of an attention with PARTS."""
+    n_head, d_v = _arg(a, N_HEAD), _arg(a, D_V)
+    n_chunks, size = (_arg(a, N_KV) + CHUNK - 1) // CHUNK, state_bytes(d_v)
+    rows = _arg(a, N_SEQ) * _arg(a, N_TOKENS) * n_head
+    for r in range(rows * t // n_threads, rows * (t + 1) // n_threads):
+        _clear(scratch, d_v)
+        for c in range(n_chunks):
+            _merge(scratch, _arg(a, PARTS) + (r * n_chunks + c) * size, d_v)
+        _finish(scratch, _sink(a, r % n_head), d_v, _arg(a, Y) + 4 * d_v * r)

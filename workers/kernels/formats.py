@@ -1,0 +1,293 @@
+"""Block formats as the products read them: 16 rows interleaved, and how a block is unpacked.
+
+A packed group is 16 rows; it takes the bytes that its rows took. For each block, the fields of GGUF's block follow in
+their order, each unit (of 1, 2 or 4 bytes) for all 16 rows before the next unit. Four bytes of quants are four columns
+of a row, so 64 bytes in a row are four columns of 16 rows: what one vector instruction multiplies.
+
+To add a type: its fields here, and a generator of its sub-blocks. Source: the block structs of ggml-common.h.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from protocol.dtypes import TYPES, GGMLType
+from workers.kernels.quants import KVALUES_IQ4NL, KVALUES_MXFP4
+from workers.kernels.simd import TARGET, Emit, f32, i16, v16f, vec
+
+T = GGMLType
+
+
+class Sub(NamedTuple):
+    """16 or 32 unpacked columns of 16 rows.
+
+    Attributes:
+        chunks: 4 or 8 vectors of 64 bytes.
+        scale, minimum: 16 float32; the value of a weight is scale * byte + minimum.
+    """
+
+    chunks: list[Any]
+    scale: Any
+    minimum: Any
+
+
+class Field(NamedTuple):
+    """`n_units` units of `unit` bytes from byte `offset` of a block. A unit of 0: 32 bits, one for each column, that are
+    transposed so that bit c of byte [row][t] belongs to column 4 c + t."""
+
+    offset: int
+    unit: int
+    n_units: int
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """How a type is packed and unpacked.
+
+    Attributes:
+        sub: columns that share a scale.
+        peak: the largest byte of a chunk; 0 when they are signed.
+        unpack: yields the block's sub-blocks in order, given the address of the packed block.
+    """
+
+    type: GGMLType
+    fields: tuple[Field, ...]
+    sub: int
+    peak: int
+    unpack: Callable[[Emit, Any], Iterator[Sub]]
+
+    @property
+    def columns(self) -> int:
+        return TYPES[self.type].block
+
+    @property
+    def group_bytes(self) -> int:
+        """Bytes of one block of 16 rows."""
+        return 16 * TYPES[self.type].bytes
+
+    @property
+    def signed(self) -> bool:
+        return self.peak == 0
+
+
+FORMATS: dict[GGMLType, Format] = {}
+
+
+def _format(t: GGMLType, fields: Sequence[tuple[int, int, int]], sub: int, peak: int) -> Callable[[Any], Any]:
+    def add(unpack: Callable[[Emit, Any], Iterator[Sub]]) -> Callable[[Emit, Any], Iterator[Sub]]:
+        FORMATS[t] = Format(t, tuple(Field(*f) for f in fields), sub, peak, unpack)
+        return unpack
+
+    return add
+
+
+def _centred(e: Emit, scale: Any, zero: int) -> Any:
+    """The minimum of bytes that were stored with an offset of `zero`."""
+    return e.b.fmul(scale, e.floats(-zero))
+
+
+_FULL = 0 if TARGET.signed else 255
+"""Peak of bytes that use all 8 bits."""
+
+
+def _full_range(e: Emit, chunks: list[Any], scale: Any) -> Sub:
+    """Signed bytes in the form that the target multiplies."""
+    if TARGET.signed:
+        return Sub(chunks, scale, None)
+    return Sub([e.b.xor(c, e.bytes(0x80)) for c in chunks], scale, _centred(e, scale, 128))
+
+
+def _table(values: Any) -> list[int]:
+    """Signed values in the form that the target multiplies."""
+    return [int(v) if TARGET.signed else int(v) + 128 for v in values]
+
+
+def _pairs(e: Emit, p: Any, offset: int, n: int) -> tuple[list[Any], list[Any]]:
+    """Low and high nibbles of `n` chunks."""
+    both = [e.load(p, offset + 64 * c, vec(e.bytes(0).type.element, 64)) for c in range(n)]
+    return [e.low(x) for x in both], [e.high(x) for x in both]
+
+
+def _chunk(e: Emit, p: Any, offset: int) -> Any:
+    return e.load(p, offset, e.bytes(0).type)
+
+
+@_format(T.Q4_0, [(0, 2, 1), (2, 4, 4)], 32, 15)
+def _q4_0(e: Emit, p: Any) -> Iterator[Sub]:
+    low, high = _pairs(e, p, 32, 4)
+    d = e.halves(p, 0)
+    yield Sub(low + high, d, _centred(e, d, 8))
+
+
+@_format(T.Q4_1, [(0, 2, 2), (4, 4, 4)], 32, 15)
+def _q4_1(e: Emit, p: Any) -> Iterator[Sub]:
+    low, high = _pairs(e, p, 64, 4)
+    yield Sub(low + high, e.halves(p, 0), e.halves(p, 32))
+
+
+def _fifth(e: Emit, p: Any, bits: int, nibbles: int) -> list[Any]:
+    low, high = _pairs(e, p, nibbles, 4)
+    top = _chunk(e, p, bits)
+    return [e.b.or_(q, e.bits(top, c, 1, 4)) for c, q in enumerate(low + high)]
+
+
+@_format(T.Q5_0, [(0, 2, 1), (2, 0, 1), (6, 4, 4)], 32, 31)
+def _q5_0(e: Emit, p: Any) -> Iterator[Sub]:
+    d = e.halves(p, 0)
+    yield Sub(_fifth(e, p, 32, 96), d, _centred(e, d, 16))
+
+
+@_format(T.Q5_1, [(0, 2, 2), (4, 0, 1), (8, 4, 4)], 32, 31)
+def _q5_1(e: Emit, p: Any) -> Iterator[Sub]:
+    yield Sub(_fifth(e, p, 64, 128), e.halves(p, 0), e.halves(p, 32))
+
+
+@_format(T.Q8_0, [(0, 2, 1), (2, 4, 8)], 32, _FULL)
+def _q8_0(e: Emit, p: Any) -> Iterator[Sub]:
+    yield _full_range(e, [_chunk(e, p, 32 + 64 * c) for c in range(8)], e.halves(p, 0))
+
+
+@_format(T.IQ4_NL, [(0, 2, 1), (2, 4, 4)], 32, _FULL)
+def _iq4_nl(e: Emit, p: Any) -> Iterator[Sub]:
+    low, high = _pairs(e, p, 32, 4)
+    d, table = e.halves(p, 0), _table(KVALUES_IQ4NL)
+    yield Sub([e.lookup(table, q) for q in low + high], d, None if TARGET.signed else _centred(e, d, 128))
+
+
+@_format(T.MXFP4, [(0, 1, 1), (1, 4, 4)], 32, 24)
+def _mxfp4(e: Emit, p: Any) -> Iterator[Sub]:
+    """The exponent's float is made from its bits; values are stored doubled, with an offset of 12."""
+    b = e.b
+    low, high = _pairs(e, p, 16, 4)
+    exponent = e.small(p, 0)
+    tiny = b.shl(e.ints(0x00200000), exponent)
+    normal = b.shl(b.sub(exponent, e.ints(1)), e.ints(23))
+    d = b.bitcast(b.select(b.icmp_unsigned("<", exponent, e.ints(2)), tiny, normal), v16f)
+    table = [int(v) + 12 for v in KVALUES_MXFP4]
+    yield Sub([e.lookup(table, q) for q in low + high], d, _centred(e, d, 12))
+
+
+def _six_bits(e: Emit, p: Any, j: int) -> tuple[Any, Any]:
+    """Scale and minimum j of the 8 pairs that Q4_K and Q5_K keep in 12 bytes at byte 4."""
+    b = e.b
+
+    def at(k: int) -> Any:
+        return e.small(p, 16 * (4 + k))
+
+    if j < 4:
+        return b.and_(at(j), e.ints(63)), b.and_(at(j + 4), e.ints(63))
+    both = at(j + 4)
+    scale = b.or_(b.and_(both, e.ints(15)), b.shl(b.lshr(at(j - 4), e.ints(6)), e.ints(4)))
+    return scale, b.or_(b.lshr(both, e.ints(4)), b.shl(b.lshr(at(j), e.ints(6)), e.ints(4)))
+
+
+def _affine_k(e: Emit, p: Any, quants: int, top: int) -> Iterator[Sub]:
+    b = e.b
+    d, dmin = e.halves(p, 0), b.fneg(e.halves(p, 32))
+    for j in range(8):
+        chunks = [_chunk(e, p, 16 * quants + 512 * (j // 2) + 64 * c) for c in range(8)]
+        chunks = [e.high(x) if j % 2 else e.low(x) for x in chunks]
+        if top:
+            chunks = [b.or_(x, e.bits(_chunk(e, p, 16 * top + 64 * c), j, 1, 4)) for c, x in enumerate(chunks)]
+        scale, minimum = _six_bits(e, p, j)
+        yield Sub(chunks, b.fmul(d, b.sitofp(scale, v16f)), b.fmul(dmin, b.sitofp(minimum, v16f)))
+
+
+@_format(T.Q4_K, [(0, 2, 2), (4, 1, 12), (16, 4, 32)], 32, 15)
+def _q4_k(e: Emit, p: Any) -> Iterator[Sub]:
+    return _affine_k(e, p, 16, 0)
+
+
+@_format(T.Q5_K, [(0, 2, 2), (4, 1, 12), (16, 4, 8), (48, 4, 32)], 32, 31)
+def _q5_k(e: Emit, p: Any) -> Iterator[Sub]:
+    return _affine_k(e, p, 48, 16)
+
+
+@_format(T.Q6_K, [(0, 4, 32), (128, 4, 16), (192, 1, 16), (208, 2, 1)], 16, 63)
+def _q6_k(e: Emit, p: Any) -> Iterator[Sub]:
+    b, d = e.b, e.halves(p, 16 * 208)
+    for j in range(16):
+        h, s, half = j // 8, j % 8 // 2, j % 2
+        chunks = []
+        for c in range(4 * half, 4 * half + 4):
+            q = _chunk(e, p, 16 * (64 * h + 32 * (s % 2)) + 64 * c)
+            top = _chunk(e, p, 16 * (128 + 32 * h) + 64 * c)
+            chunks.append(b.or_(e.high(q) if s // 2 else e.low(q), e.bits(top, 2 * s, 2, 4)))
+        scale = b.fmul(d, b.sitofp(e.small(p, 16 * (192 + j), signed=True), v16f))
+        yield Sub(chunks, scale, _centred(e, scale, 32))
+
+
+@_format(T.Q2_K, [(0, 1, 16), (16, 4, 16), (80, 2, 2)], 16, 3)
+def _q2_k(e: Emit, p: Any) -> Iterator[Sub]:
+    b = e.b
+    d, dmin = e.halves(p, 16 * 80), b.fneg(e.halves(p, 16 * 82))
+    for j in range(16):
+        h, s, half = j // 8, j % 8 // 2, j % 2
+        chunks = [e.bits(_chunk(e, p, 16 * (16 + 32 * h) + 64 * c), 2 * s, 2, 0) for c in range(4 * half, 4 * half + 4)]
+        both = e.small(p, 16 * j)
+        scale, minimum = b.and_(both, e.ints(15)), b.lshr(both, e.ints(4))
+        yield Sub(chunks, b.fmul(d, b.sitofp(scale, v16f)), b.fmul(dmin, b.sitofp(minimum, v16f)))
+
+
+@_format(T.Q3_K, [(0, 4, 8), (32, 4, 16), (96, 1, 12), (108, 2, 1)], 16, 7)
+def _q3_k(e: Emit, p: Any) -> Iterator[Sub]:
+    """The bit of `hmask` is set where 4 is not taken off: then it is bit 2 of a byte with an offset of 4."""
+    b, d = e.b, e.halves(p, 16 * 108)
+    for j in range(16):
+        h, s, half = j // 8, j % 8 // 2, j % 2
+        chunks = []
+        for c in range(4 * half, 4 * half + 4):
+            q = e.bits(_chunk(e, p, 16 * (32 + 32 * h) + 64 * c), 2 * s, 2, 0)
+            chunks.append(b.or_(q, e.bits(_chunk(e, p, 64 * c), 4 * h + s, 1, 2)))
+        low = e.small(p, 16 * (96 + j % 8))
+        low = b.lshr(low, e.ints(4)) if j >= 8 else b.and_(low, e.ints(15))
+        top = b.and_(b.lshr(e.small(p, 16 * (104 + j % 4)), e.ints(2 * (j // 4))), e.ints(3))
+        six = b.sub(b.or_(low, b.shl(top, e.ints(4))), e.ints(32))
+        scale = b.fmul(d, b.sitofp(six, v16f))
+        yield Sub(chunks, scale, _centred(e, scale, 4))
+
+
+@_format(T.IQ4_XS, [(0, 2, 2), (4, 1, 4), (8, 4, 32)], 32, _FULL)
+def _iq4_xs(e: Emit, p: Any) -> Iterator[Sub]:
+    b, d, table = e.b, e.halves(p, 0), _table(KVALUES_IQ4NL)
+    top = b.zext(e.load(p, 32, vec(i16, 16)), e.ints(0).type)
+    for j in range(8):
+        low, high = _pairs(e, p, 16 * (8 + 16 * j), 4)
+        four = b.and_(b.lshr(e.small(p, 16 * (4 + j // 2)), e.ints(4 * (j % 2))), e.ints(15))
+        two = b.and_(b.lshr(top, e.ints(2 * j)), e.ints(3))
+        scale = b.fmul(d, b.sitofp(b.sub(b.or_(four, b.shl(two, e.ints(4))), e.ints(32)), v16f))
+        chunks = [e.lookup(table, q) for q in low + high]
+        yield Sub(chunks, scale, None if TARGET.signed else _centred(e, scale, 128))
+
+
+FLOAT_FIELDS: dict[GGMLType, tuple[Field, ...]] = {
+    T.F32: (Field(0, 4, 1),), T.F16: (Field(0, 2, 1),), T.BF16: (Field(0, 2, 1),),
+}  # fmt: skip
+
+
+def float_row(e: Emit, t: GGMLType, p: Any) -> Any:
+    """One column of 16 packed rows as float32."""
+    if t == T.F32:
+        return e.load(p, 0, vec(f32, 16))
+    if t == T.F16:
+        return e.halves(p, 0)
+    wide = e.b.zext(e.load(p, 0, vec(i16, 16)), e.ints(0).type)
+    return e.b.bitcast(e.b.shl(wide, e.ints(16)), v16f)
+
+
+KINDS: tuple[GGMLType, ...] = (*FORMATS, *FLOAT_FIELDS)
+"""Types that can be packed; a kind in the kernels is an index into this."""
+KIND_OF = {t: i for i, t in enumerate(KINDS)}
+N_QUANTIZED = len(FORMATS)
+
+_fields = [FORMATS[t].fields if t in FORMATS else FLOAT_FIELDS[t] for t in KINDS]
+FIELDS = np.full((len(KINDS), max(map(len, _fields)), 3), -1, np.int64)
+for _i, _f in enumerate(_fields):
+    FIELDS[_i, : len(_f)] = np.array(_f)
+N_FIELDS = np.array([len(f) for f in _fields])
+BLOCK = np.array([TYPES[t].block for t in KINDS])
+BLOCK_BYTES = np.array([TYPES[t].bytes for t in KINDS])

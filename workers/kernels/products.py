@@ -1,0 +1,503 @@
+"""Matrix products over packed weights: 16 rows at a time, one column or tiles of columns.
+
+A column of x is quantised to blocks of 32: 32 int8, then as float32 their scale and the scaled sums of all 32, of the
+first 16 and of the second 16. One output element is always the same sum in the same order, block after block, whether it
+is computed alone or in a tile, from packed rows or from GGUF's own: its bits do not depend on the company it is in.
+
+Units: every argument is an address or a count unless said otherwise; strides are bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from protocol.dtypes import GGMLType
+from workers.kernels.formats import (
+    BLOCK,
+    BLOCK_BYTES,
+    FIELDS,
+    FLOAT_FIELDS,
+    FORMATS,
+    KINDS,
+    N_FIELDS,
+    N_QUANTIZED,
+    Format,
+    Sub,
+    float_row,
+)
+from workers.kernels.simd import (
+    TARGET,
+    Emit,
+    f32,
+    i32,
+    i64,
+    load8,
+    load16,
+    load32,
+    load64,
+    store8,
+    store16,
+    store32,
+    store64,
+    v16f,
+    v16i,
+    v64b,
+    vec,
+)
+
+X_BLOCK = 48
+"""Bytes of 32 quantised elements of x."""
+PIECE = 32
+"""Blocks of 32 columns that are unpacked at once for a tile; their bytes stay in the first cache."""
+PANEL_BYTES = PIECE * (512 + 2 * 2 * 64)
+PREFETCH_BYTES = 2048
+MIN_TILED = 4
+"""Fewer columns than this are multiplied one by one."""
+
+_PEAKS = (15, 31, 63, 255) if TARGET.name != "AVX-512 VNNI" else (255,)
+
+
+def _class(f: Format) -> tuple[int, int]:
+    """What a product of unpacked bytes must know of their format: columns of a scale, and the peak (0: signed)."""
+    return f.sub, 0 if f.signed else next(p for p in _PEAKS if p >= f.peak)
+
+
+CLASSES = tuple(sorted({_class(f) for f in FORMATS.values()}))
+CLASS_OF = tuple(CLASSES.index(_class(FORMATS[t])) for t in KINDS[:N_QUANTIZED])
+
+
+def _outlined(b: Any, name: str, arguments: Sequence[Any], body: Callable[[Emit, Sequence[Any]], None]) -> None:
+    """Call a function of the module, written there by `body` when it is not there yet."""
+    fn = b.module.globals.get(name)
+    if fn is None:
+        fn = ir.Function(b.module, ir.FunctionType(ir.VoidType(), [i64] * len(arguments)), name)
+        fn.linkage = "internal"
+        fn.attributes.add("noinline")
+        inner = ir.IRBuilder(fn.append_basic_block())
+        body(Emit(inner), fn.args)
+        inner.ret_void()
+    b.call(fn, arguments)
+
+
+def _switch(b: Any, index: Any, cases: Sequence[Callable[[], None]]) -> None:
+    for i, case in enumerate(cases):
+        with b.if_then(b.icmp_signed("==", index, ir.Constant(i64, i))):
+            case()
+
+
+def _fused(e: Emit, sub: Sub, dot: Any, x: Any, half: int | None, acc: Any) -> None:
+    """acc += scale * (x's scale * dot) + minimum * (x's sum): the one place that fixes this arithmetic."""
+    b = e.b
+    scale_x = e.splat(e.load(x, 32, f32))
+    total = e.fma(b.sitofp(dot, v16f), b.fmul(sub.scale, scale_x), b.load(acc))
+    if sub.minimum is not None:
+        sum_x = e.splat(e.load(x, 36 if half is None else 40 + 4 * half, f32))
+        total = e.fma(sub.minimum, sum_x, total)
+    b.store(total, acc)
+
+
+def _x_words(e: Emit, x: Any, half: int | None) -> list[Any]:
+    at, n = (0, 8) if half is None else (16 * half, 4)
+    return [e.load(x, at + 4 * c, i32) for c in range(n)]
+
+
+# -- one column, straight from packed rows -----------------------------------------------------------------------------
+
+
+def _one_column(f: Format) -> Callable[[Emit, Sequence[Any]], None]:
+    def body(e: Emit, args: Sequence[Any]) -> None:
+        b = e.b
+        w, x, n_blocks, y = args
+        acc = cgutils.alloca_once_value(b, e.floats(0.0))
+        x_bytes = f.columns // 32 * X_BLOCK
+        with cgutils.for_range(b, n_blocks) as loop:
+            p = b.add(w, b.mul(loop.index, e.const(f.group_bytes)))
+            x0 = b.add(x, b.mul(loop.index, e.const(x_bytes)))
+            for line in range(0, f.group_bytes, 64):
+                e.prefetch(p, PREFETCH_BYTES + line)
+            for j, sub in enumerate(f.unpack(e, p)):
+                at, half = (j, None) if f.sub == 32 else (j // 2, j % 2)
+                xb = e.at(x0, at * X_BLOCK)
+                _fused(e, sub, e.dot(sub.chunks, _x_words(e, xb, half), f.peak), xb, half, acc)
+        e.store(b.load(acc), y)
+
+    return body
+
+
+@intrinsic
+def one_column(typingctx: Any, kind: Any, w: Any, x: Any, n_blocks: Any, y: Any) -> Any:
+    """A packed group of rows times one quantised column; y: 16 float32."""
+
+    def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        _switch(b, args[0], [
+            partial(_outlined, b, f"ggmq_one_{t.name}", args[1:], _one_column(FORMATS[t]))
+            for t in KINDS[:N_QUANTIZED]
+        ])  # fmt: skip
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5), codegen
+
+
+# -- many columns: unpack a panel once, then tiles ---------------------------------------------------------------------
+
+
+def _unpack_panel(f: Format) -> Callable[[Emit, Sequence[Any]], None]:
+    def body(e: Emit, args: Sequence[Any]) -> None:
+        b = e.b
+        w, n_blocks, panel = args
+        n_sub = f.columns // f.sub
+        with cgutils.for_range(b, n_blocks) as loop:
+            p = b.add(w, b.mul(loop.index, e.const(f.group_bytes)))
+            q = b.add(panel, b.mul(loop.index, e.const(16 * f.columns)))
+            s = b.add(panel, b.add(b.mul(loop.index, e.const(64 * n_sub)), e.const(512 * PIECE)))
+            for j, sub in enumerate(f.unpack(e, p)):
+                for c, chunk in enumerate(sub.chunks):
+                    e.store(chunk, q, 16 * f.sub * j + 64 * c)
+                e.store(sub.scale, s, 64 * j)
+                if sub.minimum is not None:
+                    e.store(sub.minimum, s, 64 * j + 128 * PIECE)
+
+    return body
+
+
+@intrinsic
+def unpack_panel(typingctx: Any, kind: Any, w: Any, n_blocks: Any, panel: Any) -> Any:
+    """Blocks of a packed group as bytes, scales and minima: PANEL_BYTES for at most PIECE * 32 columns."""
+
+    def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        _switch(b, args[0], [
+            partial(_outlined, b, f"ggmq_panel_{t.name}", args[1:], _unpack_panel(FORMATS[t]))
+            for t in KINDS[:N_QUANTIZED]
+        ])  # fmt: skip
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), codegen
+
+
+def _tile(sub: int, peak: int, n: int) -> Callable[[Emit, Sequence[Any]], None]:
+    def body(e: Emit, args: Sequence[Any]) -> None:
+        b = e.b
+        panel, n32, columns, x_offset, outputs, offset, first = args
+        xs = [b.add(e.load(columns, 8 * c, i64), x_offset) for c in range(n)]
+        ys = [b.add(e.load(outputs, 8 * c, i64), offset) for c in range(n)]
+        acc = [cgutils.alloca_once_value(b, e.floats(0.0)) for _ in range(n)]
+        with b.if_then(b.icmp_signed("==", first, e.const(0))):
+            for c in range(n):
+                b.store(e.load(ys[c], 0, v16f), acc[c])
+        n_sub = 32 // sub
+        with cgutils.for_range(b, n32) as loop:
+            q = b.add(panel, b.mul(loop.index, e.const(512)))
+            s = b.add(panel, b.add(b.mul(loop.index, e.const(64 * n_sub)), e.const(512 * PIECE)))
+            step = b.mul(loop.index, e.const(X_BLOCK))
+            at = [b.add(x, step) for x in xs]
+            for j in range(n_sub):
+                half = None if n_sub == 1 else j
+                chunks = [e.load(q, 16 * sub * j + 64 * c, v64b) for c in range(sub // 4)]
+                minimum = e.load(s, 64 * j + 128 * PIECE, v16f) if peak else None
+                weights = Sub(chunks, e.load(s, 64 * j, v16f), minimum)
+                for c in range(n):
+                    _fused(e, weights, e.dot(chunks, _x_words(e, at[c], half), peak), at[c], half, acc[c])
+        for c in range(n):
+            e.store(b.load(acc[c]), ys[c])
+
+    return body
+
+
+def _tiles(n: int) -> Any:
+    @intrinsic
+    def tile(
+        typingctx: Any, kind: Any, panel: Any, n32: Any, columns: Any, x_offset: Any, outputs: Any, offset: Any,
+        first: Any,
+    ) -> Any:
+        """A panel times `n` columns. `columns` and `outputs`: arrays of addresses, to which the offsets are added."""
+
+        def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
+            _switch(b, args[0], [
+                partial(_outlined, b, f"ggmq_tile{n}_{sub}_{peak}", args[1:], _tile(sub, peak, n))
+                for sub, peak in CLASSES
+            ])  # fmt: skip
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 8), codegen
+
+    return tile
+
+
+_WIDE, _MIDDLE, _SINGLE = (TARGET.columns + (1, 1))[:3]
+_tile_wide, _tile_middle, _tile_single = _tiles(_WIDE), _tiles(_MIDDLE), _tiles(1)
+
+
+# -- floats ------------------------------------------------------------------------------------------------------------
+
+
+def _float_tile(t: GGMLType, n_groups: int, n: int) -> Callable[[Emit, Sequence[Any]], None]:
+    size = FLOAT_FIELDS[t][0].unit * 16
+
+    def body(e: Emit, args: Sequence[Any]) -> None:
+        b = e.b
+        w, k, stride, columns, outputs, offset = args
+        xs = [e.load(columns, 8 * c, i64) for c in range(n)]
+        ys = [b.add(e.load(outputs, 8 * c, i64), offset) for c in range(n)]
+        ws = [b.add(w, b.mul(stride, e.const(g))) for g in range(n_groups)]
+        acc = [[cgutils.alloca_once_value(b, e.floats(0.0)) for _ in range(n)] for _ in range(n_groups)]
+        with cgutils.for_range(b, k) as loop:
+            step, at = b.mul(loop.index, e.const(size)), b.mul(loop.index, e.const(4))
+            rows = [float_row(e, t, b.add(p, step)) for p in ws]
+            for c in range(n):
+                x = e.splat(e.load(b.add(xs[c], at), 0, f32))
+                for g in range(n_groups):
+                    b.store(e.fma(rows[g], x, b.load(acc[g][c])), acc[g][c])
+        for g in range(n_groups):
+            for c in range(n):
+                e.store(b.load(acc[g][c]), ys[c], 64 * g)
+
+    return body
+
+
+def _float_tiles(n_groups: int, n: int) -> Any:
+    @intrinsic
+    def tile(
+        typingctx: Any, kind: Any, w: Any, k: Any, stride: Any, columns: Any, outputs: Any, offset: Any
+    ) -> Any:
+        """Packed groups of floats, `stride` bytes apart, times `n` columns of float32, over k columns of weights."""
+
+        def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
+            index = b.sub(args[0], ir.Constant(i64, N_QUANTIZED))
+            _switch(b, index, [
+                partial(_outlined, b, f"ggmq_float{n_groups}x{n}_{t.name}", args[1:], _float_tile(t, n_groups, n))
+                for t in KINDS[N_QUANTIZED:]
+            ])  # fmt: skip
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 7), codegen
+
+    return tile
+
+
+_floats_wide, _floats_one, _floats_four = _float_tiles(1, _WIDE), _float_tiles(1, 1), _float_tiles(4, 1)
+
+
+# -- packing -----------------------------------------------------------------------------------------------------------
+
+
+@njit(nogil=True, cache=True)
+def _spread(word, row, out):  # type: ignore[no-untyped-def]
+    """32 bits of a row into bit c of byte [row][t] for column 4 c + t."""
+    for t in range(4):
+        v = 0
+        for c in range(8):
+            v |= ((word >> (4 * c + t)) & 1) << c
+        store8(out + 4 * row + t, v)
+
+
+@njit(nogil=True, cache=True)
+def _gathered(packed, row):  # type: ignore[no-untyped-def]
+    """The inverse of `_spread`."""
+    word = 0
+    for t in range(4):
+        v = load8(packed + 4 * row + t)
+        for c in range(8):
+            word |= ((v >> c) & 1) << (4 * c + t)
+    return word
+
+
+@njit(nogil=True, cache=True)
+def pack_group(kind, rows, row_bytes, n_rows, n_blocks, out):  # type: ignore[no-untyped-def]
+    """Up to 16 rows of GGUF's layout as a packed group; the last row stands in for those that are not there."""
+    size = BLOCK_BYTES[kind]
+    for f in range(N_FIELDS[kind]):
+        offset, unit, count = FIELDS[kind, f]
+        for r in range(16):
+            source = rows + min(r, n_rows - 1) * row_bytes + offset
+            for k in range(n_blocks):
+                p, q = source + k * size, out + 16 * (k * size + offset)
+                if unit == 4:
+                    for i in range(count):
+                        store32(q + 64 * i + 4 * r, load32(p + 4 * i))
+                elif unit == 2:
+                    for i in range(count):
+                        store16(q + 32 * i + 2 * r, load16(p + 2 * i))
+                elif unit == 1:
+                    for i in range(count):
+                        store8(q + 16 * i + r, load8(p + i))
+                else:
+                    _spread(load32(p), r, q)
+
+
+@njit(nogil=True, cache=True)
+def unpack_row(kind, group, row, n_blocks, out):  # type: ignore[no-untyped-def]
+    """One row of a packed group in GGUF's layout."""
+    size = BLOCK_BYTES[kind]
+    for k in range(n_blocks):
+        for f in range(N_FIELDS[kind]):
+            offset, unit, count = FIELDS[kind, f]
+            p, q = group + 16 * (k * size + offset), out + k * size + offset
+            if unit == 4:
+                for i in range(count):
+                    store32(q + 4 * i, load32(p + 64 * i + 4 * row))
+            elif unit == 2:
+                for i in range(count):
+                    store16(q + 2 * i, load16(p + 32 * i + 2 * row))
+            elif unit == 1:
+                for i in range(count):
+                    store8(q + i, load8(p + 16 * i + row))
+            else:
+                store32(q, _gathered(p, row))
+
+
+@njit(nogil=True, cache=True)
+def copy_bytes(source, target, n):  # type: ignore[no-untyped-def]
+    for i in range(n // 4):
+        store32(target + 4 * i, load32(source + 4 * i))
+    for i in range(n // 4 * 4, n):
+        store8(target + i, load8(source + i))
+
+
+@njit(nogil=True, cache=True)
+def pack_rows(kind, w, row_bytes, n_groups, n_blocks, scratch):  # type: ignore[no-untyped-def]
+    """Pack groups in place; `scratch` has the bytes of one group."""
+    for g in range(n_groups):
+        at = w + 16 * g * row_bytes
+        copy_bytes(at, scratch, 16 * row_bytes)
+        pack_group(kind, scratch, row_bytes, 16, n_blocks, at)
+
+
+@njit(nogil=True, cache=True)
+def unpack_rows(kind, w, row_bytes, first, last, n_packed, n_blocks, out):  # type: ignore[no-untyped-def]
+    """Rows first..last in GGUF's layout; rows from `n_packed` on never left it."""
+    for r in range(first, last):
+        if r < n_packed:
+            unpack_row(kind, w + r // 16 * 16 * row_bytes, r % 16, n_blocks, out + (r - first) * row_bytes)
+        else:
+            copy_bytes(w + r * row_bytes, out + (r - first) * row_bytes, row_bytes)
+
+
+# -- x -----------------------------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def _quantize_block(typingctx: Any, x: Any, out: Any) -> Any:
+    """32 float32 as int8 with scale and sums."""
+
+    def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emit(b)
+        x, out = args
+        values = [e.load(x, 0, v16f), e.load(x, 64, v16f)]
+        largest = e.function("llvm.vector.reduce.umax.v16i32", i32, [v16i])
+        add = e.function("llvm.vector.reduce.add.v16i32", i32, [v16i])
+        nearest = e.function("llvm.rint.v16f32", v16f, [v16f])
+        sizes = [b.and_(b.bitcast(v, v16i), e.ints(0x7FFFFFFF)) for v in values]
+        either = b.select(b.icmp_unsigned(">", sizes[0], sizes[1]), sizes[0], sizes[1])
+        peak = b.bitcast(b.call(largest, [either]), f32)
+        d = b.fdiv(peak, ir.Constant(f32, 127.0))
+        zero = ir.Constant(f32, 0.0)
+        inverse = b.select(b.fcmp_unordered("!=", d, zero), b.fdiv(ir.Constant(f32, 1.0), d), zero)
+        sums = []
+        for i, v in enumerate(values):
+            q = b.fptosi(b.call(nearest, [b.fmul(v, e.splat(inverse))]), v16i)
+            e.store(b.trunc(q, vec(e.bytes(0).type.element, 16)), out, 16 * i)
+            sums.append(b.sitofp(b.call(add, [q]), f32))
+        e.store(d, out, 32)
+        for at, total in ((36, b.fadd(*sums)), (40, sums[0]), (44, sums[1])):
+            e.store(b.fmul(d, total), out, at)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@njit(nogil=True, cache=True)
+def quantize(x, x_row, n, k, out, t, n_threads):  # type: ignore[no-untyped-def]
+    """n columns of k float32 as blocks; divided over threads by blocks."""
+    n32 = k // 32
+    for i in range(n * n32 * t // n_threads, n * n32 * (t + 1) // n_threads):
+        c, j = i // n32, i % n32
+        _quantize_block(x + c * x_row + 128 * j, out + i * X_BLOCK)
+
+
+# -- the product -------------------------------------------------------------------------------------------------------
+
+_CLASS_OF = np.array(CLASS_OF)
+
+
+@njit(nogil=True, cache=True)
+def _quantized_group(kind, group, n_blocks, columns, outputs, n, offset, panel):  # type: ignore[no-untyped-def]
+    """One packed group times n columns."""
+    if n < MIN_TILED:
+        for c in range(n):
+            one_column(kind, group, load64(columns + 8 * c), n_blocks, load64(outputs + 8 * c) + offset)
+        return
+    per_block = BLOCK[kind] // 32
+    size, step, shape = 16 * BLOCK_BYTES[kind], PIECE // per_block, _CLASS_OF[kind]
+    for k in range(0, n_blocks, step):
+        m = min(step, n_blocks - k)
+        unpack_panel(kind, group + k * size, m, panel)
+        x_at, first, c = k * per_block * X_BLOCK, 1 if k == 0 else 0, 0
+        while n - c >= _WIDE:
+            _tile_wide(shape, panel, m * per_block, columns + 8 * c, x_at, outputs + 8 * c, offset, first)
+            c += _WIDE
+        while n - c >= _MIDDLE:
+            _tile_middle(shape, panel, m * per_block, columns + 8 * c, x_at, outputs + 8 * c, offset, first)
+            c += _MIDDLE
+        while c < n:
+            _tile_single(shape, panel, m * per_block, columns + 8 * c, x_at, outputs + 8 * c, offset, first)
+            c += 1
+
+
+@njit(nogil=True, cache=True)
+def _float_group(kind, group, k, columns, outputs, n, offset):  # type: ignore[no-untyped-def]
+    c = 0
+    while n - c >= _WIDE:
+        _floats_wide(kind, group, k, 0, columns + 8 * c, outputs + 8 * c, offset)
+        c += _WIDE
+    while c < n:
+        _floats_one(kind, group, k, 0, columns + 8 * c, outputs + 8 * c, offset)
+        c += 1
+
+
+@njit(nogil=True, cache=True)
+def product(  # type: ignore[no-untyped-def]
+    kind, w, row_bytes, n_rows, n_packed, k, columns, outputs, n, scratch, t, n_threads
+):  # fmt: skip
+    """Rows times n columns, row groups divided over threads.
+
+    `columns` and `outputs` are arrays of addresses: of quantised x (of float32 for weights of floats) and of float32 y.
+    The first `n_packed` rows are packed groups, the others lie in GGUF's layout. `scratch` is the thread's own:
+    PANEL_BYTES, then the bytes of a group, then 16 float32 and an address for each column.
+    """
+    n_groups = (n_rows + 15) // 16
+    n_blocks = k // BLOCK[kind]
+    first, last = n_groups * t // n_threads, n_groups * (t + 1) // n_threads
+    g = first
+    while g < last:
+        whole = 16 * (g + 1) <= n_packed
+        if whole and kind >= N_QUANTIZED and n < _WIDE and g + 4 <= last and 16 * (g + 4) <= n_packed:
+            for c in range(n):
+                _floats_four(kind, w + 16 * g * row_bytes, k, 16 * row_bytes, columns + 8 * c, outputs + 8 * c, 64 * g)
+            g += 4
+            continue
+        group, out, offset = w + 16 * g * row_bytes, outputs, 64 * g
+        valid = min(16, n_rows - 16 * g)
+        if not whole:
+            group = scratch + PANEL_BYTES
+            pack_group(kind, w + 16 * g * row_bytes, row_bytes, valid, n_blocks, group)
+        rest = scratch + PANEL_BYTES + 16 * row_bytes
+        if valid < 16:
+            out, offset = rest + 64 * n, 0
+            for c in range(n):
+                store64(out + 8 * c, rest + 64 * c)
+        if kind < N_QUANTIZED:
+            _quantized_group(kind, group, n_blocks, columns, out, n, offset, scratch)
+        else:
+            _float_group(kind, group, k, columns, out, n, offset)
+        if valid < 16:
+            for c in range(n):
+                copy_bytes(rest + 64 * c, load64(outputs + 8 * c) + 64 * g, 4 * valid)
+        g += 1

@@ -1,0 +1,276 @@
+"""A team of threads that runs the steps of a plan: warm through a token, meeting only before steps that depend.
+
+A step is a row of 32 words: an opcode, 1 if the threads must meet before it, then its arguments (named where a plan is
+bound). Helpers are threads inside one compiled function that never takes the interpreter's lock; between plans they spin
+a little, then sleep on a futex.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+import threading
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit, types
+
+from workers.kernels import attention, products, rows
+from workers.kernels.simd import (
+    atomic_add,
+    atomic_load,
+    atomic_store,
+    bits_to_float,
+    load32,
+    load64,
+    pause,
+    store64,
+)
+
+WORDS = 32
+(QUANTIZE, PRODUCT, PRODUCT_ID, BINARY, RMS_NORM, SCALE, ROPE, STORE_HALVES, ATTEND, MERGE, ARGMAX) = range(11)
+OP_NAMES = ("QUANTIZE", "MUL_MAT", "MUL_MAT_ID", "ADD/MUL/GLU", "RMS_NORM", "SCALE", "ROPE", "SET_ROWS",
+            "FLASH_ATTN_EXT", "FLASH_ATTN_EXT merge", "ARGMAX")  # fmt: skip
+
+GENERATION, PHASE, ARRIVED, PROGRAM, FIRST, LAST, STOP, ASLEEP, SCRATCH, SCRATCH_BYTES, PROFILE, BAD = range(0, 768, 64)
+"""Byte offsets of the words that the team shares, each on a cache line of its own."""
+CONTROL_BYTES = 768
+SPINS = 2000
+YIELD_AFTER = 20_000
+
+_FUTEX = {"x86_64": 202, "aarch64": 98}.get(platform.machine(), -1) if sys.platform == "linux" else -1
+_WAIT, _WAKE = 128, 129
+_EVERYONE = 1 << 30
+_syscall = types.ExternalFunction("syscall", types.int64(*[types.int64] * 7))
+_usleep = types.ExternalFunction("usleep", types.int32(types.uint32))
+_sched_yield = types.ExternalFunction("sched_yield", types.int32())
+_clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.int64))
+
+
+@njit(nogil=True, cache=True)
+def _now_ns(room):  # type: ignore[no-untyped-def]
+    _clock_gettime(1, room)
+    return load64(room) * 1_000_000_000 + load64(room + 8)
+
+
+@njit(nogil=True, cache=True)
+def _meet(control, n_threads):  # type: ignore[no-untyped-def]
+    """Wait until all threads are here."""
+    phase = atomic_load(control + PHASE)
+    if atomic_add(control + ARRIVED, 1) == n_threads - 1:
+        atomic_store(control + ARRIVED, 0)
+        atomic_add(control + PHASE, 1)
+        return
+    spins = 0
+    while atomic_load(control + PHASE) == phase:
+        pause()
+        spins += 1
+        if spins > YIELD_AFTER:
+            _sched_yield()
+
+
+@njit(nogil=True, cache=True)
+def _arg(a, i):  # type: ignore[no-untyped-def]
+    return load64(a + 8 * i)
+
+
+@njit(nogil=True, cache=True)
+def _float_arg(a, i):  # type: ignore[no-untyped-def]
+    return bits_to_float(np.int32(load64(a + 8 * i)))
+
+
+@njit(nogil=True, cache=True)
+def _product(a, scratch, t, n_threads):  # type: ignore[no-untyped-def]
+    n, x, y = _arg(a, 10), _arg(a, 6), _arg(a, 8)
+    columns, outputs = scratch, scratch + 8 * n
+    for c in range(n):
+        store64(columns + 8 * c, x + c * _arg(a, 7))
+        store64(outputs + 8 * c, y + c * _arg(a, 9))
+    products.product(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), columns, outputs, n,
+                     scratch + 16 * n, t, n_threads)  # fmt: skip
+
+
+@njit(nogil=True, cache=True)
+def _product_id(a, control, scratch, t, n_threads):  # type: ignore[no-untyped-def]
+    """Each expert's rows times the columns that chose it."""
+    row_bytes, n_rows, x, x_bytes, n_slots = _arg(a, 2), _arg(a, 3), _arg(a, 6), _arg(a, 7), _arg(a, 11)
+    y, y_bytes, ids, ids_row, n_used, n_tokens = _arg(a, 8), _arg(a, 9), _arg(a, 12), _arg(a, 13), _arg(a, 14), _arg(a, 15)
+    n_experts = _arg(a, 10)
+    columns, outputs = scratch, scratch + 8 * n_used * n_tokens
+    for token in range(n_tokens):
+        for slot in range(n_used):
+            chosen = load32(ids + token * ids_row + 4 * slot)
+            if chosen < 0 or chosen >= n_experts:
+                atomic_store(control + BAD, _arg(a, 16) + 1)
+                return
+    for expert in range(n_experts):
+        n = 0
+        for token in range(n_tokens):
+            for slot in range(n_used):
+                if load32(ids + token * ids_row + 4 * slot) == expert:
+                    store64(columns + 8 * n, x + (token * n_slots + slot % n_slots) * x_bytes)
+                    store64(outputs + 8 * n, y + (token * n_used + slot) * y_bytes)
+                    n += 1
+        if n:
+            products.product(_arg(a, 0), _arg(a, 1) + expert * n_rows * row_bytes, row_bytes, n_rows, _arg(a, 4),
+                             _arg(a, 5), columns, outputs, n, scratch + 16 * n_used * n_tokens, t, n_threads)  # fmt: skip
+
+
+@njit(nogil=True, cache=True)
+def _store_halves(a, control, t, n_threads):  # type: ignore[no-untyped-def]
+    ids, n_rows = _arg(a, 4), _arg(a, 2)
+    for r in range(n_rows):
+        row = load64(ids + 8 * r)
+        if row < 0 or row >= _arg(a, 7):
+            atomic_store(control + BAD, _arg(a, 8) + 1)
+            return
+    rows.store_halves(_arg(a, 0), _arg(a, 1), n_rows, _arg(a, 3), ids, _arg(a, 5), _arg(a, 6), t, n_threads)
+
+
+@njit(nogil=True, cache=True)
+def _step(op, a, control, scratch, t, n_threads):  # type: ignore[no-untyped-def]
+    if op == PRODUCT:
+        _product(a, scratch, t, n_threads)
+    elif op == QUANTIZE:
+        products.quantize(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), t, n_threads)
+    elif op == BINARY:
+        rows.binary(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), _arg(a, 6), _arg(a, 7),
+                    _arg(a, 8), _arg(a, 9), t, n_threads)  # fmt: skip
+    elif op == RMS_NORM:
+        rows.rms_norm(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), _arg(a, 6),
+                      _float_arg(a, 7), t, n_threads)  # fmt: skip
+    elif op == ATTEND:
+        attention.attend(a, scratch, t, n_threads)
+    elif op == MERGE:
+        attention.merge_parts(a, scratch, t, n_threads)
+    elif op == ROPE:
+        rows.rope(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), _arg(a, 6), _arg(a, 7),
+                  _arg(a, 8), _arg(a, 9), _arg(a, 10), _arg(a, 11), _arg(a, 12), t, n_threads)  # fmt: skip
+    elif op == STORE_HALVES:
+        _store_halves(a, control, t, n_threads)
+    elif op == PRODUCT_ID:
+        _product_id(a, control, scratch, t, n_threads)
+    elif op == SCALE:
+        rows.scale(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), _float_arg(a, 6),
+                   _float_arg(a, 7), t, n_threads)  # fmt: skip
+    elif op == ARGMAX:
+        rows.largest(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), t, n_threads)
+
+
+@njit(nogil=True, cache=True)
+def _run(control, t, n_threads):  # type: ignore[no-untyped-def]
+    """One thread's share of the steps that the shared words name."""
+    program, first, last = load64(control + PROGRAM), load64(control + FIRST), load64(control + LAST)
+    scratch = load64(control + SCRATCH) + t * load64(control + SCRATCH_BYTES)
+    profile = load64(control + PROFILE)
+    room = np.empty(2, np.int64)
+    clock = room.ctypes.data
+    for i in range(first, last):
+        step = program + 8 * WORDS * i
+        if n_threads > 1 and load64(step + 8):
+            _meet(control, n_threads)
+        if profile != 0 and t == 0:
+            start = _now_ns(clock)
+            _step(load64(step), step + 16, control, scratch, t, n_threads)
+            store64(profile + 8 * i, load64(profile + 8 * i) + _now_ns(clock) - start)
+        else:
+            _step(load64(step), step + 16, control, scratch, t, n_threads)
+    if n_threads > 1:
+        _meet(control, n_threads)
+
+
+@njit(nogil=True, cache=True)
+def _lead(control, n_threads, futex):  # type: ignore[no-untyped-def]
+    """Start everyone on the steps that the shared words name, and do one's share."""
+    if n_threads > 1:
+        atomic_add(control + GENERATION, 1)
+        if atomic_add(control + ASLEEP, 0) > 0 and futex >= 0:
+            _syscall(futex, control + GENERATION, _WAKE, _EVERYONE, 0, 0, 0)
+    _run(control, 0, n_threads)
+
+
+@njit(nogil=True, cache=True)
+def _help(control, t, n_threads, futex):  # type: ignore[no-untyped-def]
+    """A helper's life."""
+    seen = 0
+    while True:
+        spins = 0
+        while atomic_load(control + GENERATION) == seen:
+            pause()
+            spins += 1
+            if spins > SPINS:
+                atomic_add(control + ASLEEP, 1)
+                if atomic_load(control + GENERATION) == seen:
+                    if futex >= 0:
+                        _syscall(futex, control + GENERATION, _WAIT, seen & 0xFFFFFFFF, 0, 0, 0)
+                    else:
+                        _usleep(100)
+                atomic_add(control + ASLEEP, -1)
+        seen += 1
+        if atomic_load(control + STOP):
+            return
+        _run(control, t, n_threads)
+
+
+class Team:
+    """`n_threads` threads, the caller's among them.
+
+    Threads: call from one.
+    """
+
+    def __init__(self, n_threads: int) -> None:
+        self.n_threads = n_threads
+        room = np.zeros(CONTROL_BYTES + 64, np.uint8)
+        start = -room.ctypes.data % 64
+        self._control: npt.NDArray[np.int64] = room[start : start + CONTROL_BYTES].view(np.int64)
+        self._address = self._control.ctypes.data
+        self._scratch = np.zeros(0, np.uint8)
+        self._helpers = [threading.Thread(target=_help, args=(self._address, t, n_threads, _FUTEX), daemon=True,
+                                          name=f"ggmq-{t}") for t in range(1, n_threads)]  # fmt: skip
+        for h in self._helpers:
+            h.start()
+
+    def reserve(self, n_bytes: int) -> None:
+        """Give every thread scratch memory of at least so many bytes."""
+        each = -(-n_bytes // 4096) * 4096
+        if each * self.n_threads > len(self._scratch):
+            self._scratch = np.zeros(each * self.n_threads, np.uint8)
+            self._set(SCRATCH, self._scratch.ctypes.data)
+            self._set(SCRATCH_BYTES, each)
+
+    @property
+    def scratch(self) -> npt.NDArray[np.uint8]:
+        """The caller's scratch memory."""
+        return self._scratch
+
+    def _set(self, word: int, value: int) -> None:
+        self._control[word // 8] = value
+
+    def run(self, program: npt.NDArray[np.int64], first: int, last: int, profile: npt.NDArray[Any] | None = None) -> int:
+        """Carry out steps first..last. Returns: -1, or the node that a step gave as having data that points outside."""
+        self._set(PROGRAM, program.ctypes.data)
+        self._set(FIRST, first)
+        self._set(LAST, last)
+        self._set(PROFILE, 0 if profile is None else profile.ctypes.data)
+        self._set(BAD, 0)
+        _lead(self._address, self.n_threads, _FUTEX)
+        return int(self._control[BAD // 8]) - 1
+
+    def close(self) -> None:
+        """End the helpers."""
+        self._set(STOP, 1)
+        self._set(LAST, 0)
+        self._set(FIRST, 0)
+        if self.n_threads > 1:
+            _lead_out(self._address, _FUTEX)
+        for h in self._helpers:
+            h.join(5)
+        self._helpers.clear()
+
+
+@njit(nogil=True, cache=True)
+def _lead_out(control, futex):  # type: ignore[no-untyped-def]
+    atomic_add(control + GENERATION, 1)
+    if futex >= 0:
+        _syscall(futex, control + GENERATION, _WAKE, _EVERYONE, 0, 0, 0)
