@@ -1,7 +1,8 @@
 """A model on the bus: places its layers, uploads its weights by hash, runs batches through the stages.
 
-`forward` sends one GRAPH_COMPUTE; the broker passes activations from stage to stage, so the main host sees one round
-trip a batch however many stages there are.
+`submit` sends one GRAPH_COMPUTE; activations pass from stage to stage by themselves, so the main host sees one round trip
+a batch however many stages there are. Many batches may be under way: while one is at the second stage, the next is at the
+first. That is how the pieces of a prompt and several sequences keep every stage busy.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,10 @@ from protocol.graph import encode_graph, graph_digest
 ALIGN = 64
 KV_STEP = 256
 """Cells seen are rounded up to this, so that a graph serves many tokens."""
+SLOT_STEP = 512
+"""A slot's cells begin at a multiple of this: attention's blocks then fall alike in every slot, and so do the bits."""
+PIECE = 64
+"""Tokens of a prompt that move on together when there are several stages."""
 MAX_GRAPHS = 128
 HASH_WINDOW = 64
 
@@ -79,6 +84,22 @@ class _StageOnDevice:
         return Stage(a.device, a.layers, a.first, a.last)
 
 
+class Entry(NamedTuple):
+    """One token of a batch, its position in its sequence, and the slot whose cells the sequence has."""
+
+    token: int
+    position: int
+    slot: int = 0
+
+
+class UnderWay(NamedTuple):
+    """A batch that was sent."""
+
+    seq: int
+    n_outputs: int
+    argmax: bool
+
+
 @dataclass(frozen=True, slots=True)
 class Compiled:
     """The graphs of one batch shape: digest and input names, a stage each."""
@@ -91,17 +112,21 @@ class Runner:
     """A loaded model.
 
     Attributes:
-        n_ctx: cells of the KV cache, which is the longest context.
+        n_ctx: cells of a sequence, which is the longest context.
+        n_slots: sequences that the KV cache has cells for.
         compute_s: time that workers spent computing, summed over stages.
     Threads: use from one.
     """
 
-    def __init__(self, client: Client, arch: Arch, n_ctx: int, assignments: Sequence[Assignment]) -> None:
-        self.client, self.arch, self.n_ctx = client, arch, n_ctx
+    def __init__(
+        self, client: Client, arch: Arch, n_ctx: int, assignments: Sequence[Assignment], n_slots: int = 1
+    ) -> None:
+        self.client, self.arch, self.n_slots = client, arch, n_slots
+        self.n_ctx = n_ctx if n_slots == 1 else -(-n_ctx // SLOT_STEP) * SLOT_STEP
         self.stages = [_StageOnDevice(a) for a in assignments]
         self.compute_s = 0.0
         self.report = LoadReport()
-        self._graphs: dict[tuple[int, int, int, bool], Compiled] = {}
+        self._graphs: dict[tuple[int, int, int, bool, bool], Compiled] = {}
 
     # -- loading -------------------------------------------------------------------------------------------------------
 
@@ -126,9 +151,10 @@ class Runner:
                 at += -(-t.n_bytes // ALIGN) * ALIGN
             kv_at = 0
             for il in s.assignment.layers:
-                k = 2 * self.n_ctx * self.arch.hp.n_head_kv[il] * self.arch.hp.d_k
-                s.caches[il] = KVCache(2 * i + 2, kv_at, kv_at + k, self.n_ctx)
-                kv_at += self.arch.kv_bytes(il, self.n_ctx)
+                n_cells = self.n_ctx * self.n_slots
+                k = 2 * n_cells * self.arch.hp.n_head_kv[il] * self.arch.hp.d_k
+                s.caches[il] = KVCache(2 * i + 2, kv_at, kv_at + k, n_cells)
+                kv_at += self.arch.kv_bytes(il, n_cells)
             session, device = self.client.session, s.assignment.device
             pending.append(self.client.submit(m.AllocBuffer(session, 2 * i + 1, max(at, 1), "weights"), device=device))
             pending.append(self.client.submit(m.AllocBuffer(session, 2 * i + 2, max(kv_at, 1), "kv"), device=device))
@@ -150,7 +176,7 @@ class Runner:
     # -- running -------------------------------------------------------------------------------------------------------
 
     def _compile(self, batch: Batch) -> Compiled:
-        key = (batch.n_tokens, batch.n_kv, batch.n_outputs, batch.argmax)
+        key = (batch.n_tokens, batch.n_kv, batch.n_outputs, batch.argmax, batch.masked)
         known = self._graphs.get(key)
         if known is not None:
             return known
@@ -171,23 +197,43 @@ class Runner:
         return compiled
 
     def forward(
-        self, tokens: Sequence[int] | npt.NDArray[np.int32], n_past: int, outputs: Sequence[int], argmax: bool = False
-    ) -> npt.NDArray[Any]:
-        """Run tokens at positions n_past, n_past + 1, ...; their keys and values stay in the cache.
+        self, tokens: Sequence[int] | npt.NDArray[np.int32], n_past: int, outputs: Sequence[int], argmax: bool = False,
+        slot: int = 0,
+    ) -> npt.NDArray[Any]:  # fmt: skip
+        """Run tokens of one sequence at positions n_past, n_past + 1, ...; their keys and values stay in the cache.
+
+        With several stages the tokens go in pieces, so that all stages work at once.
 
         Shapes: returns float32 [len(outputs), n_vocab], the logits after the tokens that `outputs` (indices) names; or
         with `argmax` int32 [len(outputs)].
         Errors: what the workers report; FormatError for a token outside the vocabulary or a context that is full.
         """
-        ids = np.asarray(tokens, np.int32)
-        n, end = len(ids), n_past + len(ids)
-        if n == 0 or ids.min() < 0 or ids.max() >= self.arch.hp.n_vocab:
-            raise FormatError(f"tokens: expected at least one, each of 0 to {self.arch.hp.n_vocab - 1}")
-        if end > self.n_ctx:
-            raise FormatError(f"context: {end} tokens do not fit {self.n_ctx} cells; use a larger -c")
-        n_kv = min(self.n_ctx, -(-end // KV_STEP) * KV_STEP)
-        compiled = self._compile(Batch(n, n_kv, len(outputs), argmax))
-        feeds = self._feeds(ids, n_past, n_kv, outputs)
+        size = PIECE if len(self.stages) > 1 else max(1, len(tokens))
+        under_way = []
+        for at in range(0, max(1, len(tokens)), size):
+            entries = [Entry(int(t), n_past + at + i, slot) for i, t in enumerate(tokens[at : at + size])]
+            under_way.append(self.submit(entries, [o - at for o in outputs if at <= o < at + size], argmax))
+        return np.concatenate([self.wait(u) for u in under_way])
+
+    def submit(self, entries: Sequence[Entry], outputs: Sequence[int], argmax: bool = False) -> UnderWay:
+        """Send a batch of tokens of any sequences on its way, and do not wait for it.
+
+        `outputs`: indices of the entries whose logits are wanted, none if only the cache is to be filled.
+        Errors: FormatError for a token outside the vocabulary, a position outside the context, a slot that is not there.
+        """
+        hp, n = self.arch.hp, len(entries)
+        if n == 0 or not all(0 <= e.token < hp.n_vocab for e in entries):
+            raise FormatError(f"tokens: expected at least one, each of 0 to {hp.n_vocab - 1}")
+        last = max(e.position for e in entries)
+        if last >= self.n_ctx:
+            raise FormatError(f"context: {last + 1} tokens do not fit {self.n_ctx} cells; use a larger -c")
+        if not all(0 <= e.slot < self.n_slots for e in entries):
+            raise FormatError(f"slots: expected 0 to {self.n_slots - 1}; the model was loaded for {self.n_slots} sequences")
+        masked = any(e.slot for e in entries)
+        end = max(e.slot * self.n_ctx + e.position for e in entries) + 1
+        n_kv = min(self.n_ctx * self.n_slots, -(-end // KV_STEP) * KV_STEP)
+        compiled = self._compile(Batch(n, n_kv, len(outputs), argmax, masked))
+        feeds = self._feeds(entries, n_kv, outputs)
         payloads: list[list[Frame]] = [
             [feeds[name]() for name in names if name != "hidden"] for names in compiled.inputs
         ]
@@ -195,23 +241,28 @@ class Runner:
                  for s, digest, payload in list(zip(self.stages, compiled.digests, payloads, strict=True))[1:]]  # fmt: skip
         header = m.GraphCompute(self.client.session, compiled.digests[0], len(payloads[0]), route)
         frames = [f for payload in payloads for f in payload]
-        reply = self.client.request(header, frames, device=self.stages[0].assignment.device)
+        return UnderWay(self.client.submit(header, frames, self.stages[0].assignment.device), len(outputs), argmax)
+
+    def wait(self, batch: UnderWay) -> npt.NDArray[Any]:
+        """What a batch gave. Shapes: as `forward`'s. Errors: what the workers report."""
+        reply = self.client.wait(batch.seq)
         assert isinstance(reply.header, m.ComputeDone)  # the decoder gives GRAPH_COMPUTE's reply this type
         self.compute_s += reply.header.compute_s
-        if argmax:
-            return np.frombuffer(reply.payload[0], np.int32)
-        return np.frombuffer(reply.payload[0], np.float32).reshape(len(outputs), self.arch.hp.n_vocab)
+        raw = reply.payload[0] if batch.n_outputs else b""
+        if batch.argmax:
+            return np.frombuffer(raw, np.int32)
+        return np.frombuffer(raw, np.float32).reshape(batch.n_outputs, self.arch.hp.n_vocab)
 
-    def _feeds(
-        self, ids: npt.NDArray[np.int32], n_past: int, n_kv: int, outputs: Sequence[int]
-    ) -> dict[str, Callable[[], Frame]]:
+    def _feeds(self, entries: Sequence[Entry], n_kv: int, outputs: Sequence[int]) -> dict[str, Callable[[], Frame]]:
         """The bytes of each input, made only when a stage wants it."""
-        pos = np.arange(n_past, n_past + len(ids))
+        pos = np.array([e.position for e in entries])
+        base = np.array([e.slot for e in entries]) * self.n_ctx
         swa = self.arch.hp.n_swa
 
         def mask(window: int) -> Frame:
-            distance = pos[:, None] - np.arange(n_kv)
-            hidden = (distance < 0) | ((distance >= window) if window else False)
+            cell = np.arange(n_kv) - base[:, None]
+            distance = pos[:, None] - cell
+            hidden = (cell < 0) | (distance < 0) | ((distance >= window) if window else False)
             return np.where(hidden, np.float16(-np.inf), np.float16(0)).tobytes()
 
         def temperature() -> Frame:
@@ -219,13 +270,14 @@ class Runner:
             return (np.log(np.floor(pos / length) + 1) * scale + 1).astype(np.float32).tobytes()
 
         return {
-            "tokens": ids.tobytes,
-            "positions": pos.astype(np.int32).tobytes,
-            "cells": pos.astype(np.int64).tobytes,
+            "tokens": lambda: np.array([e.token for e in entries], np.int32).tobytes(),
+            "positions": lambda: pos.astype(np.int32).tobytes(),
+            "position": lambda: pos.astype(np.float32).tobytes(),
+            "cells": lambda: (base + pos).astype(np.int64).tobytes(),
             "mask": lambda: mask(0),
             "mask_swa": lambda: mask(swa),
             "temperature": temperature,
-            "out_ids": np.asarray(outputs, np.int32).tobytes,
+            "out_ids": lambda: np.asarray(outputs, np.int32).tobytes(),
         }
 
     def logits(self, tokens: npt.NDArray[np.int32], chunk: int) -> npt.NDArray[np.float32]:

@@ -188,12 +188,20 @@ class Stage:
 
 @dataclass(slots=True)
 class Batch:
-    """What the graph of one step is made for: tokens in it, cache cells seen, rows of logits wanted."""
+    """What the graph of one step is made for.
+
+    Attributes:
+        n_tokens, n_kv, n_outputs: tokens in it, cache cells seen, rows of logits wanted (0: only the cache is filled).
+        argmax: token ids instead of logits.
+        masked: which cells a token sees comes with the step; else its own position says it, for one sequence whose
+            cells are its positions, and nothing but the position crosses the wire.
+    """
 
     n_tokens: int
     n_kv: int
     n_outputs: int
     argmax: bool = False
+    masked: bool = False
 
 
 class Arch:
@@ -385,6 +393,8 @@ class Arch:
             x = s.b.input("hidden", GGMLType.F32, (self.hp.n_embd, batch.n_tokens))
         for il in stage.layers:
             x = self.layer(s, x, il)
+        if stage.last and not batch.n_outputs:
+            return s.b.graph([]), s.b.input_names
         if stage.last:
             if batch.n_outputs < batch.n_tokens:
                 x = s.b.get_rows(x, s.b.input("out_ids", GGMLType.I32, (batch.n_outputs,)))
@@ -402,6 +412,7 @@ class StageGraph:
     def __init__(self, arch: Arch, placed: dict[str, Placed], caches: dict[int, KVCache], batch: Batch) -> None:
         self.arch, self.placed, self.caches, self.batch = arch, placed, caches, batch
         self.b = GraphBuilder()
+        self._masks: dict[bool, T] = {}
 
     def has(self, name: str) -> bool:
         return name in self.placed
@@ -449,7 +460,21 @@ class StageGraph:
         return self.b.input("temperature", GGMLType.F32, (1, 1, self.batch.n_tokens))
 
     def mask(self, swa: bool) -> T:
-        return self.b.input("mask_swa" if swa else "mask", GGMLType.F16, (self.batch.n_kv, self.batch.n_tokens))
+        """float16 [n_kv, n_tokens]: 0 where a token sees a cell, minus infinity where not."""
+        known = self._masks.get(swa)
+        if known is None:
+            known = self._masks[swa] = self._mask(swa)
+        return known
+
+    def _mask(self, swa: bool) -> T:
+        b, n_kv, n = self.b, self.batch.n_kv, self.batch.n_tokens
+        if self.batch.masked:
+            return b.input("mask_swa" if swa else "mask", GGMLType.F16, (n_kv, n))
+        ahead = b.sub(b.repeat(b.arange(n_kv), n_kv, n), b.input("position", GGMLType.F32, (1, n)))
+        seen = b.unary("STEP", b.scale(ahead, -1.0, 0.5))
+        if swa:
+            seen = b.mul(seen, b.unary("STEP", b.scale(ahead, 1.0, self.arch.hp.n_swa - 0.5)))
+        return b.dup(b.log(seen), GGMLType.F16)
 
     def store(self, k: T, v: T, il: int) -> tuple[T, T]:
         """Write this batch's keys and values to their cells. Returns the cells seen, [d, n_kv, n_head_kv]."""

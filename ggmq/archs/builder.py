@@ -121,8 +121,8 @@ class GraphBuilder:
     def add_id(self, a: T, b: T, ids: T) -> T:
         return self._like("ADD_ID", a, b, ids)
 
-    def scale(self, x: T, scale: float) -> T:
-        return self._like("SCALE", x, params=(f32_bits(scale), 0))
+    def scale(self, x: T, scale: float, bias: float = 0.0) -> T:
+        return self._like("SCALE", x, params=(f32_bits(scale), f32_bits(bias)))
 
     def clamp(self, x: T, low: float, high: float) -> T:
         return self._like("CLAMP", x, params=(f32_bits(low), f32_bits(high)))
@@ -152,6 +152,23 @@ class GraphBuilder:
 
     def top_k(self, x: T, k: int) -> T:
         return self._node("TOP_K", GGMLType.I32, (k, *self.ne(x)[1:]), (x,))
+
+    def arange(self, n: int) -> T:
+        """0, 1, ... n - 1 as float32."""
+        return self._node("ARANGE", GGMLType.F32, (n,), (), (f32_bits(0.0), f32_bits(float(n)), f32_bits(1.0)))
+
+    def repeat(self, x: T, *ne: int) -> T:
+        return self._node("REPEAT", self.tensors[x].type, ne, (x,))
+
+    def sub(self, a: T, b: T) -> T:
+        return self._like("SUB", a, b)
+
+    def log(self, x: T) -> T:
+        return self._like("LOG", x)
+
+    def dup(self, x: T, type_id: int) -> T:
+        """x converted to another type."""
+        return self._node("DUP", type_id, self.ne(x), (x,))
 
     def soft_max(self, x: T) -> T:
         return self._like("SOFT_MAX", x, params=(f32_bits(1.0), 0))

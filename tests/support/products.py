@@ -8,7 +8,7 @@ import numpy as np
 
 from protocol.dtypes import TYPES, GGMLType
 from tests.support.fixtures import nmse
-from workers.kernels import formats, products, quantize, quants
+from workers.kernels import layout, products, quantize, quants
 from workers.kernels.simd import TARGET
 from workers.tensors import bf16_to_f32, f32_to_bf16
 
@@ -25,7 +25,7 @@ class Case:
 
     @property
     def kind(self) -> int:
-        return formats.KIND_OF[self.type]
+        return layout.KIND_OF[self.type]
 
     @property
     def n_blocks(self) -> int:
@@ -65,11 +65,11 @@ def product(c: Case, memory: np.ndarray, n_packed: int, x: np.ndarray, n_threads
     """float32 [n, K] to [n, rows]."""
     n, n_rows, row = len(x), len(c.blocks), c.blocks.shape[1]
     y = np.zeros((n, n_rows), np.float32)
-    xq = np.zeros((n, K // 32, products.X_BLOCK), np.uint8)
+    xq = np.zeros((n, K // 32, layout.X_BLOCK), np.uint8)
     products.quantize(x.ctypes.data, 4 * K, n, K, xq.ctypes.data, 0, 1)
-    of = xq if c.kind < formats.N_QUANTIZED else x
+    of = xq if c.kind < layout.N_QUANTIZED else x
     columns, outputs = (np.array([a.ctypes.data + a.strides[0] * i for i in range(n)]) for a in (of, y))
-    scratch = np.zeros(products.PANEL_BYTES + 16 * row + 72 * n + 64, np.uint8)
+    scratch = np.zeros(layout.PANEL_BYTES + 16 * row + 72 * n + 64, np.uint8)
     for t in range(n_threads):
         products.product(c.kind, memory.ctypes.data, row, n_rows, n_packed, K, columns.ctypes.data, outputs.ctypes.data, n,
                          scratch.ctypes.data, t, n_threads)  # fmt: skip
@@ -84,7 +84,7 @@ def check(t: GGMLType) -> None:
     assert np.array_equal(unpacked(c, memory), c.blocks)
     together = product(c, memory, 48, x)
     exact = x.astype(np.float64) @ c.values.T.astype(np.float64)
-    assert nmse(together, exact) < (1e-10 if c.kind >= formats.N_QUANTIZED else 1e-4)
+    assert nmse(together, exact) < (1e-10 if c.kind >= layout.N_QUANTIZED else 1e-4)
     assert np.array_equal(together, product(c, memory, 48, x, n_threads=3))
     assert np.array_equal(together, product(c, c.blocks.reshape(-1), 0, x))
     for n in (1, 2, 5):
@@ -93,6 +93,6 @@ def check(t: GGMLType) -> None:
 
 
 if __name__ == "__main__":
-    for kind in formats.KINDS:
+    for kind in layout.KINDS:
         check(kind)
     print(TARGET.name)

@@ -12,7 +12,7 @@ import pytest
 
 from protocol.dtypes import TYPES, GGMLType
 from tests.support.products import Case, K, check, packed, unpacked
-from workers.kernels import formats
+from workers.kernels import layout
 from workers.kernels.simd import TARGETS, cpu_features
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -23,12 +23,12 @@ _CPUS = {
 }
 
 
-@pytest.mark.parametrize("t", formats.KINDS, ids=lambda t: t.name)
+@pytest.mark.parametrize("t", layout.KINDS, ids=lambda t: t.name)
 def test_products_are_right_in_any_company(t: GGMLType) -> None:
     check(t)
 
 
-@pytest.mark.parametrize("t", formats.KINDS, ids=lambda t: t.name)
+@pytest.mark.parametrize("t", layout.KINDS, ids=lambda t: t.name)
 def test_packed_bytes_come_back(t: GGMLType) -> None:
     shape = (37, K // TYPES[t].block * TYPES[t].bytes)
     c = Case(t, np.random.default_rng(int(t)).integers(0, 256, shape, np.uint8), np.empty(0))

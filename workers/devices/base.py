@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import socket
@@ -16,6 +17,8 @@ from protocol.errors import HandleError, OutOfMemory
 from protocol.graph import Graph
 from protocol.messages import DeviceInfo
 from workers.tensors import Bytes
+
+HUGE_PAGE_BYTES = 2 << 20
 
 Tick = Callable[[], None]
 """Called between nodes by `run`: the process answers PINGs there."""
@@ -125,7 +128,7 @@ class HostDevice(Device):
         if n_bytes > free:
             raise OutOfMemory(f"{self.name}: a buffer needs {n_bytes} bytes, {free} are free", n_bytes, free)
         self.used_bytes += n_bytes
-        return Buffer(n_bytes, np.zeros(n_bytes, np.uint8))
+        return Buffer(n_bytes, zeroed(n_bytes))
 
     def free(self, buffer: Buffer) -> None:
         self.used_bytes -= buffer.n_bytes
@@ -167,6 +170,20 @@ class HostDevice(Device):
     def arena_address(self) -> int:
         """Where the arena begins; it never moves."""
         return int(self.arena(1).ctypes.data)
+
+
+def zeroed(n_bytes: int) -> Bytes:
+    """Zeroed bytes that begin on a cache line; in huge pages where the system gives them, which weights are read faster
+    from. Pages come as they are touched."""
+    if n_bytes < HUGE_PAGE_BYTES:
+        return np.zeros(n_bytes, np.uint8)
+    room = mmap.mmap(-1, n_bytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):
+            room.madvise(mmap.MADV_HUGEPAGE)
+    memory = np.frombuffer(room, np.uint8)
+    start = -memory.ctypes.data % HUGE_PAGE_BYTES
+    return memory[start : start + n_bytes]
 
 
 def available_bytes() -> int:

@@ -5,52 +5,16 @@ Ops without a kernel of their own run the reference kernel on the caller's threa
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
-import platform
-import sys
-import tempfile
-from collections.abc import Iterator
-from hashlib import blake2b
-from pathlib import Path
 
 import numpy as np
 
 from protocol.dtypes import TYPES, GGMLType, row_bytes
 from protocol.graph import Graph, Tensor
 from workers.devices.base import Buffer, HostDevice, Plan, cpu_model
+from workers.devices.cpu_plan import CPUPlan
+from workers.kernels import layout, native
 from workers.tensors import Array, load
-
-
-def _kernel_cache() -> Path:
-    """Folder for compiled kernels of this CPU and these versions; made known to Numba before it is imported."""
-    import numba
-
-    base = os.environ.get("LLAMA_CACHE") or os.environ.get("XDG_CACHE_HOME")
-    root = (Path(base) if base else Path.home() / ".cache") / "ggmq-kernels"
-    folder = Path(__file__).resolve().parent.parent / "kernels"
-    source = "".join(f"{p.name}{p.stat().st_mtime_ns}" for p in sorted(folder.glob("*.py")))
-    chosen = f"{numba.config.CPU_NAME} {numba.config.CPU_FEATURES}"
-    versions = f"{numba.__version__} {np.__version__} {sys.version} {chosen}"
-    text = f"{cpu_model()} {platform.machine()} {versions} {source}"
-    return root / blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-@contextlib.contextmanager
-def _first_compiler(folder: Path) -> Iterator[bool]:
-    """True for the process that compiles; others wait for it, then load what it made."""
-    ready = folder / "ready"
-    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        if not ready.exists():
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        first = not ready.exists()
-        yield first
-        if first:
-            ready.touch()
-    finally:
-        os.close(lock)
 
 
 class CPUDevice(HostDevice):
@@ -66,49 +30,11 @@ class CPUDevice(HostDevice):
         super().__init__(memory_bytes)
         self._n_threads = n_threads
         self.profiling = os.environ.get("GGMQ_PROFILE", "0") not in ("", "0")
-        import numba
-
-        folder = _kernel_cache()
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError:  # nowhere to keep them: compile for this process alone
-            self._own_folder = tempfile.TemporaryDirectory(prefix="ggmq-kernels-")
-            folder = Path(self._own_folder.name)
-        numba.config.CACHE_DIR = str(folder)
-        from workers.kernels import formats, products, team
-
-        self.formats, self.products = formats, products
+        self.team = native.Team(native.load(cpu_model()), n_threads)
         self._wide: dict[tuple[int, int], tuple[Array, int]] = {}
-        with _first_compiler(folder) as first:
-            if first:
-                print("worker: compiling kernels for this CPU; this happens once and takes up to a minute",
-                      file=sys.stderr, flush=True)  # fmt: skip
-            self.team = team.Team(n_threads)
-            self._warm_up()
 
     def n_threads(self) -> int:
         return self._n_threads
-
-    def _warm_up(self) -> None:
-        """Call what is called from outside compiled code, so that compiling never falls into a token."""
-        p, row = self.products, np.zeros(16 * 34 * 2, np.uint8)
-        self.team.reserve(p.PANEL_BYTES)
-        self.team.run(np.zeros((1, 32), np.int64), 0, 0)
-        at = row.ctypes.data
-        p.pack_rows(self.formats.KIND_OF[GGMLType.Q8_0], at, 34, 1, 1, at + 16 * 34)
-        p.unpack_rows(self.formats.KIND_OF[GGMLType.Q8_0], at, 34, 0, 1, 16, 1, at + 16 * 34)
-        self._n_compiled = self._count_compiled()
-
-    def _count_compiled(self) -> int:
-        from workers.kernels import attention, products, rows, team
-
-        modules = (attention, products, rows, team)
-        return sum(len(f.signatures) for mod in modules for f in vars(mod).values() if hasattr(f, "signatures"))
-
-    @property
-    def kernel_compiles(self) -> int:  # type: ignore[override]
-        """Kernels compiled since the warm-up; a token that waits for a compiler is a bug."""
-        return self._count_compiled() - self._n_compiled
 
     # -- weights in a layout of our own --------------------------------------------------------------------------------
 
@@ -116,19 +42,20 @@ class CPUDevice(HostDevice):
         """Kind, bytes of a row, groups that are packed, and blocks of a row."""
         rows = ne[1] * ne[2] * ne[3]
         info = TYPES[type_id]
-        return self.formats.KIND_OF[GGMLType(type_id)], row_bytes(type_id, ne[0]), rows // 16, ne[0] // info.block
+        return layout.KIND_OF[GGMLType(type_id)], row_bytes(type_id, ne[0]), rows // 16, ne[0] // info.block
 
     def finish(self, buffer: Buffer, offset: int, n_bytes: int, type_id: int, ne: tuple[int, int, int, int]) -> None:
         self._raw(buffer, offset, n_bytes)
         self._forget(buffer)
         matrices = ne[2] * ne[3]
-        if type_id not in self.formats.KIND_OF or ne[1] < 16 or (matrices != 1 and ne[1] % 16):
+        if type_id not in layout.KIND_OF or ne[1] < 16 or (matrices != 1 and ne[1] % 16):
             return
-        if ne[0] % 32 and type_id in self.formats.FORMATS:
+        if ne[0] % 32 and TYPES[type_id].quantized:
             return
         kind, row, n_groups, n_blocks = self._shape(type_id, ne)
         self.team.reserve(16 * row)
-        self.products.pack_rows(kind, self._at(buffer, offset), row, n_groups, n_blocks, self.team.scratch.ctypes.data)
+        room = self.team.scratch.ctypes.data
+        self.team.call(layout.PACK_ROWS, kind, self._at(buffer, offset), row, n_groups, n_blocks, room)
         buffer.packed[offset] = (GGMLType(type_id), ne, n_bytes)
         buffer.n_layouts += 1
 
@@ -145,7 +72,8 @@ class CPUDevice(HostDevice):
         type_id, ne, _ = buffer.packed[at]
         kind, row, n_groups, n_blocks = self._shape(type_id, ne)
         out = np.empty((last - first, row), np.uint8)
-        self.products.unpack_rows(kind, self._at(buffer, at), row, first, last, 16 * n_groups, n_blocks, out.ctypes.data)
+        self.team.call(layout.UNPACK_ROWS, kind, self._at(buffer, at), row, first, last, 16 * n_groups, n_blocks,
+                       out.ctypes.data)  # fmt: skip
         return out
 
     def rows_of(self, buffer: Buffer, t: Tensor, ids: Array) -> Array:
@@ -164,7 +92,7 @@ class CPUDevice(HostDevice):
             row = 2 * t.ne[0]
             n_packed = t.n_rows // 16 * 16 if t.ne[1] % 16 == 0 or t.ne[2] * t.ne[3] == 1 else 0
             self.team.reserve(16 * row)
-            self.products.pack_rows(self.formats.KIND_OF[GGMLType.F16], halves.ctypes.data, row, n_packed // 16, t.ne[0],
+            self.team.call(layout.PACK_ROWS, layout.KIND_OF[GGMLType.F16], halves.ctypes.data, row, n_packed // 16, t.ne[0],
                                     self.team.scratch.ctypes.data)  # fmt: skip
             self._wide[key] = (halves, min(n_packed, t.ne[1] // 16 * 16))
         halves, n_packed = self._wide[key]
@@ -210,8 +138,6 @@ class CPUDevice(HostDevice):
     # -- plans ---------------------------------------------------------------------------------------------------------
 
     def compile(self, graph: Graph, buffers: dict[int, Buffer]) -> Plan:
-        from workers.devices.cpu_plan import CPUPlan
-
         return CPUPlan(self, graph, buffers)
 
     def unpack_for(self, graph: Graph, buffers: dict[int, Buffer]) -> None:

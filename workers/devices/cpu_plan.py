@@ -13,12 +13,12 @@ from protocol.dtypes import TYPES, GGMLType, row_bytes
 from protocol.errors import KernelError
 from protocol.graph import Graph, Tensor
 from workers.devices.base import Buffer, Tick
-from workers.kernels import attention, formats, products, reference, rows, team
+from workers.kernels import layout, reference
 from workers.kernels.reference import Node, rope_angles
 from workers.plan import ALIGN, HostPlan, Step
 from workers.tensors import NUMPY_TYPE, Array, load
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the device makes plans: at run time it imports this file
     from workers.devices.cpu import CPUDevice
 
 F32, F16 = GGMLType.F32, GGMLType.F16
@@ -87,7 +87,7 @@ class CPUPlan(HostPlan):
     def _steps(self, nodes: list[Node]) -> list[tuple[Step, int]]:
         out: list[tuple[Step, int]] = []
         self._end = -(-self.arena_bytes // ALIGN) * ALIGN
-        self._scratch_bytes = products.PANEL_BYTES
+        self._scratch_bytes = layout.PANEL_BYTES
         first, cost, skip = 0, 0, -1
 
         def flush() -> None:
@@ -112,7 +112,7 @@ class CPUPlan(HostPlan):
             if cost > TICK_COST:
                 flush()
         flush()
-        self.program = np.zeros((len(self._rows), team.WORDS), np.int64)
+        self.program = np.zeros((len(self._rows), layout.WORDS), np.int64)
         for i, row in enumerate(self._rows):
             self.program[i, : len(row)] = row
         self.profile = np.zeros(len(self._rows), np.int64) if self.device.profiling else None
@@ -200,15 +200,15 @@ class CPUPlan(HostPlan):
         same = second == 0 or tx.ne == tz.ne
         if not same and (tz.ne[0] != tx.ne[0] or (tz.n_rows != 1 and tz.ne[1:] != (tx.ne[1], 1, 1))):
             return False
-        self._add(n, team.BINARY, [kind, x[0] + offsets[0], x[1], z[0] + offsets[1], z[1], z[2], y[0], y[1], y[2], y[3]],
+        self._add(n, layout.BINARY, [kind, x[0] + offsets[0], x[1], z[0] + offsets[1], z[1], z[2], y[0], y[1], y[2], y[3]],
                   [self._range(i), self._range(j)], [self._range(k)])  # fmt: skip
         return True
 
     def _bind_add(self, n: Node) -> bool:
-        return self._elementwise(n, rows.ADD, 1)
+        return self._elementwise(n, layout.ADD, 1)
 
     def _bind_mul(self, n: Node) -> bool:
-        return self._elementwise(n, rows.MUL, 1)
+        return self._elementwise(n, layout.MUL, 1)
 
     def _glu(self, n: Node, kind: int) -> bool:
         if len(n.src) > 1 and n.src[1] is not None:
@@ -217,10 +217,10 @@ class CPUPlan(HostPlan):
         return self._elementwise(n, kind, 0, (half, 0) if n.params["swapped"] else (0, half))
 
     def _bind_swiglu(self, n: Node) -> bool:
-        return self._glu(n, rows.SWIGLU)
+        return self._glu(n, layout.SWIGLU)
 
     def _bind_geglu(self, n: Node) -> bool:
-        return self._glu(n, rows.GEGLU)
+        return self._glu(n, layout.GEGLU)
 
     def _bind_scale(self, n: Node) -> bool:
         i, k = n.tensor.src[0], n.index
@@ -228,7 +228,7 @@ class CPUPlan(HostPlan):
         if x is None or y is None or x[2:] != y[2:]:
             return False
         words = [float_word(n.params["scale"]), float_word(n.params["bias"])]
-        self._add(n, team.SCALE, [x[0], x[1], y[0], y[1], y[2], y[3], *words], [self._range(i)], [self._range(k)])
+        self._add(n, layout.SCALE, [x[0], x[1], y[0], y[1], y[2], y[3], *words], [self._range(i)], [self._range(k)])
         return True
 
     def _rms_norm(self, n: Node, following: Node | None) -> tuple[bool, bool]:
@@ -246,7 +246,7 @@ class CPUPlan(HostPlan):
             if w is not None and out is not None and w[2] == 1 and w[3] == y[3] and apart:
                 weight, y, last = w[0], out, f.index
                 reads.append(self._range(f.tensor.src[1]))
-        self._add(n, team.RMS_NORM, [x[0], x[1], weight, y[0], y[1], y[2], y[3], float_word(n.params["eps"])], reads,
+        self._add(n, layout.RMS_NORM, [x[0], x[1], weight, y[0], y[1], y[2], y[3], float_word(n.params["eps"])], reads,
                   [self._range(last)])  # fmt: skip
         return True, last != k
 
@@ -255,7 +255,7 @@ class CPUPlan(HostPlan):
         x = self._float_rows(i)
         if x is None or n.tensor.type != GGMLType.I32 or not n.tensor.contiguous:
             return False
-        self._add(n, team.ARGMAX, [*x, self._address(k)], [self._range(i)], [self._range(k)])
+        self._add(n, layout.ARGMAX, [*x, self._address(k)], [self._range(i)], [self._range(k)])
         return True
 
     # -- positions and the cache ---------------------------------------------------------------------------------------
@@ -271,7 +271,7 @@ class CPUPlan(HostPlan):
         i, k = t.src[0], n.index
         args = [self._address(i), x.nb[1], x.nb[2], self._address(k), t.nb[1], t.nb[2], t.ne[2], t.ne[1], t.ne[0],
                 *table, int(n.params["mode"] == 2), n.params["n_dims"]]  # fmt: skip
-        self._add(n, team.ROPE, args, [self._range(i)], [self._range(k)])
+        self._add(n, layout.ROPE, args, [self._range(i)], [self._range(k)])
         return True
 
     def _rope_table(self, n: Node) -> tuple[int, int] | None:
@@ -303,7 +303,7 @@ class CPUPlan(HostPlan):
             return False
         i, j, k = t.src[0], t.src[1], n.index
         args = [self._address(i), x.nb[1], x.ne[1], x.ne[0], self._address(j), self._address(k), t.nb[1], t.ne[1], k]
-        self._add(n, team.STORE_HALVES, args, [self._range(i), self._range(j)], [self._range(k)])
+        self._add(n, layout.STORE_HALVES, args, [self._range(i), self._range(j)], [self._range(k)])
         return True
 
     def _bind_flash_attn_ext(self, n: Node) -> bool:
@@ -321,7 +321,7 @@ class CPUPlan(HostPlan):
         d, d_v, n_tokens, n_head, n_seq, n_kv = q.ne[0], v.ne[0], q.ne[1], q.ne[2], q.ne[3], k.ne[1]
         n_queries = n_tokens * n_head * n_seq
         split = n_tokens * n_seq * k.ne[2] < SPLIT_QUERIES
-        parts_bytes = attention.parts_bytes(n_queries, n_kv, d_v) if split else 0
+        parts_bytes = layout.parts_bytes(n_queries, n_kv, d_v) if split else 0
         if split and parts_bytes not in self._parts:
             self._parts[parts_bytes] = self._more(parts_bytes)
         parts = self._parts[parts_bytes] if split else 0
@@ -334,13 +334,13 @@ class CPUPlan(HostPlan):
             float_word(n.params["logit_softcap"]), self._address(sinks) if sinks >= 0 else 0, self._address(n.index), parts,
         ]  # fmt: skip
         reads, out = [self._range(j) for j in src if j >= 0], [self._range(n.index)]
-        self._scratch_bytes = max(self._scratch_bytes, attention.scratch_bytes(d, d_v))
+        self._scratch_bytes = max(self._scratch_bytes, layout.attention_scratch_bytes(d, d_v))
         if split:
             between = [(parts, parts + parts_bytes)]
-            self._add(n, team.ATTEND, args, reads, between)
-            self._add(n, team.MERGE, args, between, out)
+            self._add(n, layout.ATTEND, args, reads, between)
+            self._add(n, layout.MERGE, args, between, out)
         else:
-            self._add(n, team.ATTEND, args, reads, out)
+            self._add(n, layout.ATTEND, args, reads, out)
         return True
 
     # -- products ------------------------------------------------------------------------------------------------------
@@ -350,10 +350,10 @@ class CPUPlan(HostPlan):
         t = self.graph.tensors[i]
         if not t.contiguous:
             return None
-        kind = formats.KIND_OF.get(GGMLType(t.type))
+        kind = layout.KIND_OF.get(GGMLType(t.type))
         if kind is None:
             wide = self.device.widened(self.buffers.get(t.buffer), t)
-            return None if wide is None else (formats.KIND_OF[F16], wide[0], 2 * t.ne[0], wide[1])
+            return None if wide is None else (layout.KIND_OF[F16], wide[0], 2 * t.ne[0], wide[1])
         buffer = self.buffers.get(t.buffer)
         packed = t.op == "NONE" and buffer is not None and t.offset in buffer.packed
         return kind, self._address(i), row_bytes(t.type, t.ne[0]), t.ne[1] // 16 * 16 if packed else 0
@@ -364,25 +364,24 @@ class CPUPlan(HostPlan):
         if t.type != F32 or not t.contiguous:
             return None
         k = t.ne[0]
-        if kind >= formats.N_QUANTIZED:
+        if kind >= layout.N_QUANTIZED:
             return self._address(j), 4 * k
         known = self._quantized.get(j)
         if known is None:
-            n_bytes = t.n_rows * (k // 32) * products.X_BLOCK
+            n_bytes = t.n_rows * (k // 32) * layout.X_BLOCK
             free = next((f for f in self._free if f[1] - f[0] >= n_bytes), None)
             if free is not None:
                 self._free.remove(free)
             at = free[0] if free is not None else self._more(n_bytes)
-            self._add(n, team.QUANTIZE, [self._address(j), 4 * k, t.n_rows, k, at], [self._range(j)], [(at, at + n_bytes)])
+            self._add(n, layout.QUANTIZE, [self._address(j), 4 * k, t.n_rows, k, at], [self._range(j)], [(at, at + n_bytes)])
             known = self._quantized[j] = free or (at, at + n_bytes)
         self._products_of[j] -= 1
         if not self._products_of[j]:  # nobody else multiplies it: its place can be used again
             self._free.append(self._quantized.pop(j))
-        return known[0], k // 32 * products.X_BLOCK
+        return known[0], k // 32 * layout.X_BLOCK
 
     def _need(self, weight_row_bytes: int, n_columns: int) -> None:
-        n_bytes = products.PANEL_BYTES + 16 * weight_row_bytes + 88 * n_columns + 64
-        self._scratch_bytes = max(self._scratch_bytes, n_bytes)
+        self._scratch_bytes = max(self._scratch_bytes, layout.product_scratch_bytes(weight_row_bytes, n_columns))
 
     def _bind_mul_mat(self, n: Node) -> bool:
         a, b = n.src_tensor[0], n.src_tensor[1]
@@ -390,7 +389,7 @@ class CPUPlan(HostPlan):
         if a is None or b is None or not n.tensor.contiguous or n.tensor.type != F32 or a.ne[0] % TYPES[a.type].block:
             return False
         weights = self._weights(i)
-        if weights is None or (weights[0] < formats.N_QUANTIZED and a.ne[0] % 32):
+        if weights is None or (weights[0] < layout.N_QUANTIZED and a.ne[0] % 32):
             return False
         columns = self._columns(n, weights[0], j)
         if columns is None:
@@ -401,7 +400,7 @@ class CPUPlan(HostPlan):
         if a.ne[2] * a.ne[3] == 1:
             self._need(row, b.n_rows)
             args = [kind, w, row, a.ne[1], packed, a.ne[0], x, x_bytes, self._address(k), 4 * a.ne[1], b.n_rows]
-            self._add(n, team.PRODUCT, args, [x_range, self._range(i)], [self._range(k)])
+            self._add(n, layout.PRODUCT, args, [x_range, self._range(i)], [self._range(k)])
             return True
         self._need(row, b.ne[1])
         r2, r3 = b.ne[2] // a.ne[2], b.ne[3] // a.ne[3]
@@ -411,7 +410,7 @@ class CPUPlan(HostPlan):
                 at = self._address(k) + 4 * a.ne[1] * b.ne[1] * batch
                 args = [kind, w + matrix * a.ne[1] * row, row, a.ne[1], packed, a.ne[0], x + batch * b.ne[1] * x_bytes,
                         x_bytes, at, 4 * a.ne[1], b.ne[1]]  # fmt: skip
-                self._add(n, team.PRODUCT, args, [x_range, self._range(i)], [(at, at + 4 * a.ne[1] * b.ne[1])])
+                self._add(n, layout.PRODUCT, args, [x_range, self._range(i)], [(at, at + 4 * a.ne[1] * b.ne[1])])
         return True
 
     def _bind_mul_mat_id(self, n: Node) -> bool:
@@ -422,7 +421,7 @@ class CPUPlan(HostPlan):
         if ids.nb[0] != 4 or ids.ne[2] * ids.ne[3] != 1 or b.ne[3] != 1 or a.ne[0] % TYPES[a.type].block:
             return False
         weights = self._weights(i)
-        if weights is None or (weights[0] < formats.N_QUANTIZED and a.ne[0] % 32):
+        if weights is None or (weights[0] < layout.N_QUANTIZED and a.ne[0] % 32):
             return False
         columns = self._columns(n, weights[0], j)
         if columns is None:
@@ -432,7 +431,7 @@ class CPUPlan(HostPlan):
         self._need(row, ids.ne[0] * ids.ne[1])
         args = [kind, w, row, a.ne[1], packed, a.ne[0], x, x_bytes, self._address(k), 4 * a.ne[1], a.ne[2], b.ne[1],
                 self._address(c), ids.nb[1], ids.ne[0], ids.ne[1], k]  # fmt: skip
-        self._add(n, team.PRODUCT_ID, args, [(x, x + x_bytes * b.n_rows), self._range(i), self._range(c)],
+        self._add(n, layout.PRODUCT_ID, args, [(x, x + x_bytes * b.n_rows), self._range(i), self._range(c)],
                   [self._range(k)])  # fmt: skip
         return True
 

@@ -18,6 +18,39 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from workers.kernels.layout import (
+    BLOCK,
+    CHUNK,
+    D_V,
+    K_HEAD,
+    K_ROW,
+    K_SEQ,
+    MASK,
+    MASK_ROW,
+    MASK_SEQ,
+    N_HEAD,
+    N_HEAD_KV,
+    N_KV,
+    N_SEQ,
+    N_TOKENS,
+    PARTS,
+    Q_HEAD,
+    Q_ROW,
+    Q_SEQ,
+    SCALE_BITS,
+    SINKS,
+    SOFTCAP_BITS,
+    TILE,
+    TOGETHER,
+    V_HEAD,
+    V_ROW,
+    V_SEQ,
+    D,
+    K,
+    Q,
+    V,
+    Y,
+)  # fmt: skip
 from workers.kernels.simd import (
     Emit,
     bits_to_float,
@@ -38,12 +71,6 @@ from workers.kernels.simd import (
     widen_half,
 )
 
-BLOCK = 64
-CHUNK = 8 * BLOCK
-TOGETHER = 4
-"""Queries that share every load of keys and values."""
-TILE = 16
-"""Queries of one head of keys that share the unpacking of a block."""
 HIDDEN = 0xFC00
 """Bits of a float16 minus infinity: a cell that is not seen."""
 
@@ -314,9 +341,12 @@ def _tile_chunk(  # type: ignore[no-untyped-def]
     for cell in range(first, last, BLOCK):
         n_cells = min(BLOCK, last - cell)
         n_seen = 0
+        known, seen = -1, True
         for i in range(n):
             mask = load64(masks + 8 * i)
-            if mask == 0 or not _hidden(mask + 2 * cell, n_cells):
+            if mask != known:  # heads of a group have the same
+                known, seen = mask, mask == 0 or not _hidden(mask + 2 * cell, n_cells)
+            if seen:
                 store64(lists + 8 * n_seen, i)
                 n_seen += 1
         if n_seen == 0:
@@ -359,23 +389,8 @@ def _tile_chunk(  # type: ignore[no-untyped-def]
 
 # -- the whole op ------------------------------------------------------------------------------------------------------
 
-(Q, Q_ROW, Q_HEAD, Q_SEQ, D, N_TOKENS, N_HEAD, N_SEQ, K, K_ROW, K_HEAD, K_SEQ, V, V_ROW, V_HEAD, V_SEQ, D_V, N_HEAD_KV,
- N_KV, MASK, MASK_ROW, MASK_SEQ, SCALE, SOFTCAP, SINKS, Y, PARTS) = range(27)  # fmt: skip
-"""Words of an attention's arguments. SCALE and SOFTCAP are the bits of float32; of MASK, SINKS and PARTS 0 means none."""
-
-
-def scratch_bytes(d: int, d_v: int) -> int:
-    """What a thread needs."""
-    return 4 * BLOCK * (d + TOGETHER) + 8 * (TILE + 2 * TOGETHER) + 2 * BLOCK + TILE * (24 + 16 + 8 * (d_v + 2)) + 64
-
-
-def parts_bytes(n_queries: int, n_kv: int, d_v: int) -> int:
-    """What is kept between the two halves of an attention that is split over the context."""
-    return n_queries * ((n_kv + CHUNK - 1) // CHUNK) * int(state_bytes.py_func(d_v))
-
-
 @njit(nogil=True, cache=True)
-def state_bytes(d_v):  # type: ignore[no-untyped-def]
+def _state_bytes(d_v):  # type: ignore[no-untyped-def]
     return 4 * (d_v + 2)
 
 
@@ -395,13 +410,13 @@ def attend(a, scratch, t, n_threads):  # type: ignore[no-untyped-def]
     """Attention with the arguments at `a`. With PARTS the chunks are tasks of their own, and `merge_parts` must follow."""
     n_tokens, n_head, n_kv_heads, n_kv = _arg(a, N_TOKENS), _arg(a, N_HEAD), _arg(a, N_HEAD_KV), _arg(a, N_KV)
     d, d_v, parts, mask = _arg(a, D), _arg(a, D_V), _arg(a, PARTS), _arg(a, MASK)
-    scale, softcap = bits_to_float(np.int32(_arg(a, SCALE))), bits_to_float(np.int32(_arg(a, SOFTCAP)))
+    scale, softcap = bits_to_float(np.int32(_arg(a, SCALE_BITS))), bits_to_float(np.int32(_arg(a, SOFTCAP_BITS)))
     group = n_head // n_kv_heads
     n_queries = n_tokens * group
     n_tiles, n_chunks = (n_queries + TILE - 1) // TILE, (n_kv + CHUNK - 1) // CHUNK
     in_task = 1 if parts != 0 else n_chunks
     per_tile = n_chunks // in_task if parts != 0 else 1
-    size = state_bytes(d_v)
+    size = _state_bytes(d_v)
     lists = scratch + 4 * BLOCK * (d + TOGETHER) + 8 * (TILE + 2 * TOGETHER) + 2 * BLOCK
     queries, masks, states = lists, lists + 8 * TILE, lists + 16 * TILE
     totals = lists + 24 * TILE
@@ -442,7 +457,7 @@ def attend(a, scratch, t, n_threads):  # type: ignore[no-untyped-def]
 def merge_parts(a, scratch, t, n_threads):  # type: ignore[no-untyped-def]
     """The second half of an attention with PARTS."""
     n_head, d_v = _arg(a, N_HEAD), _arg(a, D_V)
-    n_chunks, size = (_arg(a, N_KV) + CHUNK - 1) // CHUNK, state_bytes(d_v)
+    n_chunks, size = (_arg(a, N_KV) + CHUNK - 1) // CHUNK, _state_bytes(d_v)
     rows = _arg(a, N_SEQ) * _arg(a, N_TOKENS) * n_head
     for r in range(rows * t // n_threads, rows * (t + 1) // n_threads):
         _clear(scratch, d_v)

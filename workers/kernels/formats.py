@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from protocol.dtypes import TYPES, GGMLType
+from workers.kernels.layout import KINDS
 from workers.kernels.quants import KVALUES_IQ4NL, KVALUES_MXFP4
 from workers.kernels.simd import TARGET, Emit, f32, i16, v16f, vec
 
@@ -278,11 +279,6 @@ def float_row(e: Emit, t: GGMLType, p: Any) -> Any:
     wide = e.b.zext(e.load(p, 0, vec(i16, 16)), e.ints(0).type)
     return e.b.bitcast(e.b.shl(wide, e.ints(16)), v16f)
 
-
-KINDS: tuple[GGMLType, ...] = (*FORMATS, *FLOAT_FIELDS)
-"""Types that can be packed; a kind in the kernels is an index into this."""
-KIND_OF = {t: i for i, t in enumerate(KINDS)}
-N_QUANTIZED = len(FORMATS)
 
 _fields = [FORMATS[t].fields if t in FORMATS else FLOAT_FIELDS[t] for t in KINDS]
 FIELDS = np.full((len(KINDS), max(map(len, _fields)), 3), -1, np.int64)

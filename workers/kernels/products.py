@@ -26,13 +26,12 @@ from workers.kernels.formats import (
     FIELDS,
     FLOAT_FIELDS,
     FORMATS,
-    KINDS,
     N_FIELDS,
-    N_QUANTIZED,
     Format,
     Sub,
     float_row,
 )
+from workers.kernels.layout import KINDS, N_QUANTIZED, PANEL_BYTES, PIECE, X_BLOCK
 from workers.kernels.simd import (
     TARGET,
     Emit,
@@ -53,12 +52,7 @@ from workers.kernels.simd import (
     vec,
 )
 
-X_BLOCK = 48
-"""Bytes of 32 quantised elements of x."""
-PIECE = 32
-"""Blocks of 32 columns that are unpacked at once for a tile; their bytes stay in the first cache."""
-PANEL_BYTES = PIECE * (512 + 2 * 2 * 64)
-PREFETCH_BYTES = 2048
+PREFETCH_BYTES = 3072
 MIN_TILED = 4
 """Fewer columns than this are multiplied one by one."""
 

@@ -14,6 +14,7 @@ import numpy as np
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
+from workers.kernels.layout import ADD, MUL, SWIGLU
 from workers.kernels.simd import (
     Emit,
     as_floats,
@@ -62,8 +63,6 @@ _add16 = _map16(2, lambda e, v: e.b.fadd(*v))
 _mul16 = _map16(2, lambda e, v: e.b.fmul(*v))
 _swiglu16, _geglu16 = _map16(2, _swiglu), _map16(2, _geglu)
 
-ADD, MUL, SWIGLU, GEGLU = range(4)
-
 
 @njit(nogil=True, cache=True, inline="always")
 def _vector16(kind, x, z, y):  # type: ignore[no-untyped-def]
@@ -78,11 +77,9 @@ def _vector16(kind, x, z, y):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def binary(kind, x, x_row, z, z_row, z_rows, y, y_row, n_rows, n, t, n_threads):  # type: ignore[no-untyped-def]
-    """y = x op z; row r of x meets row r % z_rows of z. What is left of 16 lanes goes through a copy."""
+def binary(kind, x, x_row, z, z_row, z_rows, y, y_row, n_rows, n, at, t, n_threads):  # type: ignore[no-untyped-def]
+    """y = x op z; row r of x meets row r % z_rows of z. What is left of 16 lanes goes through a copy at `at`."""
     n16 = n // 16
-    room = np.empty(48, np.float32)
-    at = room.ctypes.data
     for i in range(n_rows * n16 * t // n_threads, n_rows * n16 * (t + 1) // n_threads):
         r, c = i // n16, i % n16 * LANE_BYTES
         _vector16(kind, x + r * x_row + c, z + r % z_rows * z_row + c, y + r * y_row + c)

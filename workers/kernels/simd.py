@@ -131,9 +131,10 @@ class Emit:
         self.b.store(value, self.b.inttoptr(self.at(p, offset), ir.PointerType(value.type))).align = 1
 
     def prefetch(self, p: Any, offset: int) -> None:
+        """Ask for a cache line, into the second cache."""
         call = self.function("llvm.prefetch.p0", ir.VoidType(), [ir.PointerType(i8), i32, i32, i32])
         at = self.b.inttoptr(self.at(p, offset), ir.PointerType(i8))
-        self.b.call(call, [at, self.int32(0), self.int32(3), self.int32(1)])
+        self.b.call(call, [at, self.int32(0), self.int32(2), self.int32(1)])
 
     def splat(self, x: Any, n: int = LANES) -> Any:
         empty = ir.Constant(vec(x.type, n), ir.Undefined)

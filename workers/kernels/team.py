@@ -1,4 +1,4 @@
-"""A team of threads that runs the steps of a plan: warm through a token, meeting only before steps that depend.
+"""What the threads of a team do: run the steps of a plan, warm through a token, meeting only before steps that depend.
 
 A step is a row of 32 words: an opcode, 1 if the threads must meet before it, then its arguments (named where a plan is
 bound). Helpers are threads inside one compiled function that never takes the interpreter's lock; between plans they spin
@@ -9,14 +9,43 @@ from __future__ import annotations
 
 import platform
 import sys
-import threading
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from numba import njit, types
 
 from workers.kernels import attention, products, rows
+from workers.kernels.layout import (
+    ARGMAX,
+    ARRIVED,
+    ASLEEP,
+    ATTEND,
+    BAD,
+    BINARY,
+    CLOCK,
+    FIRST,
+    GENERATION,
+    HELP,
+    LAST,
+    LEAD,
+    MERGE,
+    PACK_ROWS,
+    PHASE,
+    PRODUCT,
+    PRODUCT_ID,
+    PROFILE,
+    PROGRAM,
+    QUANTIZE,
+    RMS_NORM,
+    ROPE,
+    SCALE,
+    SCRATCH,
+    SCRATCH_BYTES,
+    STOP,
+    STORE_HALVES,
+    UNPACK_ROWS,
+    WAKE,
+    WORDS,
+)  # fmt: skip
 from workers.kernels.simd import (
     atomic_add,
     atomic_load,
@@ -28,14 +57,6 @@ from workers.kernels.simd import (
     store64,
 )
 
-WORDS = 32
-(QUANTIZE, PRODUCT, PRODUCT_ID, BINARY, RMS_NORM, SCALE, ROPE, STORE_HALVES, ATTEND, MERGE, ARGMAX) = range(11)
-OP_NAMES = ("QUANTIZE", "MUL_MAT", "MUL_MAT_ID", "ADD/MUL/GLU", "RMS_NORM", "SCALE", "ROPE", "SET_ROWS",
-            "FLASH_ATTN_EXT", "FLASH_ATTN_EXT merge", "ARGMAX")  # fmt: skip
-
-GENERATION, PHASE, ARRIVED, PROGRAM, FIRST, LAST, STOP, ASLEEP, SCRATCH, SCRATCH_BYTES, PROFILE, BAD = range(0, 768, 64)
-"""Byte offsets of the words that the team shares, each on a cache line of its own."""
-CONTROL_BYTES = 768
 SPINS = 2000
 YIELD_AFTER = 20_000
 
@@ -136,7 +157,7 @@ def _step(op, a, control, scratch, t, n_threads):  # type: ignore[no-untyped-def
         products.quantize(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), t, n_threads)
     elif op == BINARY:
         rows.binary(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), _arg(a, 6), _arg(a, 7),
-                    _arg(a, 8), _arg(a, 9), t, n_threads)  # fmt: skip
+                    _arg(a, 8), _arg(a, 9), scratch, t, n_threads)  # fmt: skip
     elif op == RMS_NORM:
         rows.rms_norm(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), _arg(a, 6),
                       _float_arg(a, 7), t, n_threads)  # fmt: skip
@@ -164,8 +185,7 @@ def _run(control, t, n_threads):  # type: ignore[no-untyped-def]
     program, first, last = load64(control + PROGRAM), load64(control + FIRST), load64(control + LAST)
     scratch = load64(control + SCRATCH) + t * load64(control + SCRATCH_BYTES)
     profile = load64(control + PROFILE)
-    room = np.empty(2, np.int64)
-    clock = room.ctypes.data
+    clock = control + CLOCK
     for i in range(first, last):
         step = program + 8 * WORDS * i
         if n_threads > 1 and load64(step + 8):
@@ -213,64 +233,23 @@ def _help(control, t, n_threads, futex):  # type: ignore[no-untyped-def]
         _run(control, t, n_threads)
 
 
-class Team:
-    """`n_threads` threads, the caller's among them.
-
-    Threads: call from one.
-    """
-
-    def __init__(self, n_threads: int) -> None:
-        self.n_threads = n_threads
-        room = np.zeros(CONTROL_BYTES + 64, np.uint8)
-        start = -room.ctypes.data % 64
-        self._control: npt.NDArray[np.int64] = room[start : start + CONTROL_BYTES].view(np.int64)
-        self._address = self._control.ctypes.data
-        self._scratch = np.zeros(0, np.uint8)
-        self._helpers = [threading.Thread(target=_help, args=(self._address, t, n_threads, _FUTEX), daemon=True,
-                                          name=f"ggmq-{t}") for t in range(1, n_threads)]  # fmt: skip
-        for h in self._helpers:
-            h.start()
-
-    def reserve(self, n_bytes: int) -> None:
-        """Give every thread scratch memory of at least so many bytes."""
-        each = -(-n_bytes // 4096) * 4096
-        if each * self.n_threads > len(self._scratch):
-            self._scratch = np.zeros(each * self.n_threads, np.uint8)
-            self._set(SCRATCH, self._scratch.ctypes.data)
-            self._set(SCRATCH_BYTES, each)
-
-    @property
-    def scratch(self) -> npt.NDArray[np.uint8]:
-        """The caller's scratch memory."""
-        return self._scratch
-
-    def _set(self, word: int, value: int) -> None:
-        self._control[word // 8] = value
-
-    def run(self, program: npt.NDArray[np.int64], first: int, last: int, profile: npt.NDArray[Any] | None = None) -> int:
-        """Carry out steps first..last. Returns: -1, or the node that a step gave as having data that points outside."""
-        self._set(PROGRAM, program.ctypes.data)
-        self._set(FIRST, first)
-        self._set(LAST, last)
-        self._set(PROFILE, 0 if profile is None else profile.ctypes.data)
-        self._set(BAD, 0)
-        _lead(self._address, self.n_threads, _FUTEX)
-        return int(self._control[BAD // 8]) - 1
-
-    def close(self) -> None:
-        """End the helpers."""
-        self._set(STOP, 1)
-        self._set(LAST, 0)
-        self._set(FIRST, 0)
-        if self.n_threads > 1:
-            _lead_out(self._address, _FUTEX)
-        for h in self._helpers:
-            h.join(5)
-        self._helpers.clear()
-
-
 @njit(nogil=True, cache=True)
-def _lead_out(control, futex):  # type: ignore[no-untyped-def]
+def _wake(control, futex):  # type: ignore[no-untyped-def]
     atomic_add(control + GENERATION, 1)
     if futex >= 0:
         _syscall(futex, control + GENERATION, _WAKE, _EVERYONE, 0, 0, 0)
+
+
+@njit(nogil=True, cache=True)
+def call(what, a, b, c, d, e, f, g, h):  # type: ignore[no-untyped-def]
+    """The one function that is compiled for the world outside."""
+    if what == LEAD:
+        _lead(a, b, _FUTEX)
+    elif what == HELP:
+        _help(a, b, c, _FUTEX)
+    elif what == WAKE:
+        _wake(a, _FUTEX)
+    elif what == PACK_ROWS:
+        products.pack_rows(a, b, c, d, e, f)
+    elif what == UNPACK_ROWS:
+        products.unpack_rows(a, b, c, d, e, f, g, h)

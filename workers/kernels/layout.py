@@ -1,0 +1,79 @@
+"""What plans and kernels agree on: kinds, opcodes, sizes, the words that threads share. Imports no compiler.
+
+Units: bytes where a name says so, else counts and indices.
+"""
+
+from __future__ import annotations
+
+from protocol.dtypes import GGMLType as T
+
+KINDS: tuple[T, ...] = (
+    T.Q4_0, T.Q4_1, T.Q5_0, T.Q5_1, T.Q8_0, T.IQ4_NL, T.MXFP4, T.Q4_K, T.Q5_K, T.Q6_K, T.Q2_K, T.Q3_K, T.IQ4_XS,
+    T.F32, T.F16, T.BF16,
+)  # fmt: skip
+"""Types that can be packed: a kind is an index into this."""
+KIND_OF = {t: i for i, t in enumerate(KINDS)}
+N_QUANTIZED = KINDS.index(T.F32)
+
+# -- products ----------------------------------------------------------------------------------------------------------
+
+GROUP = 16
+"""Rows that are packed together."""
+X_BLOCK = 48
+"""Bytes of 32 quantised elements of x: 32 int8; float32 scale, and its product with the sum of all, of each half."""
+PIECE = 32
+"""Blocks of 32 columns that are unpacked at once for a tile; their bytes stay in the first cache."""
+PANEL_BYTES = PIECE * (512 + 2 * 2 * 64)
+
+
+def product_scratch_bytes(weight_row_bytes: int, n_columns: int) -> int:
+    """What a thread needs for a product."""
+    return PANEL_BYTES + GROUP * weight_row_bytes + 88 * n_columns + 64
+
+
+# -- rows --------------------------------------------------------------------------------------------------------------
+
+ADD, MUL, SWIGLU, GEGLU = range(4)
+"""Kinds of BINARY."""
+
+# -- attention ---------------------------------------------------------------------------------------------------------
+
+BLOCK = 64
+"""Cells that are taken at once."""
+CHUNK = 8 * BLOCK
+"""Cells whose softmax is one running sum; chunks are merged in order."""
+TOGETHER = 4
+"""Queries that share every load of keys and values."""
+TILE = 16
+"""Queries of one head of keys that share the unpacking of a block."""
+
+(Q, Q_ROW, Q_HEAD, Q_SEQ, D, N_TOKENS, N_HEAD, N_SEQ, K, K_ROW, K_HEAD, K_SEQ, V, V_ROW, V_HEAD, V_SEQ, D_V, N_HEAD_KV,
+ N_KV, MASK, MASK_ROW, MASK_SEQ, SCALE_BITS, SOFTCAP_BITS, SINKS, Y, PARTS) = range(27)  # fmt: skip
+"""Words of an attention's arguments. Of MASK, SINKS and PARTS 0 means none."""
+
+
+def attention_scratch_bytes(d: int, d_v: int) -> int:
+    """What a thread needs for attention."""
+    return 4 * BLOCK * (d + TOGETHER) + 8 * (TILE + 2 * TOGETHER) + 2 * BLOCK + TILE * (24 + 16 + 8 * (d_v + 2)) + 64
+
+
+def parts_bytes(n_queries: int, n_kv: int, d_v: int) -> int:
+    """What is kept between the two halves of an attention that is split over the context."""
+    return n_queries * (-(-n_kv // CHUNK)) * 4 * (d_v + 2)
+
+
+# -- the team ----------------------------------------------------------------------------------------------------------
+
+WORDS = 32
+"""int64 words of a step: opcode, whether the threads meet before it, arguments."""
+(QUANTIZE, PRODUCT, PRODUCT_ID, BINARY, RMS_NORM, SCALE, ROPE, STORE_HALVES, ATTEND, MERGE, ARGMAX) = range(11)
+OP_NAMES = ("QUANTIZE", "MUL_MAT", "MUL_MAT_ID", "ADD/MUL/GLU", "RMS_NORM", "SCALE", "ROPE", "SET_ROWS",
+            "FLASH_ATTN_EXT", "FLASH_ATTN_EXT merge", "ARGMAX")  # fmt: skip
+
+(GENERATION, PHASE, ARRIVED, PROGRAM, FIRST, LAST, STOP, ASLEEP, SCRATCH, SCRATCH_BYTES, PROFILE, BAD,
+ CLOCK) = range(0, 13 * 64, 64)  # fmt: skip
+"""Byte offsets of the words that the team shares, each on a cache line of its own."""
+CONTROL_BYTES = 13 * 64
+
+LEAD, HELP, WAKE, PACK_ROWS, UNPACK_ROWS = range(5)
+"""What the one compiled function can be called for."""
