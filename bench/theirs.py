@@ -27,10 +27,15 @@ NATIVE = importlib.util.find_spec("llama_cpp") is not None
 
 
 def _library(name: str) -> ctypes.CDLL:
-    """One of ggml's shared libraries as llama_cpp ships them."""
+    """One of ggml's shared libraries as llama_cpp ships them.
+
+    A wheel holds copies where a build has links: only the name with a version is the one that libllama itself loaded.
+    """
     spec = importlib.util.find_spec("llama_cpp")
     assert spec is not None and spec.origin is not None  # NATIVE was seen
-    return ctypes.CDLL(str(Path(spec.origin).parent / "lib" / f"lib{name}.so"), mode=ctypes.RTLD_GLOBAL)
+    folder = Path(spec.origin).parent / "lib"
+    versioned = folder / f"lib{name}.so.0"
+    return ctypes.CDLL(str(versioned if versioned.exists() else folder / f"lib{name}.so"), mode=ctypes.RTLD_GLOBAL)
 
 
 def serve(port: int, threads: int, cache: str) -> None:
