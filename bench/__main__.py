@@ -1,6 +1,7 @@
-"""`python -m bench`: ggmq and llama.cpp in turn on a random-weight model; medians and ratios with the machine's facts.
+"""`python -m bench`: ggmq and llama.cpp in turn on random-weight models; medians and ratios with the machine's facts.
 
-Needs the peer: pip install -e '.[peers]'.
+The peer is llama.cpp's native build (CMAKE_ARGS="-DGGML_RPC=on" pip install llama-cpp-python), in this environment or in
+the one whose Python `--peer-python` names; without it xllamacpp's wheel stands in, and its rates count 1.15 times.
 """
 
 from __future__ import annotations
@@ -13,53 +14,154 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.models import write_model
 from protocol.dtypes import GGMLType
 
 MIB = 1 << 20
+WHEEL_FACTOR = 1.15
 
 
-def run(*command: str) -> dict[str, float]:
-    """One measurement in a process of its own."""
-    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, check=False)
+@dataclass(frozen=True)
+class Scenario:
+    """Both sides' settings, and what is compared.
+
+    Attributes:
+        compare: keys of the results; times are compared the other way round.
+        rpc: workers of one thread against as many RPC servers of one thread; 0: one worker against llama.cpp here.
+        goals: the ratios that are aimed at, by key.
+    """
+
+    name: str
+    compare: tuple[str, ...]
+    type: str = "Q4_0"
+    prompt: int = 128
+    gen: int = 64
+    depth: int = 0
+    streams: int = 1
+    rpc: int = 0
+    cached: bool = False
+    goals: dict[str, float] = field(default_factory=dict)
+
+
+RATES = ("decode_tok_s", "prefill_tok_s")
+SCENARIOS = [
+    Scenario("local", RATES, goals={"decode_tok_s": 1.4, "prefill_tok_s": 1.8}),
+    Scenario("local-512", ("prefill_tok_s",), prompt=512, gen=16, goals={"prefill_tok_s": 1.8}),
+    Scenario("local-q8_0", RATES, "Q8_0", goals={"decode_tok_s": 1.2, "prefill_tok_s": 1.5}),
+    Scenario("local-q4_k", RATES, "Q4_K", goals={"decode_tok_s": 1.2, "prefill_tok_s": 1.9}),
+    Scenario("context-4096", ("decode_tok_s",), prompt=512, gen=32, depth=4060, goals={"decode_tok_s": 1.2}),
+    Scenario("rpc", RATES, prompt=512, rpc=2, goals={"decode_tok_s": 2.2, "prefill_tok_s": 4.0}),
+    Scenario("rpc-8-streams", ("decode_tok_s",), prompt=64, gen=32, streams=8, rpc=2, goals={"decode_tok_s": 3.0}),
+    Scenario("load-cold", ("load_and_token_s",), "Q8_0", prompt=16, gen=2, rpc=2, goals={"load_and_token_s": 0.5}),
+    Scenario("load-cached", ("load_and_token_s",), "Q8_0", prompt=16, gen=2, rpc=2, cached=True,
+             goals={"load_and_token_s": 0.35}),
+]  # fmt: skip
+
+
+def run(command: list[str], env: dict[str, str] | None = None) -> dict[str, float]:
+    """One measurement in processes of its own."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **(env or {})})
     if done.returncode:
-        raise SystemExit(f"{command[0]} failed:\n{done.stderr[-2000:]}")
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
     return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def ours(s: Scenario, model: Path, threads: int, cache: Path) -> dict[str, float]:
+    """ggmq's side. A load is counted as the peer's is: workers run already, so what starts them is left out."""
+    each = ["--workers", str(s.rpc), "-t", "1"] if s.rpc else ["--workers", "1", "-t", str(threads)]
+    command = [sys.executable, "-m", "ggmq", "bench", "-m", str(model), "-p", str(s.prompt), "-n", str(s.gen), "-d",
+               str(s.depth), "--streams", str(s.streams), "-r", "1", "-o", "json", *each]  # fmt: skip
+    if s.cached or s.name == "load-cold":
+        command.append("--cache")
+    return run(command, {"LLAMA_CACHE": str(cache), "XDG_CACHE_HOME": str(cache)} if s.name.startswith("load") else None)
+
+
+def theirs(s: Scenario, model: Path, threads: int, cache: Path, python: str) -> dict[str, float]:
+    command = [python, "-m", "bench.theirs", str(model), str(1 if s.rpc else threads), str(s.prompt), str(s.gen),
+               "--context", str(s.depth), "--streams", str(s.streams), "--rpc", str(s.rpc)]  # fmt: skip
+    if s.name.startswith("load"):
+        command += ["--cache", str(cache)]
+    return run(command)
+
+
+def measure(s: Scenario, args: argparse.Namespace) -> list[str]:
+    """Both sides in turn; a table's rows."""
+    model = args.folder / f"llama-0.85b-{s.type.lower()}.gguf"
+    write_model(model, GGMLType[s.type])
+    results: tuple[list[dict[str, float]], list[dict[str, float]]] = ([], [])
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        for i in range(args.rounds + s.cached):
+            mine, peer = (Path(folder) / f"{side}{0 if s.cached else i}" for side in ("ours", "theirs"))
+            for p in (mine, peer):
+                p.mkdir(exist_ok=True)
+            kernels = Path.home() / ".cache" / "ggmq-kernels"
+            if s.name.startswith("load") and kernels.exists() and not (mine / "ggmq-kernels").exists():
+                (mine / "ggmq-kernels").symlink_to(kernels)  # kernels of this CPU are no part of a load
+            pair = (ours(s, model, args.threads, mine), theirs(s, model, args.threads, peer, args.peer_python))
+            if i or not s.cached:
+                for side, r in zip(results, pair, strict=True):
+                    side.append(r)
+    factor = WHEEL_FACTOR if results[1][0].get("wheel") else 1.0
+    rows = []
+    for key in s.compare:
+        a, b = (statistics.median(r[key] for r in side) for side in results)
+        b = b if key.endswith("_s") and not key.endswith("tok_s") else b * factor
+        rows.append(_row(f"{s.name} {s.type}", key, a, b, s.goals[key]))
+    last = results[0][-1]
+    held = last["weights_and_kv_bytes"]
+    rows.append(f"| | worker memory | {last['worker_rss_bytes'] / 1e6:.0f} MB | | weights + KV + "
+                f"{(last['worker_rss_bytes'] - held) / 1e6:.0f} MB | | |")  # fmt: skip
+    rows.append(f"| | wire at the main host, a token | {last['wire_bytes_per_token']:.0f} bytes | | "
+                f"{last['round_trips_per_token']:.2f} round trips | | |")  # fmt: skip
+    return rows
+
+
+def _row(name: str, key: str, a: float, b: float, goal: float) -> str:
+    """A line of the table. Of times the smaller ratio is the better one."""
+    reached = a / b <= goal if key == "load_and_token_s" else a / b >= goal
+    return f"| {name} | {key} | {a:.2f} | {b:.2f} | **{a / b:.2f}** | {goal} | {'yes' if reached else 'no'} |"
+
+
+def stages_against_one(args: argparse.Namespace) -> list[str]:
+    """Two workers of one thread against one worker of one thread, both ours."""
+    model = args.folder / "llama-0.85b-q4_0.gguf"
+    write_model(model, GGMLType.Q4_0)
+    rates: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(args.rounds):
+        for n, found in rates.items():
+            command = [sys.executable, "-m", "ggmq", "bench", "-m", str(model), "-p", "128", "-n", "64", "-r", "1", "-o",
+                       "json", "--workers", str(n), "-t", "1"]  # fmt: skip
+            found.append(run(command)["decode_tok_s"])
+    two, one = statistics.median(rates[2]), statistics.median(rates[1])
+    return [_row("2 workers x 1 thread ÷ 1 x 1, both ours", "decode_tok_s", two, one, 0.95)]
 
 
 def main() -> None:
     p = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    p.add_argument("--type", default="Q4_0", choices=["Q4_0", "Q8_0", "Q4_K", "F16"])
+    p.add_argument("scenarios", nargs="*", metavar="SCENARIO",
+                   help=f"of {', '.join(s.name for s in SCENARIOS)}, stages; default all")  # fmt: skip
     p.add_argument("-t", "--threads", type=int, default=2)
-    p.add_argument("-p", "--prefill", type=int, default=128)
-    p.add_argument("-n", "--decode", type=int, default=64)
     p.add_argument("-r", "--rounds", type=int, default=3)
-    p.add_argument("--workers", type=int, default=1)
-    p.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "ggmq-bench")
+    p.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "ggmq-bench", help="where the models lie")
+    p.add_argument("--peer-python", default=sys.executable, help="a Python that has llama_cpp")
     args = p.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    model = args.folder / f"llama-0.85b-{args.type.lower()}.gguf"
-    write_model(model, GGMLType[args.type])
-    ours, theirs = [], []
-    for _ in range(args.rounds):
-        each = max(1, args.threads // args.workers)
-        ours.append(run("bench.ours", str(model), str(each), str(args.workers), str(args.prefill), str(args.decode)))
-        theirs.append(run("bench.theirs", str(model), str(args.threads), str(args.prefill), str(args.decode)))
+    known: dict[str, Callable[[], list[str]]] = {s.name: lambda s=s: measure(s, args) for s in SCENARIOS}  # type: ignore[misc]
+    known["stages"] = lambda: stages_against_one(args)
+    unknown = [name for name in args.scenarios if name not in known]
+    if unknown:
+        p.error(f"no such scenario: {', '.join(unknown)}")
     cpu = next((line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
                 if line.startswith("model name")), platform.processor())  # fmt: skip
-    print(f"{cpu}, {os.cpu_count()} cores, Python {platform.python_version()}; {model.name}, {args.threads} threads, "
-          f"{args.workers} worker(s), median of {args.rounds}")  # fmt: skip
-    print(f"{'':16}{'ggmq':>10}{'llama.cpp':>12}{'ratio':>8}")
-    for key in ("decode_tok_s", "prefill_tok_s"):
-        a, b = (statistics.median(r[key] for r in rs) for rs in (ours, theirs))
-        print(f"{key:16}{a:10.1f}{b:12.1f}{a / b:8.2f}")
-    last = ours[-1]
-    print(f"load {last['load_s']:.2f} s, worker memory {last['worker_rss_bytes'] / MIB:.0f} MiB for "
-          f"{last['weights_and_kv_bytes'] / MIB:.0f} MiB of weights and KV, "
-          f"{last['wire_bytes_per_token']:.0f} bytes and {last['round_trips_per_token']:.0f} round trip a token "
-          "at the main host")  # fmt: skip
+    print(f"{cpu}, {os.cpu_count()} cores, Python {platform.python_version()}, median of {args.rounds}\n")
+    print("| scenario | | ggmq | llama.cpp | ratio | aim | reached |\n|---|---|---|---|---|---|---|")
+    for name in args.scenarios or known:
+        for row in known[name]():
+            print(row, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """One measurement of llama.cpp, as JSON: its native build through llama_cpp's C interface, else xllamacpp's wheel.
 
 `python -m bench.theirs MODEL THREADS PREFILL DECODE [--context N] [--streams N] [--rpc N]`; with `--rpc` the model lies
-on that many RPC servers of this host, each with THREADS threads. The native build:
+on that many RPC servers of this host, each with THREADS threads, which were started before. The native build:
 `CMAKE_ARGS="-DGGML_RPC=on" pip install llama-cpp-python`.
 """
 
@@ -16,7 +16,6 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -177,6 +176,7 @@ def main() -> None:
     p.add_argument("--context", type=int, default=0)
     p.add_argument("--streams", type=int, default=1)
     p.add_argument("--rpc", type=int, default=0)
+    p.add_argument("--cache", default="", help="folder of the servers' caches; without it they have none")
     a = p.parse_args()
     out = os.dup(1)
     os.dup2(2, 1)  # the libraries write their logs where the result should go
@@ -185,7 +185,7 @@ def main() -> None:
             raise SystemExit("the wheel has no RPC client: CMAKE_ARGS=-DGGML_RPC=on pip install llama-cpp-python")
         result = measure_wheel(a)
     elif a.rpc:
-        with tempfile.TemporaryDirectory() as cache, servers(a.rpc, a.threads, cache) as endpoints:
+        with servers(a.rpc, a.threads, a.cache) as endpoints:
             result = measure_native(a, endpoints)
     else:
         result = measure_native(a, [])

@@ -8,6 +8,7 @@ first. That is how the pieces of a prompt and several sequences keep every stage
 from __future__ import annotations
 
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -115,6 +116,7 @@ class Runner:
         n_ctx: cells of a sequence, which is the longest context.
         n_slots: sequences that the KV cache has cells for.
         compute_s: time that workers spent computing, summed over stages.
+        load_s: how long `load` took.
     Threads: use from one.
     """
 
@@ -122,7 +124,8 @@ class Runner:
         self, client: Client, arch: Arch, n_ctx: int, assignments: Sequence[Assignment], n_slots: int = 1
     ) -> None:
         self.client, self.arch, self.n_slots = client, arch, n_slots
-        self.n_ctx = n_ctx if n_slots == 1 else -(-n_ctx // SLOT_STEP) * SLOT_STEP
+        self.n_ctx = n_cells(n_ctx, n_slots) // n_slots
+        self.load_s = 0.0
         self.stages = [_StageOnDevice(a) for a in assignments]
         self.compute_s = 0.0
         self.report = LoadReport()
@@ -132,6 +135,7 @@ class Runner:
 
     def load(self, progress: Progress | None = None) -> LoadReport:
         """Allocate, then fill every weight by hash, all devices side by side."""
+        start = time.perf_counter()
         hashed = 0
         total = self.arch.gguf.n_bytes
 
@@ -161,6 +165,7 @@ class Runner:
         for seq in pending:
             self.client.wait(seq)
         self._upload(hashes, progress)
+        self.load_s = time.perf_counter() - start
         return self.report
 
     def _upload(self, hashes: dict[str, bytes], progress: Progress | None) -> None:
@@ -371,6 +376,11 @@ def plan(
 def _shift(a: Assignment, by: int, first: bool, last: bool) -> Assignment:
     layers = range(a.layers.start + by, a.layers.stop + by)
     return Assignment(a.device, layers, first, last, a.weight_bytes, a.kv_bytes)
+
+
+def n_cells(n_ctx: int, n_slots: int) -> int:
+    """Cells of a cache for so many sequences of `n_ctx` tokens."""
+    return n_ctx if n_slots == 1 else -(-n_ctx // SLOT_STEP) * SLOT_STEP * n_slots
 
 
 def default_n_ctx(arch: Arch, wanted: int) -> int:

@@ -49,7 +49,7 @@ def _terminated(signum: int, frame: FrameType | None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from ggmq.cli import clusters, inspect, logits, run
+    from ggmq.cli import bench, clusters, inspect, logits, run
 
     p = argparse.ArgumentParser(
         prog="ggmq",
@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     clusters.add(commands)
     inspect.add(commands)
     logits.add(commands)
+    bench.add(commands)
     return p
 
 

@@ -16,7 +16,7 @@ from ggmq.cli.options import keys_of, local_threads
 from ggmq.cli.progress import progress_bars
 from ggmq.cluster import Client, connect, local_bus
 from ggmq.gguf import GGUF
-from ggmq.runner import Runner, default_n_ctx, plan
+from ggmq.runner import Runner, default_n_ctx, n_cells, plan
 from protocol import messages as m
 from protocol.errors import ConfigError
 
@@ -36,15 +36,19 @@ class Session:
 
 
 @contextlib.contextmanager
-def open_session(args: argparse.Namespace, g: GGUF, n_ctx: int = 0) -> Iterator[Session]:
-    """Bring up the bus that the options describe, place and load the model. Everything ends with the block."""
+def open_session(args: argparse.Namespace, g: GGUF, n_ctx: int = 0, n_slots: int = 1) -> Iterator[Session]:
+    """Bring up the bus that the options describe, place and load the model for `n_slots` sequences.
+
+    Everything ends with the block.
+    """
     start = time.perf_counter()
     arch = open_arch(g)
     n_ctx = n_ctx or default_n_ctx(arch, args.ctx_size)
     with open_bus(args, arch.hp.n_layer) as (client, order, host):
         infos = client.devices()
-        assignments = plan(arch, infos, n_ctx, args.tensor_split, args.ngl, host, order)
-        runner = Runner(client, arch, n_ctx, assignments)
+        cells = n_cells(n_ctx, n_slots)
+        assignments = plan(arch, infos, cells, args.tensor_split, args.ngl, host, order)
+        runner = Runner(client, arch, cells // n_slots, assignments, n_slots)
         with progress_bars() as show:
             runner.load(show)
         try:

@@ -19,6 +19,8 @@ from protocol.messages import DeviceInfo
 from workers.tensors import Bytes
 
 HUGE_PAGE_BYTES = 2 << 20
+SPARE_BYTES = 16 << 20
+"""Scratch memory that is kept between plans."""
 
 Tick = Callable[[], None]
 """Called between nodes by `run`: the process answers PINGs there."""
@@ -104,6 +106,7 @@ class HostDevice(Device):
         self.limit_bytes = memory_bytes
         self.used_bytes = 0
         self._arena: mmap.mmap | None = None
+        self._arena_used = 0
 
     def total_bytes(self) -> int:
         return self.limit_bytes or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -166,6 +169,15 @@ class HostDevice(Device):
         if n_bytes > min(free, len(self._arena)):
             raise OutOfMemory(f"{self.name}: a graph needs {n_bytes} bytes of scratch, {free} are free", n_bytes, free)
         return np.frombuffer(self._arena, np.uint8)[:n_bytes]
+
+    def settle(self, n_bytes: int) -> None:
+        """A plan that needs so much of the arena will run: what a much larger one left behind goes back to the system."""
+        if self._arena is not None and self._arena_used > n_bytes + SPARE_BYTES and hasattr(mmap, "MADV_DONTNEED"):
+            page = mmap.PAGESIZE
+            start = -(-n_bytes // page) * page
+            self._arena.madvise(mmap.MADV_DONTNEED, start, -(-self._arena_used // page) * page - start)
+            self._arena_used = n_bytes
+        self._arena_used = max(self._arena_used, n_bytes)
 
     def arena_address(self) -> int:
         """Where the arena begins; it never moves."""

@@ -58,6 +58,7 @@ class CPUPlan(HostPlan):
     def run(self, inputs: Sequence[bytes | memoryview], tick: Tick) -> list[memoryview]:
         if self._layouts != self._layout():
             self.__init__(self.device, self.graph, self.buffers)  # type: ignore[misc]
+        self.device.settle(self._end)
         return super().run(inputs, tick)
 
     def _bind_all(self, graph: Graph, buffers: dict[int, Buffer]) -> None:

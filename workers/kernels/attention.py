@@ -227,7 +227,7 @@ _weighted4x1, _weighted1x1 = _weighted(TOGETHER, 1), _weighted(1, 1)
 # -- one tile of queries -----------------------------------------------------------------------------------------------
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _load_keys(k, k_row, n_cells, d, out):  # type: ignore[no-untyped-def]
     """A block of keys, transposed: float32 [d][BLOCK], zero where there is no cell."""
     whole = n_cells == BLOCK and d % 16 == 0
@@ -242,7 +242,7 @@ def _load_keys(k, k_row, n_cells, d, out):  # type: ignore[no-untyped-def]
             storef(out + 4 * (BLOCK * i + c), x)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _hidden(mask, n_cells):  # type: ignore[no-untyped-def]
     """Whether no cell of a block is seen."""
     for c in range(0, n_cells - 1, 2):
@@ -251,7 +251,7 @@ def _hidden(mask, n_cells):  # type: ignore[no-untyped-def]
     return n_cells % 2 == 0 or load16(mask + 2 * (n_cells - 1)) == HIDDEN
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _add_values(n, weights, v, v_row, n_cells, outputs, d_v):  # type: ignore[no-untyped-def]
     """Weighted values of a block to n outputs (n is TOGETHER or 1)."""
     i = 0
@@ -276,7 +276,7 @@ def _add_values(n, weights, v, v_row, n_cells, outputs, d_v):  # type: ignore[no
             storef(y + 4 * x, total)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _merge(state, part, d_v):  # type: ignore[no-untyped-def]
     """Add a part (peak, sum, values) to a state of the same form."""
     peak, other = loadf(state), loadf(part)
@@ -291,14 +291,14 @@ def _merge(state, part, d_v):  # type: ignore[no-untyped-def]
         storef(state + at, loadf(state + at) * a + loadf(part + at) * b)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _clear(state, d_v):  # type: ignore[no-untyped-def]
     storef(state, np.float32(-np.inf))
     for i in range(d_v + 1):
         storef(state + 4 + 4 * i, np.float32(0))
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _finish(state, sink, d_v, y):  # type: ignore[no-untyped-def]
     """Divide by the sum of weights. A sink (not -inf) takes part in it and gives nothing."""
     peak, total = loadf(state), loadf(state + 4)
@@ -312,13 +312,13 @@ def _finish(state, sink, d_v, y):  # type: ignore[no-untyped-def]
         storef(y + 4 * i, loadf(state + 8 + 4 * i) * inverse)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _zero(row):  # type: ignore[no-untyped-def]
     for c in range(BLOCK):
         storef(row + 4 * c, np.float32(0))
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _short_mask(mask, n_cells, out):  # type: ignore[no-untyped-def]
     """The mask of a block that the context ends in."""
     for c in range(BLOCK):
@@ -326,7 +326,7 @@ def _short_mask(mask, n_cells, out):  # type: ignore[no-untyped-def]
         store16(out + 2 * c, shown if c < n_cells else HIDDEN)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _tile_chunk(  # type: ignore[no-untyped-def]
     queries, masks, n, d, k, k_row, v, v_row, d_v, first, last, scale, softcap, states, scratch
 ):  # fmt: skip
@@ -389,23 +389,23 @@ def _tile_chunk(  # type: ignore[no-untyped-def]
 
 # -- the whole op ------------------------------------------------------------------------------------------------------
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _state_bytes(d_v):  # type: ignore[no-untyped-def]
     return 4 * (d_v + 2)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _arg(a, i):  # type: ignore[no-untyped-def]
     return load64(a + 8 * i)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _sink(a, head):  # type: ignore[no-untyped-def]
     sinks = _arg(a, SINKS)
     return loadf(sinks + 4 * head) if sinks != 0 else np.float32(-np.inf)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def attend(a, scratch, t, n_threads):  # type: ignore[no-untyped-def]
     """Attention with the arguments at `a`. With PARTS the chunks are tasks of their own, and `merge_parts` must follow."""
     n_tokens, n_head, n_kv_heads, n_kv = _arg(a, N_TOKENS), _arg(a, N_HEAD), _arg(a, N_HEAD_KV), _arg(a, N_KV)
@@ -453,7 +453,7 @@ def attend(a, scratch, t, n_threads):  # type: ignore[no-untyped-def]
                 _finish(totals + i * size, _sink(a, head), d_v, y)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def merge_parts(a, scratch, t, n_threads):  # type: ignore[no-untyped-def]
     """The second half of an attention with PARTS."""
     n_head, d_v = _arg(a, N_HEAD), _arg(a, D_V)

@@ -58,13 +58,27 @@ def _cache_folder(cpu: str) -> Path:
 
 
 def compile_to(folder: Path) -> None:
-    """Compile the kernels into `folder`."""
+    """Compile the kernels into `folder`.
+
+    Numba optimises each function together with all that it calls. Done for every function on the way up that would take
+    minutes; so they are made without, and only the outermost is optimised, which holds all others.
+    """
     import llvmlite.binding as llvm
-    from numba import cfunc, types
+    from numba import cfunc, config, types
+    from numba.core.registry import cpu_target
 
     from workers.kernels import team
 
-    compiled = cfunc(types.void(*[types.int64] * N_WORDS), nopython=True)(team.call.py_func)
+    def optimise(level: int) -> None:
+        os.environ["NUMBA_OPT"] = str(level)
+        config.reload_config()
+
+    words = (types.int64,) * N_WORDS
+    cpu_target.target_context.codegen()  # takes its own level as it is now
+    optimise(0)
+    team.call.compile(words)
+    optimise(3)
+    compiled = cfunc(types.void(*words), nopython=True)(team.call.py_func)
     code = compiled._library._compiled_object or compiled._library._get_compiled_object()
     missing = [s for s in _undefined(code) if s.startswith(("NRT_", "numba_"))]
     (folder / _ABOUT).write_text(json.dumps({"name": compiled.native_name, "unused": missing,
@@ -107,7 +121,7 @@ def _compile_apart(folder: Path) -> None:
     print("worker: compiling kernels for this CPU; this happens once and takes up to a minute", file=sys.stderr, flush=True)
     root = str(Path(__file__).resolve().parent.parent.parent)
     path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)
-    env = {**os.environ, "PYTHONPATH": path, "NUMBA_CACHE_DIR": str(folder / "parts")}
+    env = {**os.environ, "PYTHONPATH": path}
     done = subprocess.run([sys.executable, "-m", "workers.kernels.native", str(folder)], env=env, capture_output=True,
                           text=True, check=False)  # fmt: skip
     if done.returncode:

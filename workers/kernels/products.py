@@ -53,8 +53,8 @@ from workers.kernels.simd import (
 )
 
 PREFETCH_BYTES = 3072
-MIN_TILED = 4
-"""Fewer columns than this are multiplied one by one."""
+MIN_TILED = 16
+"""Fewer columns than this are multiplied straight from packed rows, which are unpacked again for each few."""
 
 _PEAKS = (15, 31, 63, 255) if TARGET.name != "AVX-512 VNNI" else (255,)
 
@@ -103,41 +103,52 @@ def _x_words(e: Emit, x: Any, half: int | None) -> list[Any]:
     return [e.load(x, at + 4 * c, i32) for c in range(n)]
 
 
-# -- one column, straight from packed rows -----------------------------------------------------------------------------
+# -- few columns, straight from packed rows ----------------------------------------------------------------------------
 
 
-def _one_column(f: Format) -> Callable[[Emit, Sequence[Any]], None]:
+def _few_columns(f: Format, n: int) -> Callable[[Emit, Sequence[Any]], None]:
     def body(e: Emit, args: Sequence[Any]) -> None:
         b = e.b
-        w, x, n_blocks, y = args
-        acc = cgutils.alloca_once_value(b, e.floats(0.0))
+        w, n_blocks, columns, outputs, offset = args
+        xs = [e.load(columns, 8 * c, i64) for c in range(n)]
+        acc = [cgutils.alloca_once_value(b, e.floats(0.0)) for _ in range(n)]
         x_bytes = f.columns // 32 * X_BLOCK
         with cgutils.for_range(b, n_blocks) as loop:
             p = b.add(w, b.mul(loop.index, e.const(f.group_bytes)))
-            x0 = b.add(x, b.mul(loop.index, e.const(x_bytes)))
+            step = b.mul(loop.index, e.const(x_bytes))
+            x0 = [b.add(x, step) for x in xs]
             for line in range(0, f.group_bytes, 64):
                 e.prefetch(p, PREFETCH_BYTES + line)
             for j, sub in enumerate(f.unpack(e, p)):
                 at, half = (j, None) if f.sub == 32 else (j // 2, j % 2)
-                xb = e.at(x0, at * X_BLOCK)
-                _fused(e, sub, e.dot(sub.chunks, _x_words(e, xb, half), f.peak), xb, half, acc)
-        e.store(b.load(acc), y)
+                for c in range(n):
+                    xb = e.at(x0[c], at * X_BLOCK)
+                    _fused(e, sub, e.dot(sub.chunks, _x_words(e, xb, half), f.peak), xb, half, acc[c])
+        for c in range(n):
+            e.store(b.load(acc[c]), b.add(e.load(outputs, 8 * c, i64), offset))
 
     return body
 
 
-@intrinsic
-def one_column(typingctx: Any, kind: Any, w: Any, x: Any, n_blocks: Any, y: Any) -> Any:
-    """A packed group of rows times one quantised column; y: 16 float32."""
+def _few(n: int) -> Any:
+    @intrinsic
+    def few(typingctx: Any, kind: Any, w: Any, n_blocks: Any, columns: Any, outputs: Any, offset: Any) -> Any:
+        """A packed group of rows times `n` quantised columns. `columns` and `outputs`: arrays of addresses."""
 
-    def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        _switch(b, args[0], [
-            partial(_outlined, b, f"ggmq_one_{t.name}", args[1:], _one_column(FORMATS[t]))
-            for t in KINDS[:N_QUANTIZED]
-        ])  # fmt: skip
-        return context.get_dummy_value()
+        def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
+            _switch(b, args[0], [
+                partial(_outlined, b, f"ggmq_few{n}_{t.name}", args[1:], _few_columns(FORMATS[t], n))
+                for t in KINDS[:N_QUANTIZED]
+            ])  # fmt: skip
+            return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 5), codegen
+        return types.void(*[types.int64] * 6), codegen
+
+    return few
+
+
+FEW = 4
+_few_one, _few_four = _few(1), _few(FEW)
 
 
 # -- many columns: unpack a panel once, then tiles ---------------------------------------------------------------------
@@ -282,7 +293,7 @@ _floats_wide, _floats_one, _floats_four = _float_tiles(1, _WIDE), _float_tiles(1
 # -- packing -----------------------------------------------------------------------------------------------------------
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _spread(word, row, out):  # type: ignore[no-untyped-def]
     """32 bits of a row into bit c of byte [row][t] for column 4 c + t."""
     for t in range(4):
@@ -292,7 +303,7 @@ def _spread(word, row, out):  # type: ignore[no-untyped-def]
         store8(out + 4 * row + t, v)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _gathered(packed, row):  # type: ignore[no-untyped-def]
     """The inverse of `_spread`."""
     word = 0
@@ -303,7 +314,7 @@ def _gathered(packed, row):  # type: ignore[no-untyped-def]
     return word
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def pack_group(kind, rows, row_bytes, n_rows, n_blocks, out):  # type: ignore[no-untyped-def]
     """Up to 16 rows of GGUF's layout as a packed group; the last row stands in for those that are not there."""
     size = BLOCK_BYTES[kind]
@@ -326,7 +337,7 @@ def pack_group(kind, rows, row_bytes, n_rows, n_blocks, out):  # type: ignore[no
                     _spread(load32(p), r, q)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def unpack_row(kind, group, row, n_blocks, out):  # type: ignore[no-untyped-def]
     """One row of a packed group in GGUF's layout."""
     size = BLOCK_BYTES[kind]
@@ -347,7 +358,7 @@ def unpack_row(kind, group, row, n_blocks, out):  # type: ignore[no-untyped-def]
                 store32(q, _gathered(p, row))
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def copy_bytes(source, target, n):  # type: ignore[no-untyped-def]
     for i in range(n // 4):
         store32(target + 4 * i, load32(source + 4 * i))
@@ -355,7 +366,7 @@ def copy_bytes(source, target, n):  # type: ignore[no-untyped-def]
         store8(target + i, load8(source + i))
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def pack_rows(kind, w, row_bytes, n_groups, n_blocks, scratch):  # type: ignore[no-untyped-def]
     """Pack groups in place; `scratch` has the bytes of one group."""
     for g in range(n_groups):
@@ -364,7 +375,7 @@ def pack_rows(kind, w, row_bytes, n_groups, n_blocks, scratch):  # type: ignore[
         pack_group(kind, scratch, row_bytes, 16, n_blocks, at)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def unpack_rows(kind, w, row_bytes, first, last, n_packed, n_blocks, out):  # type: ignore[no-untyped-def]
     """Rows first..last in GGUF's layout; rows from `n_packed` on never left it."""
     for r in range(first, last):
@@ -407,7 +418,7 @@ def _quantize_block(typingctx: Any, x: Any, out: Any) -> Any:
     return types.void(types.int64, types.int64), codegen
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def quantize(x, x_row, n, k, out, t, n_threads):  # type: ignore[no-untyped-def]
     """n columns of k float32 as blocks; divided over threads by blocks."""
     n32 = k // 32
@@ -421,12 +432,17 @@ def quantize(x, x_row, n, k, out, t, n_threads):  # type: ignore[no-untyped-def]
 _CLASS_OF = np.array(CLASS_OF)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _quantized_group(kind, group, n_blocks, columns, outputs, n, offset, panel):  # type: ignore[no-untyped-def]
     """One packed group times n columns."""
     if n < MIN_TILED:
-        for c in range(n):
-            one_column(kind, group, load64(columns + 8 * c), n_blocks, load64(outputs + 8 * c) + offset)
+        done = 0
+        while n - done >= FEW:
+            _few_four(kind, group, n_blocks, columns + 8 * done, outputs + 8 * done, offset)
+            done += FEW
+        while done < n:
+            _few_one(kind, group, n_blocks, columns + 8 * done, outputs + 8 * done, offset)
+            done += 1
         return
     per_block = BLOCK[kind] // 32
     size, step, shape = 16 * BLOCK_BYTES[kind], PIECE // per_block, _CLASS_OF[kind]
@@ -445,7 +461,7 @@ def _quantized_group(kind, group, n_blocks, columns, outputs, n, offset, panel):
             c += 1
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _float_group(kind, group, k, columns, outputs, n, offset):  # type: ignore[no-untyped-def]
     c = 0
     while n - c >= _WIDE:
@@ -456,7 +472,7 @@ def _float_group(kind, group, k, columns, outputs, n, offset):  # type: ignore[n
         c += 1
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def product(  # type: ignore[no-untyped-def]
     kind, w, row_bytes, n_rows, n_packed, k, columns, outputs, n, scratch, t, n_threads
 ):  # fmt: skip

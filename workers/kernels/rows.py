@@ -64,7 +64,7 @@ _mul16 = _map16(2, lambda e, v: e.b.fmul(*v))
 _swiglu16, _geglu16 = _map16(2, _swiglu), _map16(2, _geglu)
 
 
-@njit(nogil=True, cache=True, inline="always")
+@njit(nogil=True, inline="always")
 def _vector16(kind, x, z, y):  # type: ignore[no-untyped-def]
     if kind == ADD:
         _add16(x, z, y)
@@ -76,7 +76,7 @@ def _vector16(kind, x, z, y):  # type: ignore[no-untyped-def]
         _geglu16(x, z, y)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def binary(kind, x, x_row, z, z_row, z_rows, y, y_row, n_rows, n, at, t, n_threads):  # type: ignore[no-untyped-def]
     """y = x op z; row r of x meets row r % z_rows of z. What is left of 16 lanes goes through a copy at `at`."""
     n16 = n // 16
@@ -97,14 +97,14 @@ def binary(kind, x, x_row, z, z_row, z_rows, y, y_row, n_rows, n, at, t, n_threa
             storef(d + 4 * i, loadf(at + 128 + 4 * i))
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def scale(x, x_row, y, y_row, n_rows, n, factor, bias, t, n_threads):  # type: ignore[no-untyped-def]
     for i in range(n_rows * n * t // n_threads, n_rows * n * (t + 1) // n_threads):
         r, c = i // n, i % n
         storef(y + r * y_row + 4 * c, loadf(x + r * x_row + 4 * c) * factor + bias)
 
 
-@njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
+@njit(nogil=True, fastmath={"reassoc", "contract", "nsz"})
 def _sum_squares(x):  # type: ignore[no-untyped-def]
     total = 0.0
     for i in range(x.shape[0]):
@@ -112,7 +112,7 @@ def _sum_squares(x):  # type: ignore[no-untyped-def]
     return total
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def rms_norm(x, x_row, w, y, y_row, n_rows, n, eps, t, n_threads):  # type: ignore[no-untyped-def]
     """RMS_NORM, and the MUL by a row of weights behind it unless `w` is 0. The sum of squares in float64, as ggml's."""
     for r in range(n_rows * t // n_threads, n_rows * (t + 1) // n_threads):
@@ -127,7 +127,7 @@ def rms_norm(x, x_row, w, y, y_row, n_rows, n, eps, t, n_threads):  # type: igno
                 d[i] = a[i] * factor * g[i]
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def rope(  # type: ignore[no-untyped-def]
     x, x_head, x_row, y, y_head, y_row, n_tokens, n_head, d, cos, sin, neox, n_dims, t, n_threads
 ):  # fmt: skip
@@ -147,7 +147,7 @@ def rope(  # type: ignore[no-untyped-def]
             b[j] = a[j]
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def store_halves(x, x_row, n_rows, n, ids, y, y_row, t, n_threads):  # type: ignore[no-untyped-def]
     """Rows of x as float16 into rows `ids` (int64) of y. The ids were checked."""
     for r in range(n_rows * t // n_threads, n_rows * (t + 1) // n_threads):
@@ -157,7 +157,7 @@ def store_halves(x, x_row, n_rows, n, ids, y, y_row, t, n_threads):  # type: ign
             d[i] = float_to_half(a[i])
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def largest(x, x_row, n_rows, n, y, t, n_threads):  # type: ignore[no-untyped-def]
     """ARGMAX: int32 index of the first largest element of each row."""
     for r in range(n_rows * t // n_threads, n_rows * (t + 1) // n_threads):

@@ -69,13 +69,13 @@ _sched_yield = types.ExternalFunction("sched_yield", types.int32())
 _clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.int64))
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _now_ns(room):  # type: ignore[no-untyped-def]
     _clock_gettime(1, room)
     return load64(room) * 1_000_000_000 + load64(room + 8)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _meet(control, n_threads):  # type: ignore[no-untyped-def]
     """Wait until all threads are here."""
     phase = atomic_load(control + PHASE)
@@ -91,17 +91,17 @@ def _meet(control, n_threads):  # type: ignore[no-untyped-def]
             _sched_yield()
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _arg(a, i):  # type: ignore[no-untyped-def]
     return load64(a + 8 * i)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _float_arg(a, i):  # type: ignore[no-untyped-def]
     return bits_to_float(np.int32(load64(a + 8 * i)))
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _product(a, scratch, t, n_threads):  # type: ignore[no-untyped-def]
     n, x, y = _arg(a, 10), _arg(a, 6), _arg(a, 8)
     columns, outputs = scratch, scratch + 8 * n
@@ -112,7 +112,7 @@ def _product(a, scratch, t, n_threads):  # type: ignore[no-untyped-def]
                      scratch + 16 * n, t, n_threads)  # fmt: skip
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _product_id(a, control, scratch, t, n_threads):  # type: ignore[no-untyped-def]
     """Each expert's rows times the columns that chose it."""
     row_bytes, n_rows, x, x_bytes, n_slots = _arg(a, 2), _arg(a, 3), _arg(a, 6), _arg(a, 7), _arg(a, 11)
@@ -138,7 +138,7 @@ def _product_id(a, control, scratch, t, n_threads):  # type: ignore[no-untyped-d
                              _arg(a, 5), columns, outputs, n, scratch + 16 * n_used * n_tokens, t, n_threads)  # fmt: skip
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _store_halves(a, control, t, n_threads):  # type: ignore[no-untyped-def]
     ids, n_rows = _arg(a, 4), _arg(a, 2)
     for r in range(n_rows):
@@ -149,7 +149,7 @@ def _store_halves(a, control, t, n_threads):  # type: ignore[no-untyped-def]
     rows.store_halves(_arg(a, 0), _arg(a, 1), n_rows, _arg(a, 3), ids, _arg(a, 5), _arg(a, 6), t, n_threads)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _step(op, a, control, scratch, t, n_threads):  # type: ignore[no-untyped-def]
     if op == PRODUCT:
         _product(a, scratch, t, n_threads)
@@ -179,7 +179,7 @@ def _step(op, a, control, scratch, t, n_threads):  # type: ignore[no-untyped-def
         rows.largest(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), t, n_threads)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _run(control, t, n_threads):  # type: ignore[no-untyped-def]
     """One thread's share of the steps that the shared words name."""
     program, first, last = load64(control + PROGRAM), load64(control + FIRST), load64(control + LAST)
@@ -200,7 +200,7 @@ def _run(control, t, n_threads):  # type: ignore[no-untyped-def]
         _meet(control, n_threads)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _lead(control, n_threads, futex):  # type: ignore[no-untyped-def]
     """Start everyone on the steps that the shared words name, and do one's share."""
     if n_threads > 1:
@@ -210,7 +210,7 @@ def _lead(control, n_threads, futex):  # type: ignore[no-untyped-def]
     _run(control, 0, n_threads)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _help(control, t, n_threads, futex):  # type: ignore[no-untyped-def]
     """A helper's life."""
     seen = 0
@@ -233,14 +233,14 @@ def _help(control, t, n_threads, futex):  # type: ignore[no-untyped-def]
         _run(control, t, n_threads)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _wake(control, futex):  # type: ignore[no-untyped-def]
     atomic_add(control + GENERATION, 1)
     if futex >= 0:
         _syscall(futex, control + GENERATION, _WAKE, _EVERYONE, 0, 0, 0)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def call(what, a, b, c, d, e, f, g, h):  # type: ignore[no-untyped-def]
     """The one function that is compiled for the world outside."""
     if what == LEAD:
