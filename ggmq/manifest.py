@@ -7,14 +7,18 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 
 from blake3 import blake3
 
-from ggmq.gguf import GGUF
+from ggmq.gguf import GGUF, TensorInfo
+from protocol.errors import FormatError
 
 FORMAT = 1
+PIECE_BYTES = 1 << 20
 
 
 def manifest_folder() -> Path:
@@ -31,6 +35,21 @@ def _identity(g: GGUF) -> str:
     return json.dumps([FORMAT, parts])
 
 
+def _hash(g: GGUF, t: TensorInfo) -> bytes:
+    """BLAKE3 of a tensor, read in pieces that stay in the processor's cache: that is faster than through a map."""
+    digest, at = blake3(), 0
+    room = memoryview(bytearray(min(t.n_bytes, PIECE_BYTES)))
+    with open(g.paths[t.part], "rb", buffering=0) as f:
+        while at < t.n_bytes:
+            n = os.preadv(f.fileno(), [room[: t.n_bytes - at]], t.offset + at)
+            if not n:
+                where = f"{g.paths[t.part].name}: byte {t.offset + at}"
+                raise FormatError(f"{where}: the file ends here; it changed while it was read")
+            digest.update(room[:n])
+            at += n
+    return digest.digest()
+
+
 def tensor_hashes(g: GGUF, progress: Callable[[int], None] | None = None) -> dict[str, bytes]:
     """BLAKE3 of every tensor, from the manifest if the file has not changed since, else computed with all cores.
 
@@ -44,10 +63,12 @@ def tensor_hashes(g: GGUF, progress: Callable[[int], None] | None = None) -> dic
         if stored["identity"] == identity and hashes.keys() == g.tensors.keys():
             return hashes
     hashes = {}
-    for t in g:
-        hashes[t.name] = blake3(g.data(t.name), max_threads=blake3.AUTO).digest()
-        if progress is not None:
-            progress(t.n_bytes)
+    n_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with ThreadPoolExecutor(n_threads) as pool:
+        for t, digest in zip(g, pool.map(partial(_hash, g), g), strict=True):
+            hashes[t.name] = digest
+            if progress is not None:
+                progress(t.n_bytes)
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         fd, name = tempfile.mkstemp(dir=path.parent, prefix=".part-")

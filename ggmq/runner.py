@@ -66,7 +66,8 @@ def device_memory(infos: Sequence[m.DeviceInfo]) -> list[DeviceMemory]:
 
 @dataclass(slots=True)
 class LoadReport:
-    """Units: bytes; `sent_bytes` went over the bus, `cached_bytes` were found by hash where they were needed."""
+    """Units: bytes; `sent_bytes` went over the bus, `cached_bytes` were found by hash where they were needed: in a cache, or
+    in a copy of the file."""
 
     sent_bytes: int = 0
     cached_bytes: int = 0
@@ -316,7 +317,9 @@ class _Upload:
         while self.to_ask and len(self.asked) < HASH_WINDOW:
             p = self.to_ask.popleft()
             t = p.info
-            query = m.SetTensorHash(session, p.buffer, p.offset, t.n_bytes, self.hashes[t.name], int(t.type), t.ne)
+            file = self.runner.arch.gguf.paths[t.part].name
+            query = m.SetTensorHash(session, p.buffer, p.offset, t.n_bytes, self.hashes[t.name], int(t.type), t.ne,
+                                    file[:256], t.offset)  # fmt: skip
             self.asked.append((self.client.submit(query, device=self.device), p))
             report.n_tensors += 1
         while self.to_send and len(self.sent) < limits.CREDIT_CHUNKS:

@@ -118,7 +118,10 @@ class SetTensor(Header, frozen=True):
 
 
 class SetTensorHash(Header, frozen=True):
-    """Fill the tensor from the worker's cache, if it has these bytes."""
+    """Fill the tensor from what the worker has: its cache, or `file` in its model folder from byte `file_offset`.
+
+    Whatever is said about the file, only bytes of this hash are taken.
+    """
 
     session: U64
     buffer: Handle
@@ -127,6 +130,8 @@ class SetTensorHash(Header, frozen=True):
     hash: Hash
     type: U64
     ne: Ne
+    file: Short = ""
+    file_offset: Annotated[int, Meta(ge=0, lt=1 << 62)] = 0
 
 
 class Found(Header, frozen=True):

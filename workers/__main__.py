@@ -12,7 +12,7 @@ from pathlib import Path
 
 from config.keys import default_key_file, find_keys
 from protocol.errors import ConfigError, GgmqError
-from workers.cache import DEFAULT_QUOTA_BYTES, Cache, cache_folder
+from workers.cache import DEFAULT_QUOTA_BYTES, Cache, ModelFolder, cache_folder
 from workers.devices import accelerators, open_device
 from workers.devices.base import Device
 
@@ -40,6 +40,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--cache-dir", type=Path, help=f"where (default {cache_folder()})")
     p.add_argument("--cache-quota", type=_positive, default=DEFAULT_QUOTA_BYTES // MIB, metavar="MIB",
                    help="bound of the cache (default %(default)s)")  # fmt: skip
+    p.add_argument("--model-dir", type=Path, metavar="DIR",
+                   help="folder with GGUF files: weights of a file that is here too are read from it")  # fmt: skip
     p.add_argument("--broker", metavar="ENDPOINT", help="dial in to a broker (tcp://HOST:PORT) instead of listening")
     p.add_argument("--keys", type=Path, help=f"cluster key file (default {default_key_file()}, if it is there)")
     p.add_argument("--insecure", action="store_true", help="no encryption, no authentication, on any address")
@@ -100,10 +102,13 @@ def _main(args: argparse.Namespace) -> int:
         return _serve_many(args, names, keys)
     cache = Cache(args.cache_dir or cache_folder(), args.cache_quota * MIB) if args.cache or args.cache_dir else None
     os.environ.setdefault("OPENBLAS_NUM_THREADS", str(threads))
+    if args.model_dir and not args.model_dir.is_dir():
+        raise ConfigError(f"--model-dir {args.model_dir}: no such folder")
     device = open_device(names[0], threads, args.mem * MIB)
     from workers.loop import WorkerLoop, serve
 
-    loop = WorkerLoop(device, cache, SOFTWARE, keys, args.parent_pid, args.name[:256])
+    models = ModelFolder(args.model_dir) if args.model_dir else None
+    loop = WorkerLoop(device, cache, SOFTWARE, keys, args.parent_pid, args.name[:256], models)
     if args.join:
         loop.join(args.join)
         endpoint = args.join
@@ -138,6 +143,8 @@ def _serve_many(args: argparse.Namespace, names: list[str], keys: object) -> int
         common += ["-m", str(args.mem)]
     if args.cache or args.cache_dir:
         common += ["-c", "--cache-dir", str(args.cache_dir or cache_folder()), "--cache-quota", str(args.cache_quota)]
+    if args.model_dir:
+        common += ["--model-dir", str(args.model_dir)]
     try:
         infos = front.start([[*common, "-d", name] for name in names])
     except GgmqError:

@@ -14,12 +14,14 @@ import stat
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from blake3 import blake3
 
 HASH_BYTES = 32
 DEFAULT_QUOTA_BYTES = 64 << 30
+PIECE_BYTES = 1 << 20
 
 
 def cache_folder() -> Path:
@@ -31,6 +33,69 @@ def cache_folder() -> Path:
 def content_hash(data: bytes | memoryview) -> bytes:
     """BLAKE3 of the bytes, 32 long."""
     return blake3(data).digest()
+
+
+class Reader:
+    """Bytes of a hash in a regular file, read once from front to back and hashed on the way.
+
+    Threads: use from one.
+    """
+
+    def __init__(
+        self, fd: int, offset: int, n_bytes: int, digest: bytes, done: Callable[[bool], None] = lambda good: None
+    ) -> None:
+        self.n_bytes = n_bytes
+        self._fd, self._offset, self._at, self._digest, self._done = fd, offset, 0, digest, done
+        self._hash = blake3()
+
+    def read(self, room: memoryview) -> bool:
+        """Fill `room` with the next bytes. False when the file does not give them."""
+        filled = 0
+        while filled < len(room):
+            try:
+                n = os.preadv(self._fd, [room[filled:]], self._offset + self._at + filled)
+            except OSError:
+                n = 0
+            if not n:
+                return False
+            filled += n
+        self._hash.update(room)
+        self._at += len(room)
+        return True
+
+    def close(self) -> bool:
+        """Whether all was read, and was what the hash says."""
+        os.close(self._fd)
+        good = self._at == self.n_bytes and self._hash.digest() == self._digest
+        self._done(good)
+        return good
+
+
+def open_range(path: Path, end: int, follow: bool = False) -> int | None:
+    """A descriptor of a regular file of at least `end` bytes. follow: through a symbolic link."""
+    try:
+        fd = os.open(path, os.O_RDONLY | (0 if follow else getattr(os, "O_NOFOLLOW", 0)))
+    except OSError:
+        return None
+    info = os.fstat(fd)
+    if stat.S_ISREG(info.st_mode) and info.st_size >= end:
+        return fd
+    os.close(fd)
+    return None
+
+
+class ModelFolder:
+    """A folder of GGUF files that a worker can reach by itself. Files are named without their folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def open(self, name: str, offset: int, n_bytes: int, digest: bytes) -> Reader | None:
+        """What a file holds there, if it may be what the hash says."""
+        if not name or name != os.path.basename(name) or name in (".", "..") or "\0" in name:
+            return None
+        fd = open_range(self.folder / name, offset + n_bytes, follow=True)
+        return None if fd is None else Reader(fd, offset, n_bytes, digest)
 
 
 class Cache:
@@ -49,36 +114,28 @@ class Cache:
     def path(self, digest: bytes) -> Path:
         return self.folder / digest.hex()
 
-    def get(self, digest: bytes, n_bytes: int) -> bytes | None:
-        """The bytes of this hash, verified; None when they are not there, or were damaged and have been removed."""
-        data = self._read(self.path(digest), n_bytes)
-        if data is None:
+    def open(self, digest: bytes, n_bytes: int) -> Reader | None:
+        """The entry of this hash; None when it is not there. One that turns out to be damaged is removed."""
+        path = self.path(digest)
+        fd = open_range(path, 0)
+        if fd is None:
             self.misses += 1
             return None
-        if len(data) != n_bytes or content_hash(data) != digest:
-            self.repairs += 1
-            self.misses += 1
-            with contextlib.suppress(OSError):
-                self.path(digest).unlink()
-            return None
-        self.hits += 1
-        with contextlib.suppress(OSError):
-            os.utime(self.path(digest))
-        return data
 
-    @staticmethod
-    def _read(path: Path, n_bytes: int) -> bytes | None:
-        try:
-            fd = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
-        except OSError:
-            return None
-        try:
-            with open(fd, "rb") as f:
-                if not stat.S_ISREG(os.fstat(f.fileno()).st_mode):
-                    return None
-                return f.read(n_bytes + 1)
-        except OSError:
-            return None
+        def done(good: bool) -> None:
+            if good:
+                self.hits += 1
+                with contextlib.suppress(OSError):
+                    os.utime(path)
+            else:
+                self.repairs += 1
+                self.misses += 1
+                with contextlib.suppress(OSError):
+                    path.unlink()
+
+        # an entry that is too long is as wrong as one that is cut: its size is part of what is read
+        size = os.fstat(fd).st_size
+        return Reader(fd, 0, n_bytes if size == n_bytes else -1, digest, done)
 
     def put(self, digest: bytes, data: bytes | memoryview) -> bool:
         """Keep the bytes; they must have been verified. False when the disk would not take them."""
@@ -127,13 +184,14 @@ class Cache:
         """Read every entry; remove the damaged ones. Returns: how many were good, how many were removed."""
         good = bad = 0
         for digest, size, _ in self.entries():
-            data = self._read(self.path(digest), size)
-            if data is not None and content_hash(data) == digest:
-                good += 1
-            else:
-                bad += 1
-                with contextlib.suppress(OSError):
-                    self.path(digest).unlink()
+            reader = self.open(digest, size)
+            if reader is None:
+                continue
+            room = memoryview(bytearray(PIECE_BYTES))
+            left = size
+            while left and reader.read(room[: min(left, PIECE_BYTES)]):
+                left -= min(left, PIECE_BYTES)
+            good, bad = (good + 1, bad) if reader.close() else (good, bad + 1)
         return good, bad
 
     def clear(self) -> int:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 
 from protocol import messages as m
 from protocol.errors import GgmqError, InternalError, OutOfMemory, ProtocolError
-from workers.cache import Cache, content_hash
+from workers.cache import Cache, ModelFolder, content_hash
 from workers.devices.base import Buffer, Device, Plan, Tick
 from workers.state import Instruction, Key, Work, WorkerState
 
@@ -20,8 +21,10 @@ class Executor:
     plans: by (session, graph digest); the oldest is recompiled when it comes again.
     """
 
-    def __init__(self, device: Device, state: WorkerState, cache: Cache | None) -> None:
-        self.device, self.state, self.cache = device, state, cache
+    def __init__(
+        self, device: Device, state: WorkerState, cache: Cache | None, models: ModelFolder | None = None
+    ) -> None:
+        self.device, self.state, self.cache, self.models = device, state, cache, models
         self.buffers: dict[Key, dict[int, Buffer]] = {}
         self.plans: dict[tuple[Key, bytes], Plan] = {}
 
@@ -50,12 +53,7 @@ class Executor:
             case m.SetTensor():
                 self._write(work, h, mine[h.buffer])
             case m.SetTensorHash():
-                data = self.cache.get(h.hash, h.n_bytes) if self.cache is not None else None
-                if data is None:
-                    return m.Found(False), ()
-                self.device.write(mine[h.buffer], h.offset, data)
-                self.device.finish(mine[h.buffer], h.offset, h.n_bytes, h.type, h.ne)
-                return m.Found(True), ()
+                return m.Found(self._find(mine[h.buffer], h)), ()
             case m.GetTensor():
                 return m.Ok(), [self.device.read(mine[h.buffer], h.offset, h.n_bytes)]
             case m.CopyTensor():
@@ -76,6 +74,19 @@ class Executor:
             case _:
                 raise ProtocolError(f"{work.request.command.name}: nothing for a device to do")
         return m.Ok(), ()
+
+    def _find(self, buffer: Buffer, h: m.SetTensorHash) -> bool:
+        """Fill a weight from what is here already."""
+        places = []
+        if self.models is not None:
+            places.append(partial(self.models.open, h.file, h.file_offset, h.n_bytes, h.hash))
+        if self.cache is not None:
+            places.append(partial(self.cache.open, h.hash, h.n_bytes))
+        for place in places:
+            reader = place()
+            if reader is not None and self.device.fill(buffer, h.offset, h.n_bytes, h.type, h.ne, reader):
+                return True
+        return False
 
     def _write(self, work: Work, h: m.SetTensor, buffer: Buffer) -> None:
         self.device.write(buffer, h.offset + h.at, work.request.payload[0])

@@ -24,7 +24,7 @@ from protocol import messages as m
 from protocol.errors import Cancelled, ConfigError, GgmqError, ProtocolError
 from protocol.frames import Frame, Message, decode, encode, prefix_of
 from protocol.messages import Command
-from workers.cache import Cache
+from workers.cache import Cache, ModelFolder
 from workers.devices.base import Device
 from workers.executor import Executor
 from workers.state import Instruction, Send, Work, WorkerState
@@ -42,11 +42,11 @@ class WorkerLoop:
 
     def __init__(
         self, device: Device, cache: Cache | None, software: str, keys: KeyPair | None = None, parent_pid: int = 0,
-        name: str = "",
+        name: str = "", models: ModelFolder | None = None,
     ) -> None:  # fmt: skip
         self.device, self.keys, self.parent_pid, self.name = device, keys, parent_pid, name
         self.state = WorkerState(software)
-        self.executor = Executor(device, self.state, cache)
+        self.executor = Executor(device, self.state, cache, models)
         self.context: zmq.Context[Any] = zmq.Context()
         self.auth: Any = None
         self.debug = bool(os.environ.get("GGMQ_DEBUG") or os.environ.get("GGML_RPC_DEBUG"))

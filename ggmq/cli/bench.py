@@ -62,7 +62,7 @@ def _table(r: dict[str, Any], stages: list[str]) -> str:
     rows = [
         (f"pp{r['n_prompt']}", f"{r['prefill_tok_s']:.1f} t/s"),
         (f"tg{r['n_gen']}{streams}{depth}", f"{r['decode_tok_s']:.1f} t/s"),
-        ("load", f"{r['load_s']:.2f} s, {sent:.1f} MiB sent, {cached:.1f} MiB from caches"),
+        ("load", f"{r['load_s']:.2f} s, {sent:.1f} MiB sent, {cached:.1f} MiB from caches or files"),
         ("load and one token", f"{r['load_and_token_s']:.2f} s"),
         ("bytes a token at the main host", f"{r['wire_bytes_per_token']:.0f}"),
         ("round trips a token", f"{r['round_trips_per_token']:.2f}"),

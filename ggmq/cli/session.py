@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from broker.placement import Assignment
 from ggmq.archs import open_arch
@@ -44,7 +45,7 @@ def open_session(args: argparse.Namespace, g: GGUF, n_ctx: int = 0, n_slots: int
     start = time.perf_counter()
     arch = open_arch(g)
     n_ctx = n_ctx or default_n_ctx(arch, args.ctx_size)
-    with open_bus(args, arch.hp.n_layer) as (client, order, host):
+    with open_bus(args, arch.hp.n_layer, g.path.absolute()) as (client, order, host):
         infos = client.devices()
         cells = n_cells(n_ctx, n_slots)
         assignments = plan(arch, infos, cells, args.tensor_split, args.ngl, host, order)
@@ -59,7 +60,7 @@ def open_session(args: argparse.Namespace, g: GGUF, n_ctx: int = 0, n_slots: int
 
 
 @contextlib.contextmanager
-def open_bus(args: argparse.Namespace, n_layers: int) -> Iterator[tuple[Client, Sequence[str], str]]:
+def open_bus(args: argparse.Namespace, n_layers: int, model: Path) -> Iterator[tuple[Client, Sequence[str], str]]:
     """A client of the bus, the order of its workers, and the worker that keeps the layers that -ngl leaves here."""
     keys = keys_of(args)
     if args.broker:
@@ -76,7 +77,8 @@ def open_bus(args: argparse.Namespace, n_layers: int) -> Iterator[tuple[Client, 
         raise ConfigError("--workers 0: expected at least one worker here, or some with --rpc")
     with local_bus(keys) as bus:
         threads = local_threads(args.threads, n_local + keep_here)
-        extra = ["--cache"] if args.cache else []
+        # workers of this host read the file themselves
+        extra = ["--model-dir", str(model.parent), *(["--cache"] if args.cache else [])]
         for i in range(n_local):
             memory = args.worker_mem[i] if args.worker_mem and i < len(args.worker_mem) else 0
             bus.spawn(args.device, threads, [*extra, *(["-m", str(memory)] if memory else [])])
@@ -89,8 +91,8 @@ def open_bus(args: argparse.Namespace, n_layers: int) -> Iterator[tuple[Client, 
 def print_summary(s: Session) -> None:
     """One line for the load, one for each stage."""
     r = s.runner.report
-    print(f"load    {s.load_s:8.2f} s  {r.sent_bytes / MIB:.1f} MiB sent, {r.cached_bytes / MIB:.1f} MiB from caches",
-          file=sys.stderr)  # fmt: skip
+    sent, found = f"{r.sent_bytes / MIB:.1f} MiB sent", f"{r.cached_bytes / MIB:.1f} MiB from caches or files"
+    print(f"load    {s.load_s:8.2f} s  {sent}, {found}", file=sys.stderr)
     for stage in s.runner.stages:
         print("layers  " + stage_line(s.infos, stage.assignment), file=sys.stderr)
 

@@ -49,8 +49,7 @@ def case(t: GGMLType, n_rows: int, seed: int = 0) -> Case:
 def packed(c: Case) -> np.ndarray:
     """The rows packed by sixteens; what is left over stays as it is."""
     out = c.blocks.reshape(-1).copy()
-    room = np.zeros(16 * c.blocks.shape[1], np.uint8)
-    products.pack_rows(c.kind, out.ctypes.data, c.blocks.shape[1], len(c.blocks) // 16, c.n_blocks, room.ctypes.data)
+    products.pack_rows(c.kind, c.blocks.ctypes.data, c.blocks.shape[1], len(c.blocks) // 16, c.n_blocks, out.ctypes.data)
     return out
 
 

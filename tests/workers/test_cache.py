@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.fixtures import ROOT
-from workers.cache import Cache, content_hash
+from workers.cache import Cache, ModelFolder, Reader, content_hash
 
 DATA = bytes(range(256)) * 100
 HASH = content_hash(DATA)
@@ -23,10 +23,37 @@ def cache(tmp_path: Path) -> Cache:
     return Cache(tmp_path / "cache")
 
 
+def read(cache: Cache, digest: bytes, n_bytes: int) -> bytes | None:
+    return whole(cache.open(digest, n_bytes), n_bytes)
+
+
+def whole(reader: Reader | None, n_bytes: int) -> bytes | None:
+    """What a reader gives in two pieces, if it says that all is good."""
+    if reader is None:
+        return None
+    target = bytearray(n_bytes)
+    view, half = memoryview(target), n_bytes // 2
+    came = reader.read(view[:half]) and reader.read(view[half:])
+    return bytes(target) if reader.close() and came else None
+
+
+def test_a_model_folder_gives_only_what_has_the_hash(tmp_path: Path) -> None:
+    folder = ModelFolder(tmp_path / "models")
+    folder.folder.mkdir()
+    (folder.folder / "a.gguf").write_bytes(b"head" + DATA)
+    (tmp_path / "secret").write_bytes(DATA)
+    n = len(DATA)
+    assert whole(folder.open("a.gguf", 4, n, HASH), n) == DATA
+    for name, offset in (("a.gguf", 3), ("a.gguf", 5), ("b.gguf", 0), ("../secret", 0), ("", 0), ("..", 0), ("a\0", 0)):
+        assert whole(folder.open(name, offset, n, HASH), n) is None, name
+    (folder.folder / "a.gguf").write_bytes(b"head" + DATA[:-1] + b"?")
+    assert whole(folder.open("a.gguf", 4, n, HASH), n) is None
+
+
 def test_bytes_come_back(cache: Cache) -> None:
-    assert cache.get(HASH, len(DATA)) is None
+    assert read(cache, HASH, len(DATA)) is None
     assert cache.put(HASH, DATA)
-    assert cache.get(HASH, len(DATA)) == DATA
+    assert read(cache, HASH, len(DATA)) == DATA
     assert (cache.hits, cache.misses, cache.repairs) == (1, 1, 0)
 
 
@@ -38,15 +65,15 @@ def test_a_damaged_entry_is_removed_and_never_served(cache: Cache, damage: str) 
     if damage == "flip":
         raw[1234] ^= 1
     path.write_bytes({"flip": bytes(raw), "cut": bytes(raw[:-1]), "longer": bytes(raw) + b"x", "empty": b""}[damage])
-    assert cache.get(HASH, len(DATA)) is None
+    assert read(cache, HASH, len(DATA)) is None
     assert cache.repairs == 1 and not path.exists()
-    assert cache.put(HASH, DATA) and cache.get(HASH, len(DATA)) == DATA
+    assert cache.put(HASH, DATA) and read(cache, HASH, len(DATA)) == DATA
 
 
 def test_a_symlink_is_not_followed(cache: Cache, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").write_bytes(DATA)
     cache.path(HASH).symlink_to(tmp_path / "elsewhere")
-    assert cache.get(HASH, len(DATA)) is None
+    assert read(cache, HASH, len(DATA)) is None
     assert cache.entries() == []
 
 
@@ -56,7 +83,7 @@ def test_a_folder_that_cannot_be_written_means_no_cache(cache: Cache, monkeypatc
 
     monkeypatch.setattr(os, "fsync", full)
     assert cache.put(HASH, DATA) is False
-    assert cache.get(HASH, len(DATA)) is None
+    assert read(cache, HASH, len(DATA)) is None
     assert list(cache.folder.iterdir()) == []
 
 
@@ -66,8 +93,8 @@ def test_the_quota_removes_the_least_recently_used(tmp_path: Path) -> None:
     for i, part in enumerate(parts):
         cache.put(content_hash(part), part)
         os.utime(cache.path(content_hash(part)), (i, i)) if cache.path(content_hash(part)).exists() else None
-    assert cache.get(content_hash(parts[0]), 100) is None
-    assert cache.get(content_hash(parts[2]), 100) == parts[2]
+    assert read(cache, content_hash(parts[0]), 100) is None
+    assert read(cache, content_hash(parts[2]), 100) == parts[2]
     assert not cache.put(content_hash(b"x" * 300), b"x" * 300)
 
 

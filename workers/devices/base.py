@@ -9,6 +9,7 @@ import socket
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
@@ -19,11 +20,23 @@ from protocol.messages import DeviceInfo
 from workers.tensors import Bytes
 
 HUGE_PAGE_BYTES = 2 << 20
+PIECE_BYTES = 1 << 20
+"""What is read from a file at once: it is still in the processor's cache when it is packed."""
 SPARE_BYTES = 16 << 20
 """Scratch memory that is kept between plans."""
 
 Tick = Callable[[], None]
 """Called between nodes by `run`: the process answers PINGs there."""
+
+
+class Source(Protocol):
+    """Bytes that come once, from front to back, and can be told to be right when all have come."""
+
+    def read(self, room: memoryview) -> bool:
+        """Fill `room` with the next bytes. False when there are none."""
+
+    def close(self) -> bool:
+        """Whether all came, and were right."""
 
 
 @dataclass(slots=True)
@@ -81,6 +94,15 @@ class Device(ABC):
     @abstractmethod
     def write(self, buffer: Buffer, offset: int, data: bytes | memoryview) -> None:
         """Store bytes. Errors: HandleError outside the buffer, before anything is written."""
+
+    @abstractmethod
+    def fill(
+        self, buffer: Buffer, offset: int, n_bytes: int, type_id: int, ne: tuple[int, int, int, int], source: Source
+    ) -> bool:
+        """Store a whole weight that `source` reads, as `write` and `finish` would. False, and zeros, if it was not good.
+
+        Errors: HandleError outside the buffer, before anything is written.
+        """
 
     @abstractmethod
     def finish(self, buffer: Buffer, offset: int, n_bytes: int, type_id: int, ne: tuple[int, int, int, int]) -> None:
@@ -143,6 +165,19 @@ class HostDevice(Device):
         n = len(data)
         buffer.check(offset, n, "write")
         buffer.memory[offset : offset + n] = np.frombuffer(data, np.uint8)
+
+    def fill(
+        self, buffer: Buffer, offset: int, n_bytes: int, type_id: int, ne: tuple[int, int, int, int], source: Source
+    ) -> bool:
+        buffer.check(offset, n_bytes, "write")
+        target = buffer.memory[offset : offset + n_bytes]
+        at = 0
+        while at < n_bytes and source.read(target[at : at + PIECE_BYTES].data):
+            at += PIECE_BYTES
+        good = source.close()
+        if not good:
+            target[:] = 0
+        return good
 
     def finish(self, buffer: Buffer, offset: int, n_bytes: int, type_id: int, ne: tuple[int, int, int, int]) -> None:
         pass

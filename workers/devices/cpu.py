@@ -11,10 +11,27 @@ import numpy as np
 
 from protocol.dtypes import TYPES, GGMLType, row_bytes
 from protocol.graph import Graph, Tensor
-from workers.devices.base import Buffer, HostDevice, Plan, cpu_model
+from workers.devices.base import PIECE_BYTES, Buffer, HostDevice, Plan, Source, cpu_model
 from workers.devices.cpu_plan import CPUPlan
 from workers.kernels import layout, native
-from workers.tensors import Array, load
+from workers.tensors import Array, Bytes, load
+
+
+class Copy:
+    """Bytes that are in memory already, as a source."""
+
+    def __init__(self, memory: Bytes) -> None:
+        self.memory, self.at = memory, 0
+
+    def read(self, room: memoryview) -> bool:
+        n = len(room)
+        target = np.frombuffer(room, np.uint8)
+        target[:] = self.memory[self.at : self.at + n]
+        self.at += n
+        return True
+
+    def close(self) -> bool:
+        return True
 
 
 class CPUDevice(HostDevice):
@@ -44,20 +61,50 @@ class CPUDevice(HostDevice):
         info = TYPES[type_id]
         return layout.KIND_OF[GGMLType(type_id)], row_bytes(type_id, ne[0]), rows // 16, ne[0] // info.block
 
+    @staticmethod
+    def _packable(type_id: int, ne: tuple[int, int, int, int]) -> bool:
+        if type_id not in layout.KIND_OF or ne[1] < layout.GROUP or (ne[2] * ne[3] != 1 and ne[1] % layout.GROUP):
+            return False
+        return not (ne[0] % 32 and TYPES[type_id].quantized)
+
     def finish(self, buffer: Buffer, offset: int, n_bytes: int, type_id: int, ne: tuple[int, int, int, int]) -> None:
+        memory = buffer.memory[offset : offset + n_bytes]
+        self._store(buffer, offset, n_bytes, type_id, ne, Copy(memory))
+
+    def fill(
+        self, buffer: Buffer, offset: int, n_bytes: int, type_id: int, ne: tuple[int, int, int, int], source: Source
+    ) -> bool:
+        buffer.check(offset, n_bytes, "write")
+        return self._store(buffer, offset, n_bytes, type_id, ne, source)
+
+    def _store(
+        self, buffer: Buffer, offset: int, n_bytes: int, type_id: int, ne: tuple[int, int, int, int], source: Source
+    ) -> bool:
+        """Pack rows as they come, a piece at a time, by way of scratch memory; no second copy of a weight is made."""
         self._raw(buffer, offset, n_bytes)
         self._forget(buffer)
-        matrices = ne[2] * ne[3]
-        if type_id not in layout.KIND_OF or ne[1] < 16 or (matrices != 1 and ne[1] % 16):
-            return
-        if ne[0] % 32 and TYPES[type_id].quantized:
-            return
+        if not self._packable(type_id, ne):
+            return super().fill(buffer, offset, n_bytes, type_id, ne, source)
         kind, row, n_groups, n_blocks = self._shape(type_id, ne)
-        self.team.reserve(16 * row)
-        room = self.team.scratch.ctypes.data
-        self.team.call(layout.PACK_ROWS, kind, self._at(buffer, offset), row, n_groups, n_blocks, room)
-        buffer.packed[offset] = (GGMLType(type_id), ne, n_bytes)
-        buffer.n_layouts += 1
+        group = layout.GROUP * row
+        together = max(1, PIECE_BYTES // group)
+        self.team.reserve(together * group)
+        room = self.team.scratch[: together * group]
+        whole = True
+        for first in range(0, n_groups, together):
+            n = min(together, n_groups - first)
+            whole = whole and source.read(room[: n * group].data)
+            self.team.call(layout.PACK_ROWS, kind, room.ctypes.data, row, n, n_blocks,
+                           self._at(buffer, offset + first * group))  # fmt: skip
+        rest = buffer.memory[offset + n_groups * group : offset + n_bytes]
+        whole = whole and (not len(rest) or source.read(rest.data))
+        good = source.close() and whole
+        if good:
+            buffer.packed[offset] = (GGMLType(type_id), ne, n_bytes)
+            buffer.n_layouts += 1
+        else:
+            buffer.memory[offset : offset + n_bytes] = 0
+        return good
 
     @staticmethod
     def _at(buffer: Buffer, offset: int) -> int:
@@ -91,9 +138,9 @@ class CPUDevice(HostDevice):
             halves = load(shaped, t.type, np.float32).astype(np.float16).reshape(-1)
             row = 2 * t.ne[0]
             n_packed = t.n_rows // 16 * 16 if t.ne[1] % 16 == 0 or t.ne[2] * t.ne[3] == 1 else 0
-            self.team.reserve(16 * row)
-            self.team.call(layout.PACK_ROWS, layout.KIND_OF[GGMLType.F16], halves.ctypes.data, row, n_packed // 16, t.ne[0],
-                                    self.team.scratch.ctypes.data)  # fmt: skip
+            raw = halves[: n_packed * t.ne[0]].copy()
+            self.team.call(layout.PACK_ROWS, layout.KIND_OF[GGMLType.F16], raw.ctypes.data, row, n_packed // 16, t.ne[0],
+                           halves.ctypes.data)  # fmt: skip
             self._wide[key] = (halves, min(n_packed, t.ne[1] // 16 * 16))
         halves, n_packed = self._wide[key]
         return halves.ctypes.data, n_packed

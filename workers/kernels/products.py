@@ -367,12 +367,11 @@ def copy_bytes(source, target, n):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True)
-def pack_rows(kind, w, row_bytes, n_groups, n_blocks, scratch):  # type: ignore[no-untyped-def]
-    """Pack groups in place; `scratch` has the bytes of one group."""
+def pack_rows(kind, rows, row_bytes, n_groups, n_blocks, out):  # type: ignore[no-untyped-def]
+    """Groups of rows in GGUF's layout as packed groups; `out` lies elsewhere."""
     for g in range(n_groups):
-        at = w + 16 * g * row_bytes
-        copy_bytes(at, scratch, 16 * row_bytes)
-        pack_group(kind, scratch, row_bytes, 16, n_blocks, at)
+        at = 16 * g * row_bytes
+        pack_group(kind, rows + at, row_bytes, 16, n_blocks, out + at)
 
 
 @njit(nogil=True)
