@@ -108,6 +108,8 @@ class WorkerLoop:
                     self._receive(0)
                 self._housekeeping()
         finally:
+            for line in self.device.profile():
+                print(line, file=sys.stderr)
             if self.auth is not None:
                 self.auth.stop()
             for s in self.sockets:

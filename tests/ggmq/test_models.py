@@ -11,7 +11,7 @@ import pytest
 from ggmq.archs import ARCHS, open_arch
 from ggmq.cluster import Client, LocalBus
 from ggmq.gguf import GGUF
-from ggmq.runner import Runner, plan
+from ggmq.runner import Entry, Runner, n_cells, plan
 from tests.support.fixtures import MODELS, nmse
 from tests.support.gguf_factory import tiny_model
 
@@ -84,6 +84,43 @@ def test_a_token_is_one_round_trip_for_the_main_host(three: Client, tmp_path: Pa
         before = three.n_round_trips
         runner.forward([5], 4, [0])
         assert three.n_round_trips == before + 1
+    finally:
+        three.drain()
+
+
+COMPANY = ["tiny", *(n for n in MODELS if any(k in n for k in ("moe", "q4_0", "q6_k", "iq4", "gemma3", "gpt-oss", "gpt2")))]
+
+
+@pytest.mark.parametrize("split", [[1], [1, 1]], ids=["1 worker", "2 workers"])
+@pytest.mark.parametrize("name", COMPANY)
+def test_a_token_has_the_same_bits_alone_and_among_others(
+    three: Client, tmp_path: Path, request: pytest.FixtureRequest, name: str, split: list[float]
+) -> None:
+    """Eight sequences in one batch, each in a slot of its own, against each of them alone in the first slot."""
+    tiny = name == "tiny"
+    path = tiny_model(tmp_path / "m.gguf", "llama") if tiny else request.getfixturevalue("shared") / "models" / name
+    arch = open_arch(GGUF(path))
+    rng = np.random.default_rng(5)
+    prompts = [rng.integers(0, 50, n).tolist() for n in (1, 7, 70, 30, 3, 65, 20, 2)]
+
+    def runner(n_slots: int) -> Runner:
+        cells = n_cells(160, n_slots)
+        return Runner(three, arch, cells // n_slots, plan(arch, three.devices(), cells, split), n_slots)
+
+    together = runner(8)
+    try:
+        together.load()
+        for slot, prompt in enumerate(prompts):
+            together.forward(prompt[:-1] or prompt, 0, [0], slot=slot)
+        last = [Entry(p[-1], max(0, len(p) - 1), slot) for slot, p in enumerate(prompts)]
+        many = together.wait(together.submit(last, range(8)))
+    finally:
+        three.drain()
+    alone = runner(1)
+    try:
+        alone.load()
+        for slot, prompt in enumerate(prompts):
+            assert np.array_equal(alone.forward(prompt, 0, [len(prompt) - 1])[0], many[slot]), slot
     finally:
         three.drain()
 

@@ -79,6 +79,10 @@ class Device(ABC):
     kind: str
     kernel_compiles = 0
 
+    def profile(self) -> list[str]:
+        """Where the time of the plans went, a line each; empty unless GGMQ_PROFILE is set."""
+        return []
+
     @abstractmethod
     def info(self) -> DeviceInfo:
         """Name, kind and memory, as they are now."""

@@ -38,6 +38,7 @@ class CPUDevice(HostDevice):
     """Attributes:
     team: the threads.
     profiling: whether plans count the time of each step (GGMQ_PROFILE=1).
+    profiled: seconds and steps by op.
     """
 
     name = "CPU"
@@ -47,11 +48,24 @@ class CPUDevice(HostDevice):
         super().__init__(memory_bytes)
         self._n_threads = n_threads
         self.profiling = os.environ.get("GGMQ_PROFILE", "0") not in ("", "0")
+        self.profiled: dict[str, list[float]] = {}
         self.team = native.Team(native.load(cpu_model()), n_threads)
         self._wide: dict[tuple[int, int], tuple[Array, int]] = {}
 
     def n_threads(self) -> int:
         return self._n_threads
+
+    def count(self, op: str, seconds: float, n: int) -> None:
+        """Add `n` steps of an op to the profile."""
+        known = self.profiled.setdefault(op, [0.0, 0])
+        known[0] += seconds
+        known[1] += n
+
+    def profile(self) -> list[str]:
+        total = sum(s for s, _ in self.profiled.values())
+        rows = sorted(self.profiled.items(), key=lambda row: -row[1][0])
+        lines = [f"{op:32} {s * 1e3:10.2f} ms {100 * s / total:5.1f} % {n:9.0f} steps" for op, (s, n) in rows]
+        return [f"profile of {self.name}, {self._n_threads} threads, {total * 1e3:.2f} ms", *lines] if rows else []
 
     # -- weights in a layout of our own --------------------------------------------------------------------------------
 
@@ -125,7 +139,11 @@ class CPUDevice(HostDevice):
 
     def rows_of(self, buffer: Buffer, t: Tensor, ids: Array) -> Array:
         """Some rows of the packed tensor t. Shapes: uint8 [len(ids), row_bytes]."""
-        return np.concatenate([self._unpacked(buffer, t.offset, int(i), int(i) + 1) for i in ids])
+        kind, row, n_groups, n_blocks = self._shape(t.type, t.ne)
+        out, at = np.empty((len(ids), row), np.uint8), self._at(buffer, t.offset)
+        for k, i in enumerate(ids.tolist()):
+            self.team.call(layout.UNPACK_ROWS, kind, at, row, i, i + 1, 16 * n_groups, n_blocks, out.ctypes.data + k * row)
+        return out
 
     def widened(self, buffer: Buffer | None, t: Tensor) -> tuple[int, int] | None:
         """Address and packed rows of a float16 copy of weights whose type has no products of its own."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -12,9 +13,10 @@ import numpy as np
 from protocol.dtypes import TYPES, GGMLType, row_bytes
 from protocol.errors import KernelError
 from protocol.graph import Graph, Tensor
+from protocol.limits import MAX_ROPE_POSITION
 from workers.devices.base import Buffer, Tick
 from workers.kernels import layout, reference
-from workers.kernels.reference import Node, rope_angles
+from workers.kernels.reference import Node, rope_turn
 from workers.plan import ALIGN, HostPlan, Step
 from workers.tensors import NUMPY_TYPE, Array, load
 
@@ -59,7 +61,20 @@ class CPUPlan(HostPlan):
         if self._layouts != self._layout():
             self.__init__(self.device, self.graph, self.buffers)  # type: ignore[misc]
         self.device.settle(self._end)
-        return super().run(inputs, tick)
+        if self.profile is None:
+            return super().run(inputs, tick)
+        self.profile[:] = 0
+        start = time.perf_counter()
+        out = super().run(inputs, tick)
+        rest = time.perf_counter() - start
+        for row, ns in zip(self.program, self.profile, strict=True):
+            op = layout.OP_NAMES[row[0]]
+            if row[0] in (layout.PRODUCT, layout.PRODUCT_ID):
+                op = f"{op} {layout.KINDS[row[2]].name} {row[5]}x{row[7]}"
+            self.device.count(op, ns / 1e9, 1)
+            rest -= ns / 1e9
+        self.device.count("between: inputs, tables, NumPy ops", rest, 1)
+        return out
 
     def _bind_all(self, graph: Graph, buffers: dict[int, Buffer]) -> None:
         self._rows: list[list[int]] = []
@@ -287,9 +302,19 @@ class CPUPlan(HostPlan):
             n_tokens, half = n.tensor.ne[2], n.params["n_dims"] // 2
             cos, sin = np.zeros((n_tokens, half), np.float32), np.zeros((n_tokens, half), np.float32)
 
+            exponent = np.arange(half, dtype=np.float64)
+            made: dict[bytes, tuple[Array, float]] = {}
+
             def fill() -> None:
-                positions = n.indices(1, 1 << 30).reshape(-1)
-                cos[:], sin[:], _ = rope_angles(n, positions, n.opt(2))
+                factors = n.opt(2)
+                key = b"" if factors is None else factors.tobytes()
+                if key not in made:
+                    made.clear()
+                    made[key] = rope_turn(n, factors, exponent)
+                turn, magnitude = made[key]
+                angle = n.indices(1, MAX_ROPE_POSITION).reshape(-1, 1) * turn
+                np.multiply(np.cos(angle), magnitude, out=cos, casting="same_kind")
+                np.multiply(np.sin(angle), magnitude, out=sin, casting="same_kind")
 
             self._preludes.append(fill)
             known = self._tables[key] = (cos.ctypes.data, sin.ctypes.data)
@@ -449,7 +474,7 @@ class CPUPlan(HostPlan):
         assert t is not None  # it was packed
         ids = n.indices(1, t.ne[1])
         blocks = self.device.rows_of(self.buffers[t.buffer], t, ids.reshape(-1))
-        n.put(values_of(blocks, t).reshape(n.dst.shape))
+        n.dst[...] = values_of(blocks, t).reshape(n.dst.shape)
 
 
 def values_of(blocks: Array, t: Tensor) -> Array:

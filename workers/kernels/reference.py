@@ -395,7 +395,7 @@ def rope_angles(n: Node, positions: Array, factors: Array | None) -> tuple[Array
     Source: Su et al. (RoPE), Peng et al. (YaRN), Wang et al. (M-RoPE, Qwen2-VL).
     """
     p = n.params
-    n_dims, mode, base = p["n_dims"], p["mode"], float(p["freq_base"])
+    n_dims, mode = p["n_dims"], p["mode"]
     n_pairs = n.tensor.ne[0] // 2 if mode == ROPE_VISION else n_dims // 2
     pair = np.arange(n_pairs)
     exponent = pair.astype(np.float64)
@@ -414,17 +414,29 @@ def rope_angles(n: Node, positions: Array, factors: Array | None) -> tuple[Array
         pos = positions.reshape(4, -1).astype(np.float64)[which].T
     else:
         pos = np.broadcast_to(positions.astype(np.float64)[:, None], (len(positions), n_pairs))
-    theta = pos * base ** (-2.0 * exponent / n_dims)
+    turn, magnitude = rope_turn(n, factors, exponent)
+    angle = pos * turn
+    return np.cos(angle) * magnitude, np.sin(angle) * magnitude, magnitude
+
+
+def rope_turn(n: Node, factors: Array | None, exponent: Array) -> tuple[Array, float]:
+    """The angle by which one position turns each pair, and the magnitude of what is turned.
+
+    Shapes: `exponent` and the result (n_pairs,). Source: as `rope_angles`.
+    """
+    p, n_pairs = n.params, len(exponent)
+    n_dims, base = p["n_dims"], float(p["freq_base"])
+    theta = base ** (-2.0 * exponent / n_dims)
     if factors is not None:
         theta = theta / factors.reshape(-1)[:n_pairs]
     scale, ext, magnitude = float(p["freq_scale"]), float(p["ext_factor"]), float(p["attn_factor"])
-    angle = scale * theta
+    turn = scale * theta
     if ext != 0:
         low, high = yarn_correction(n_dims, p["n_ctx_orig"], base, p["beta_fast"], p["beta_slow"])
-        ramp = (1 - np.clip((pair - low) / max(0.001, high - low), 0, 1)) * ext
-        angle = angle * (1 - ramp) + theta * ramp
+        ramp = (1 - np.clip((np.arange(n_pairs) - low) / max(0.001, high - low), 0, 1)) * ext
+        turn = turn * (1 - ramp) + theta * ramp
         magnitude *= 1 + 0.1 * math.log(1 / scale)
-    return np.cos(angle) * magnitude, np.sin(angle) * magnitude, magnitude
+    return turn, magnitude
 
 
 def yarn_correction(n_dims: int, n_ctx_orig: int, base: float, fast: float, slow: float) -> tuple[float, float]:
