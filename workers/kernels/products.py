@@ -147,8 +147,8 @@ def _few(n: int) -> Any:
     return few
 
 
-FEW = 4
-_few_one, _few_four = _few(1), _few(FEW)
+FEW = min(4, TARGET.columns[0])
+_few_one, _few_many = _few(1), _few(FEW)
 
 
 # -- many columns: unpack a panel once, then tiles ---------------------------------------------------------------------
@@ -437,7 +437,7 @@ def _quantized_group(kind, group, n_blocks, columns, outputs, n, offset, panel):
     if n < MIN_TILED:
         done = 0
         while n - done >= FEW:
-            _few_four(kind, group, n_blocks, columns + 8 * done, outputs + 8 * done, offset)
+            _few_many(kind, group, n_blocks, columns + 8 * done, outputs + 8 * done, offset)
             done += FEW
         while done < n:
             _few_one(kind, group, n_blocks, columns + 8 * done, outputs + 8 * done, offset)

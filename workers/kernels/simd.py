@@ -42,7 +42,7 @@ class Target:
 TARGETS = (
     Target("AVX-512 VNNI", ("avx512f", "avx512bw", "avx512vl", "avx512vnni", "avx2", "fma", "f16c"), (8, 4, 1), False),
     Target("AVX2", ("avx2", "fma", "f16c"), (4, 1), True),
-    Target("portable", (), (4, 1), True),
+    Target("portable", (), (1,), True),
 )
 
 
