@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.models import write_model
+from bench.models import EXPERTS, LARGE, write_model
 from protocol.dtypes import GGMLType
 
 MIB = 1 << 20
@@ -44,6 +44,7 @@ class Scenario:
     streams: int = 1
     rpc: int = 0
     cached: bool = False
+    experts: bool = False
     goals: dict[str, float] = field(default_factory=dict)
 
 
@@ -54,6 +55,7 @@ SCENARIOS = [
     Scenario("local-q8_0", RATES, "Q8_0", goals={"decode_tok_s": 1.2, "prefill_tok_s": 1.5}),
     Scenario("local-q4_k", RATES, "Q4_K", goals={"decode_tok_s": 1.2, "prefill_tok_s": 1.9}),
     Scenario("context-4096", ("decode_tok_s",), prompt=512, gen=32, depth=4060, goals={"decode_tok_s": 1.2}),
+    Scenario("experts", RATES, experts=True, goals={"decode_tok_s": 1.2, "prefill_tok_s": 1.5}),
     Scenario("rpc", RATES, prompt=512, rpc=2, goals={"decode_tok_s": 2.2, "prefill_tok_s": 4.0}),
     Scenario("rpc-8-streams", ("decode_tok_s",), prompt=64, gen=32, streams=8, rpc=2, goals={"decode_tok_s": 3.0}),
     Scenario("load-cold", ("load_and_token_s",), "Q8_0", prompt=16, gen=2, rpc=2, goals={"load_and_token_s": 0.5}),
@@ -90,8 +92,8 @@ def theirs(s: Scenario, model: Path, threads: int, cache: Path, python: str) -> 
 
 def measure(s: Scenario, args: argparse.Namespace) -> list[str]:
     """Both sides in turn; a table's rows."""
-    model = args.folder / f"llama-0.85b-{s.type.lower()}.gguf"
-    write_model(model, GGMLType[s.type])
+    model = args.folder / f"llama-{'moe-0.55b' if s.experts else '0.85b'}-{s.type.lower()}.gguf"
+    write_model(model, GGMLType[s.type], EXPERTS if s.experts else LARGE)
     results: tuple[list[dict[str, float]], list[dict[str, float]]] = ([], [])
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         for i in range(args.rounds + s.cached):

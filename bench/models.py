@@ -14,7 +14,7 @@ from protocol.dtypes import TYPES, GGMLType
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A llama-shaped model."""
+    """A llama-shaped model; with `n_expert` its layers have experts as Mixtral's."""
 
     n_embd: int = 2048
     n_layer: int = 16
@@ -23,10 +23,14 @@ class Shape:
     n_ff: int = 5632
     n_vocab: int = 32_000
     n_ctx: int = 4096
+    n_expert: int = 0
+    n_expert_used: int = 0
 
 
 LARGE = Shape()
 """0.85 G parameters."""
+EXPERTS = Shape(n_embd=1024, n_layer=12, n_head=16, n_head_kv=4, n_ff=768, n_expert=16, n_expert_used=4)
+"""0.55 G parameters, of which a token uses 0.22 G."""
 
 
 def _random_blocks(rng: np.random.Generator, type_id: GGMLType, rows: int, width: int) -> np.ndarray:
@@ -61,6 +65,9 @@ def write_model(path: Path, type_id: GGMLType = GGMLType.Q4_0, shape: Shape = LA
     w.add_rope_dimension_count(s.n_embd // s.n_head)
     w.add_layer_norm_rms_eps(1e-5)
     w.add_vocab_size(s.n_vocab)
+    if s.n_expert:
+        w.add_expert_count(s.n_expert)
+        w.add_expert_used_count(s.n_expert_used)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     w.add_tokenizer_model("gpt2")
     w.add_tokenizer_pre("gpt-2")
@@ -75,6 +82,10 @@ def write_model(path: Path, type_id: GGMLType = GGMLType.Q4_0, shape: Shape = LA
         data = _random_blocks(rng, type_id, rows, width)
         w.add_tensor(name, data, raw_dtype=None if type_id == GGMLType.F16 else kind)
 
+    def experts(name: str, rows: int, width: int) -> None:
+        data = _random_blocks(rng, type_id, rows * s.n_expert, width).reshape(s.n_expert, rows, -1)
+        w.add_tensor(name, data, raw_dtype=None if type_id == GGMLType.F16 else kind)
+
     matrix("token_embd.weight", s.n_vocab, s.n_embd)
     matrix("output.weight", s.n_vocab, s.n_embd)
     w.add_tensor("output_norm.weight", np.ones(s.n_embd, np.float32))
@@ -86,6 +97,13 @@ def write_model(path: Path, type_id: GGMLType = GGMLType.Q4_0, shape: Shape = LA
         matrix(p + "attn_k.weight", kv, s.n_embd)
         matrix(p + "attn_v.weight", kv, s.n_embd)
         matrix(p + "attn_output.weight", s.n_embd, s.n_embd)
+        if s.n_expert:
+            router = rng.standard_normal((s.n_expert, s.n_embd), np.float32) / np.sqrt(s.n_embd)
+            w.add_tensor(p + "ffn_gate_inp.weight", router.astype(np.float32))
+            experts(p + "ffn_gate_exps.weight", s.n_ff, s.n_embd)
+            experts(p + "ffn_up_exps.weight", s.n_ff, s.n_embd)
+            experts(p + "ffn_down_exps.weight", s.n_embd, s.n_ff)
+            continue
         matrix(p + "ffn_gate.weight", s.n_ff, s.n_embd)
         matrix(p + "ffn_up.weight", s.n_ff, s.n_embd)
         matrix(p + "ffn_down.weight", s.n_embd, s.n_ff)
