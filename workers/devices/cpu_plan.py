@@ -31,6 +31,11 @@ SPLIT_QUERIES = 64
 """With fewer queries than this the context is divided over threads too."""
 
 
+TWO = {name: getattr(layout, name) for name in ("ADD", "SUB", "MUL", "DIV", "SWIGLU", "GEGLU")}
+ONE = {name: getattr(layout, name) for name in ("TANH", "SILU", "GELU", "SIGMOID", "STEP", "RELU")}
+"""Kinds of elementwise ops with two sources and with one."""
+
+
 def float_word(x: float) -> int:
     """The bits of a float32 as an argument of a step."""
     return int(struct.unpack("<i", struct.pack("<f", x))[0])
@@ -103,7 +108,7 @@ class CPUPlan(HostPlan):
     def _steps(self, nodes: list[Node]) -> list[tuple[Step, int]]:
         out: list[tuple[Step, int]] = []
         self._end = -(-self.arena_bytes // ALIGN) * ALIGN
-        self._scratch_bytes = layout.PANEL_BYTES
+        self._scratch_bytes = layout.PANEL_BYTES  # more than the 192 bytes that a rest of 16 lanes needs
         first, cost, skip = 0, 0, -1
 
         def flush() -> None:
@@ -148,7 +153,13 @@ class CPUPlan(HostPlan):
         """Add a node's steps. Returns whether it has any, and whether the node behind it is in them too."""
         if node.op.name == "RMS_NORM":
             return self._rms_norm(node, following)
-        bind: Callable[[Node], bool] | None = getattr(self, f"_bind_{node.op.name.lower()}", None)
+        name = node.op.name
+        bind: Callable[[Node], bool] | None = getattr(self, f"_bind_{name.lower()}", None)
+        if bind is None and name in TWO:
+            bind = partial(self._glu, kind=TWO[name]) if name.endswith("GLU") else partial(self._elementwise, kind=TWO[name],
+                                                                                      second=1)  # fmt: skip
+        elif bind is None and name in ONE:
+            bind = partial(self._elementwise, kind=ONE[name])
         return (bind is not None and 0 not in node.tensor.ne and bind(node)), False
 
     def _fallback(self, node: Node) -> Step:
@@ -206,45 +217,99 @@ class CPUPlan(HostPlan):
             return self._address(i), t.nb[2], t.n_rows, t.ne[0]
         return None
 
-    def _elementwise(self, n: Node, kind: int, second: int, offsets: tuple[int, int] = (0, 0)) -> bool:
-        """y = x op z over rows; z is source `second` with the rows of x, or rows that repeat."""
+    def _elementwise(
+        self, n: Node, kind: int, second: int = 0, offsets: tuple[int, int] = (0, 0),
+        params: tuple[float, float] = (0.0, 0.0),
+    ) -> bool:  # fmt: skip
+        """y = f(x, z) over rows; z is source `second` with the rows of x, rows that repeat, or an element a row."""
         i, j, k = n.tensor.src[0], n.tensor.src[second], n.index
         x, z, y = self._float_rows(i), self._float_rows(j), self._float_rows(k)
         if x is None or z is None or y is None or x[2] != y[2]:
             return False
         tx, tz = self.graph.tensors[i], self.graph.tensors[j]
+        ranges = [self._range(i), self._range(j)], [self._range(k)]
+        if tz.ne == (1, *tx.ne[1:]) and kind <= layout.DIV and tx.ne[0] > 1:
+            self._add(n, layout.BY_ROW, [kind, x[0], x[1], z[0], z[1], y[0], y[1], y[2], y[3]], *ranges)
+            return True
         same = second == 0 or tx.ne == tz.ne
         if not same and (tz.ne[0] != tx.ne[0] or (tz.n_rows != 1 and tz.ne[1:] != (tx.ne[1], 1, 1))):
             return False
-        self._add(n, layout.BINARY, [kind, x[0] + offsets[0], x[1], z[0] + offsets[1], z[1], z[2], y[0], y[1], y[2], y[3]],
-                  [self._range(i), self._range(j)], [self._range(k)])  # fmt: skip
+        self._add(n, layout.ELEMENTWISE,
+                  [kind, x[0] + offsets[0], x[1], z[0] + offsets[1], z[1], z[2], y[0], y[1], y[2], y[3],
+                   *map(float_word, params)], *ranges)  # fmt: skip
         return True
 
-    def _bind_add(self, n: Node) -> bool:
-        return self._elementwise(n, layout.ADD, 1)
-
-    def _bind_mul(self, n: Node) -> bool:
-        return self._elementwise(n, layout.MUL, 1)
-
-    def _glu(self, n: Node, kind: int) -> bool:
+    def _glu(self, n: Node, kind: int, params: tuple[float, float] = (0.0, 0.0)) -> bool:
         if len(n.src) > 1 and n.src[1] is not None:
-            return self._elementwise(n, kind, 1)
+            return self._elementwise(n, kind, 1, params=params)
         half = 4 * n.tensor.ne[0]
-        return self._elementwise(n, kind, 0, (half, 0) if n.params["swapped"] else (0, half))
+        return self._elementwise(n, kind, 0, (half, 0) if n.params["swapped"] else (0, half), params)
 
-    def _bind_swiglu(self, n: Node) -> bool:
-        return self._glu(n, layout.SWIGLU)
-
-    def _bind_geglu(self, n: Node) -> bool:
-        return self._glu(n, layout.GEGLU)
+    def _bind_swiglu_oai(self, n: Node) -> bool:
+        return self._glu(n, layout.SWIGLU_OAI, (n.params["alpha"], n.params["limit"]))
 
     def _bind_scale(self, n: Node) -> bool:
+        return self._elementwise(n, layout.SCALE, params=(n.params["scale"], n.params["bias"]))
+
+    def _bind_clamp(self, n: Node) -> bool:
+        return self._elementwise(n, layout.CLAMP, params=(n.params["low"], n.params["high"]))
+
+    def _bind_soft_max(self, n: Node) -> bool:
+        i, k = n.tensor.src[0], n.index
+        x, y = self._float_rows(i), self._float_rows(k)
+        if x is None or y is None or x[2:] != y[2:] or any(j >= 0 for j in n.tensor.src[1:]):
+            return False
+        args = [x[0], x[1], y[0], y[1], y[2], y[3], float_word(n.params["scale"])]
+        self._add(n, layout.SOFT_MAX, args, [self._range(i)], [self._range(k)])
+        return True
+
+    def _bind_top_k(self, n: Node) -> bool:
+        i, k, x = n.tensor.src[0], n.index, self._float_rows(n.tensor.src[0])
+        if x is None or not n.tensor.contiguous or n.tensor.ne[0] > 64:
+            return False
+        self._add(n, layout.TOP_K, [*x, self._address(k), n.tensor.ne[0]], [self._range(i)], [self._range(k)])
+        return True
+
+    def _bind_sum_rows(self, n: Node) -> bool:
+        i, k, x = n.tensor.src[0], n.index, self._float_rows(n.tensor.src[0])
+        if x is None or not n.tensor.contiguous:
+            return False
+        self._add(n, layout.SUM_ROWS, [*x, self._address(k)], [self._range(i)], [self._range(k)])
+        return True
+
+    def _bind_norm(self, n: Node) -> bool:
         i, k = n.tensor.src[0], n.index
         x, y = self._float_rows(i), self._float_rows(k)
         if x is None or y is None or x[2:] != y[2:]:
             return False
-        words = [float_word(n.params["scale"]), float_word(n.params["bias"])]
-        self._add(n, layout.SCALE, [x[0], x[1], y[0], y[1], y[2], y[3], *words], [self._range(i)], [self._range(k)])
+        args = [x[0], x[1], y[0], y[1], y[2], y[3], float_word(n.params["eps"])]
+        self._add(n, layout.NORM, args, [self._range(i)], [self._range(k)])
+        return True
+
+    def _bind_get_rows(self, n: Node) -> bool:
+        """Rows of float32 that are not packed."""
+        x, ids = n.src_tensor[0], n.src_tensor[1]
+        if x is None or ids is None or self._packed_rows(n) is not None or not n.tensor.contiguous:
+            return False
+        if x.type != F32 or n.tensor.type != F32 or x.nb[0] != 4 or x.ne[3] != 1 or ids.type != GGMLType.I32:
+            return False
+        i, j, k = n.tensor.src[0], n.tensor.src[1], n.index
+        args = [self._address(i), x.nb[1], x.nb[2], x.ne[1], x.ne[0], self._address(j), ids.nb[0], ids.nb[1],
+                self._address(k), ids.ne[0], ids.ne[1], k]  # fmt: skip
+        if ids.ne[2] * ids.ne[3] != 1 or x.ne[2] != ids.ne[1]:
+            return False
+        self._add(n, layout.GET_ROWS, args, [self._range(i), self._range(j)], [self._range(k)])
+        return True
+
+    def _bind_add_id(self, n: Node) -> bool:
+        i, j, c, k = *n.tensor.src[:3], n.index
+        x, z, y, ids = self._float_rows(i), self._float_rows(j), self._float_rows(k), n.src_tensor[2]
+        if x is None or z is None or y is None or ids is None or ids.nb[0] != 4 or ids.ne[2] * ids.ne[3] != 1:
+            return False
+        if x[3] != z[3] or x[2] != ids.ne[0] * ids.ne[1] or x[2:] != y[2:]:
+            return False
+        args = [x[0], x[1], z[0], z[1], z[2], self._address(c), ids.nb[1], ids.ne[0], y[0], y[1], y[2], y[3], k]
+        self._add(n, layout.ADD_ID, args, [self._range(i), self._range(j), self._range(c)], [self._range(k)])
         return True
 
     def _rms_norm(self, n: Node, following: Node | None) -> tuple[bool, bool]:

@@ -167,16 +167,13 @@ def _masked(typingctx: Any, scores: Any, mask: Any, scale: Any, softcap: Any) ->
         scores, mask, scale, softcap = args
         top = e.function("llvm.vector.reduce.fmax.v16f32", f32, [v16f])
         larger = e.function("llvm.maxnum.v16f32", v16f, [v16f, v16f])
-        one, two = e.floats(1.0), e.floats(2.0)
         peak = cgutils.alloca_once_value(b, e.floats(float("-inf")))
         room = cgutils.alloca_once(b, v16f)
         for part in range(0, 4 * BLOCK, 64):
             b.store(b.fmul(e.load(scores, part, v16f), e.splat(scale)), room)
             with b.if_then(b.fcmp_unordered("!=", softcap, ir.Constant(f32, 0.0))):
                 cap = e.splat(softcap)
-                u = b.fmul(b.fdiv(b.load(room), cap), two)
-                tanh = b.fsub(one, b.fdiv(two, b.fadd(e.exp(u), one)))
-                b.store(b.fmul(tanh, cap), room)
+                b.store(b.fmul(e.tanh(b.fdiv(b.load(room), cap)), cap), room)
             with b.if_then(b.icmp_signed("!=", mask, e.const(0))):
                 bits = e.load(mask, part // 2, vec(i16, 16))
                 hidden = b.icmp_unsigned("==", bits, ir.Constant(vec(i16, 16), [HIDDEN] * 16))

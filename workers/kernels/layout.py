@@ -33,8 +33,8 @@ def product_scratch_bytes(weight_row_bytes: int, n_columns: int) -> int:
 
 # -- rows --------------------------------------------------------------------------------------------------------------
 
-ADD, MUL, SWIGLU, GEGLU = range(4)
-"""Kinds of BINARY."""
+(ADD, SUB, MUL, DIV, SWIGLU, GEGLU, SWIGLU_OAI, SCALE, CLAMP, TANH, SILU, GELU, SIGMOID, STEP, RELU) = range(15)
+"""Kinds of ELEMENTWISE. The first seven take two sources; SCALE, CLAMP and SWIGLU_OAI two parameters."""
 
 # -- attention ---------------------------------------------------------------------------------------------------------
 
@@ -66,9 +66,11 @@ def parts_bytes(n_queries: int, n_kv: int, d_v: int) -> int:
 
 WORDS = 32
 """int64 words of a step: opcode, whether the threads meet before it, arguments."""
-(QUANTIZE, PRODUCT, PRODUCT_ID, BINARY, RMS_NORM, SCALE, ROPE, STORE_HALVES, ATTEND, MERGE, ARGMAX) = range(11)
-OP_NAMES = ("QUANTIZE", "MUL_MAT", "MUL_MAT_ID", "ADD/MUL/GLU", "RMS_NORM", "SCALE", "ROPE", "SET_ROWS",
-            "FLASH_ATTN_EXT", "FLASH_ATTN_EXT merge", "ARGMAX")  # fmt: skip
+(QUANTIZE, PRODUCT, PRODUCT_ID, ELEMENTWISE, RMS_NORM, BY_ROW, ROPE, STORE_HALVES, ATTEND, MERGE, ARGMAX, SOFT_MAX, TOP_K,
+ GET_ROWS, SUM_ROWS, NORM, ADD_ID) = range(17)  # fmt: skip
+OP_NAMES = ("QUANTIZE", "MUL_MAT", "MUL_MAT_ID", "elementwise", "RMS_NORM", "elementwise by row", "ROPE", "SET_ROWS",
+            "FLASH_ATTN_EXT", "FLASH_ATTN_EXT merge", "ARGMAX", "SOFT_MAX", "TOP_K", "GET_ROWS", "SUM_ROWS", "NORM",
+            "ADD_ID")  # fmt: skip
 
 (GENERATION, PHASE, ARRIVED, PROGRAM, FIRST, LAST, STOP, ASLEEP, SCRATCH, SCRATCH_BYTES, PROFILE, BAD,
  CLOCK) = range(0, 13 * 64, 64)  # fmt: skip

@@ -14,12 +14,13 @@ import numpy as np
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
-from workers.kernels.layout import ADD, MUL, SWIGLU
+from workers.kernels import layout as k
 from workers.kernels.simd import (
     Emit,
     as_floats,
     as_halves,
     float_to_half,
+    load32,
     load64,
     loadf,
     store32,
@@ -30,59 +31,77 @@ from workers.kernels.simd import (
 LANE_BYTES = 64
 
 
-def _map16(n_sources: int, compute: Callable[[Emit, list[Any]], Any]) -> Any:
-    """An intrinsic that computes 16 float32 at an address from those at one or two others."""
-
-    @intrinsic
-    def two(typingctx: Any, x: Any, z: Any, y: Any) -> Any:
-        def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
-            e = Emit(b)
-            e.store(compute(e, [e.load(a, 0, v16f) for a in args[:n_sources]]), args[2])
-            return context.get_dummy_value()
-
-        return types.void(types.int64, types.int64, types.int64), codegen
-
-    return two
-
-
-def _swiglu(e: Emit, v: list[Any]) -> Any:
-    x, g = v
+def _swiglu(e: Emit, x: Any, g: Any, p: Any, q: Any) -> Any:
     return e.b.fmul(e.b.fdiv(x, e.b.fadd(e.floats(1.0), e.exp(e.b.fneg(x)))), g)
 
 
-def _geglu(e: Emit, v: list[Any]) -> Any:
-    """tanh(u) = 1 - 2 / (e^2u + 1)."""
-    b, (x, g) = e.b, v
+def _gelu(e: Emit, x: Any) -> Any:
+    b = e.b
     cube = e.fma(b.fmul(x, x), e.floats(0.044715), e.floats(1.0))
     u = b.fmul(b.fmul(e.floats(0.7978845608028654), x), cube)
-    tanh = b.fsub(e.floats(1.0), b.fdiv(e.floats(2.0), b.fadd(e.exp(b.fadd(u, u)), e.floats(1.0))))
-    return b.fmul(b.fmul(b.fmul(e.floats(0.5), x), b.fadd(e.floats(1.0), tanh)), g)
+    return b.fmul(b.fmul(e.floats(0.5), x), b.fadd(e.floats(1.0), e.tanh(u)))
 
 
-_add16 = _map16(2, lambda e, v: e.b.fadd(*v))
-_mul16 = _map16(2, lambda e, v: e.b.fmul(*v))
-_swiglu16, _geglu16 = _map16(2, _swiglu), _map16(2, _geglu)
+def _swiglu_oai(e: Emit, x: Any, g: Any, alpha: Any, limit: Any) -> Any:
+    b = e.b
+    x = b.select(b.fcmp_ordered(">", x, limit), limit, x)
+    low = b.fneg(limit)
+    g = b.select(b.fcmp_ordered(">", g, limit), limit, b.select(b.fcmp_ordered("<", g, low), low, g))
+    return b.fmul(b.fmul(x, e.sigmoid(b.fmul(alpha, x))), b.fadd(e.floats(1.0), g))
 
 
-@njit(nogil=True, inline="always")
-def _vector16(kind, x, z, y):  # type: ignore[no-untyped-def]
-    if kind == ADD:
-        _add16(x, z, y)
-    elif kind == MUL:
-        _mul16(x, z, y)
-    elif kind == SWIGLU:
-        _swiglu16(x, z, y)
-    else:
-        _geglu16(x, z, y)
+def _clamp(e: Emit, x: Any, low: Any, high: Any) -> Any:
+    x = e.b.select(e.b.fcmp_ordered("<", x, low), low, x)
+    return e.b.select(e.b.fcmp_ordered(">", x, high), high, x)
+
+
+def _where_positive(e: Emit, x: Any, value: Any) -> Any:
+    return e.b.select(e.b.fcmp_ordered(">", x, e.floats(0.0)), value, e.floats(0.0))
+
+
+_KINDS: dict[int, Callable[[Emit, Any, Any, Any, Any], Any]] = {
+    k.ADD: lambda e, x, z, p, q: e.b.fadd(x, z),
+    k.SUB: lambda e, x, z, p, q: e.b.fsub(x, z),
+    k.MUL: lambda e, x, z, p, q: e.b.fmul(x, z),
+    k.DIV: lambda e, x, z, p, q: e.b.fdiv(x, z),
+    k.SWIGLU: _swiglu,
+    k.GEGLU: lambda e, x, z, p, q: e.b.fmul(_gelu(e, x), z),
+    k.SWIGLU_OAI: _swiglu_oai,
+    k.SCALE: lambda e, x, z, p, q: e.b.fadd(e.b.fmul(x, p), q),
+    k.CLAMP: lambda e, x, z, p, q: _clamp(e, x, p, q),
+    k.TANH: lambda e, x, z, p, q: e.tanh(x),
+    k.SILU: lambda e, x, z, p, q: e.b.fmul(x, e.sigmoid(x)),
+    k.GELU: lambda e, x, z, p, q: _gelu(e, x),
+    k.SIGMOID: lambda e, x, z, p, q: e.sigmoid(x),
+    k.STEP: lambda e, x, z, p, q: _where_positive(e, x, e.floats(1.0)),
+    k.RELU: lambda e, x, z, p, q: _where_positive(e, x, x),
+}
+
+
+@intrinsic
+def _vector16(typingctx: Any, kind: Any, x: Any, z: Any, y: Any, p: Any, q: Any) -> Any:
+    """16 float32 at y from those at x and z, and the parameters p and q."""
+
+    def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emit(b)
+        for which, compute in _KINDS.items():
+            with b.if_then(b.icmp_signed("==", args[0], e.const(which))):
+                two = (e.load(args[1], 0, v16f), e.load(args[2], 0, v16f))
+                e.store(compute(e, *two, e.splat(args[4]), e.splat(args[5])), args[3])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4, types.float32, types.float32), codegen
 
 
 @njit(nogil=True)
-def binary(kind, x, x_row, z, z_row, z_rows, y, y_row, n_rows, n, at, t, n_threads):  # type: ignore[no-untyped-def]
-    """y = x op z; row r of x meets row r % z_rows of z. What is left of 16 lanes goes through a copy at `at`."""
+def elementwise(  # type: ignore[no-untyped-def]
+    kind, x, x_row, z, z_row, z_rows, y, y_row, n_rows, n, p, q, at, t, n_threads
+):  # fmt: skip
+    """y = f(x, z); row r of x meets row r % z_rows of z. What is left of 16 lanes goes through a copy at `at`."""
     n16 = n // 16
     for i in range(n_rows * n16 * t // n_threads, n_rows * n16 * (t + 1) // n_threads):
         r, c = i // n16, i % n16 * LANE_BYTES
-        _vector16(kind, x + r * x_row + c, z + r % z_rows * z_row + c, y + r * y_row + c)
+        _vector16(kind, x + r * x_row + c, z + r % z_rows * z_row + c, y + r * y_row + c, p, q)
     rest = n - 16 * n16
     if rest == 0:
         return
@@ -92,16 +111,123 @@ def binary(kind, x, x_row, z, z_row, z_rows, y, y_row, n_rows, n, at, t, n_threa
         for i in range(rest):
             storef(at + 4 * i, loadf(a + 4 * i))
             storef(at + 64 + 4 * i, loadf(b + 4 * i))
-        _vector16(kind, at, at + 64, at + 128)
+        _vector16(kind, at, at + 64, at + 128, p, q)
         for i in range(rest):
             storef(d + 4 * i, loadf(at + 128 + 4 * i))
 
 
 @njit(nogil=True)
-def scale(x, x_row, y, y_row, n_rows, n, factor, bias, t, n_threads):  # type: ignore[no-untyped-def]
-    for i in range(n_rows * n * t // n_threads, n_rows * n * (t + 1) // n_threads):
-        r, c = i // n, i % n
-        storef(y + r * y_row + 4 * c, loadf(x + r * x_row + 4 * c) * factor + bias)
+def by_row(kind, x, x_row, z, z_step, y, y_row, n_rows, n, t, n_threads):  # type: ignore[no-untyped-def]
+    """y = x op z for ADD to DIV, where z has one element for each row of x, `z_step` bytes apart."""
+    for r in range(n_rows * t // n_threads, n_rows * (t + 1) // n_threads):
+        a, d, v = carray(as_floats(x + r * x_row), n), carray(as_floats(y + r * y_row), n), loadf(z + r * z_step)
+        if kind == k.ADD:
+            for i in range(n):
+                d[i] = a[i] + v
+        elif kind == k.SUB:
+            for i in range(n):
+                d[i] = a[i] - v
+        elif kind == k.MUL:
+            for i in range(n):
+                d[i] = a[i] * v
+        else:
+            for i in range(n):
+                d[i] = a[i] / v
+
+
+@njit(nogil=True)
+def soft_max(x, x_row, y, y_row, n_rows, n, scale, t, n_threads):  # type: ignore[no-untyped-def]
+    for r in range(n_rows * t // n_threads, n_rows * (t + 1) // n_threads):
+        a, d = carray(as_floats(x + r * x_row), n), carray(as_floats(y + r * y_row), n)
+        peak = a[0] * scale
+        for i in range(1, n):
+            peak = max(peak, a[i] * scale)
+        total = 0.0
+        for i in range(n):
+            e = math.exp(np.float64(a[i] * scale - peak))
+            total += e
+            d[i] = np.float32(e)
+        for i in range(n):
+            d[i] = np.float32(d[i] / total)
+
+
+@njit(nogil=True)
+def top_k(x, x_row, n_rows, n, y, n_top, t, n_threads):  # type: ignore[no-untyped-def]
+    """int32 indices of the largest; of equals the first. As ggml leaves them, the first two have changed places."""
+    for r in range(n_rows * t // n_threads, n_rows * (t + 1) // n_threads):
+        a, d = carray(as_floats(x + r * x_row), n), y + 4 * n_top * r
+        for j in range(n_top):
+            best = -1
+            for i in range(n):
+                if best >= 0 and not a[i] > a[best]:
+                    continue
+                taken = False
+                for before in range(j):
+                    taken = taken or load32(d + 4 * before) == i
+                if not taken:
+                    best = i
+            store32(d + 4 * j, best)
+        if n_top > 1:
+            first = load32(d)
+            store32(d, load32(d + 4))
+            store32(d + 4, first)
+
+
+@njit(nogil=True)
+def get_rows(  # type: ignore[no-untyped-def]
+    x, x_row, x_plane, n_x, n, ids, id_step, id_row, y, n_ids, n_planes, t, n_threads
+):  # fmt: skip
+    """Rows of float32 by int32 ids, a plane of each for each plane of x. False: an id points outside."""
+    work = n_ids * n_planes
+    for i in range(work * t // n_threads, work * (t + 1) // n_threads):
+        plane, j = i // n_ids, i % n_ids
+        row = load32(ids + plane * id_row + j * id_step)
+        if row < 0 or row >= n_x:
+            return False
+        a, d = carray(as_floats(x + plane * x_plane + row * x_row), n), carray(as_floats(y + 4 * n * i), n)
+        for c in range(n):
+            d[c] = a[c]
+    return True
+
+
+@njit(nogil=True)
+def sum_rows(x, x_row, n_rows, n, y, t, n_threads):  # type: ignore[no-untyped-def]
+    for r in range(n_rows * t // n_threads, n_rows * (t + 1) // n_threads):
+        a, total = carray(as_floats(x + r * x_row), n), 0.0
+        for i in range(n):
+            total += np.float64(a[i])
+        storef(y + 4 * r, np.float32(total))
+
+
+@njit(nogil=True)
+def norm(x, x_row, y, y_row, n_rows, n, eps, t, n_threads):  # type: ignore[no-untyped-def]
+    """NORM: mean and variance in float64."""
+    for r in range(n_rows * t // n_threads, n_rows * (t + 1) // n_threads):
+        a, d, total, square = carray(as_floats(x + r * x_row), n), carray(as_floats(y + r * y_row), n), 0.0, 0.0
+        for i in range(n):
+            total += np.float64(a[i])
+        mean = total / n
+        for i in range(n):
+            square += (np.float64(a[i]) - mean) * (np.float64(a[i]) - mean)
+        factor = 1.0 / math.sqrt(square / n + eps)
+        for i in range(n):
+            d[i] = np.float32((np.float64(a[i]) - mean) * factor)
+
+
+@njit(nogil=True)
+def add_id(  # type: ignore[no-untyped-def]
+    x, x_row, z, z_row, n_z, ids, ids_row, n_used, y, y_row, n_rows, n, t, n_threads
+):  # fmt: skip
+    """y[token, slot] = x[token, slot] + z[ids[token, slot]]. False: an id points outside."""
+    for r in range(n_rows * t // n_threads, n_rows * (t + 1) // n_threads):
+        which = load32(ids + r // n_used * ids_row + 4 * (r % n_used))
+        if which < 0 or which >= n_z:
+            return False
+        a, b = carray(as_floats(x + r * x_row), n), carray(as_floats(z + which * z_row), n)
+        d = carray(as_floats(y + r * y_row), n)
+        for i in range(n):
+            d[i] = a[i] + b[i]
+    return True
 
 
 @njit(nogil=True, fastmath={"reassoc", "contract", "nsz"})

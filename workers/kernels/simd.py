@@ -185,6 +185,20 @@ class Emit:
         y = b.select(b.fcmp_ordered("<", x, low), self.floats(0.0), y)
         return b.select(b.fcmp_ordered(">", x, high), self.floats(float("inf")), y)
 
+    def tanh(self, x: Any) -> Any:
+        """1 - 2 / (e^2x + 1), and near 0, where that cancels, the series."""
+        b, one = self.b, self.floats(1.0)
+        far = b.fsub(one, b.fdiv(self.floats(2.0), b.fadd(self.exp(b.fadd(x, x)), one)))
+        square = b.fmul(x, x)
+        p = self.floats(62 / 2835)
+        for c in (-17 / 315, 2 / 15, -1 / 3, 1.0):
+            p = self.fma(p, square, self.floats(c))
+        return b.select(b.fcmp_ordered("<", square, self.floats(0.09)), b.fmul(x, p), far)
+
+    def sigmoid(self, x: Any) -> Any:
+        b, one = self.b, self.floats(1.0)
+        return b.fdiv(one, b.fadd(one, self.exp(b.fneg(x))))
+
     def join(self, x: Any, y: Any) -> Any:
         n = 2 * x.type.count
         return self.b.shuffle_vector(x, y, ir.Constant(vec(i32, n), list(range(n))))

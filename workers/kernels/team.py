@@ -15,19 +15,23 @@ from numba import njit, types
 
 from workers.kernels import attention, products, rows
 from workers.kernels.layout import (
+    ADD_ID,
     ARGMAX,
     ARRIVED,
     ASLEEP,
     ATTEND,
     BAD,
-    BINARY,
+    BY_ROW,
     CLOCK,
+    ELEMENTWISE,
     FIRST,
     GENERATION,
+    GET_ROWS,
     HELP,
     LAST,
     LEAD,
     MERGE,
+    NORM,
     PACK_ROWS,
     PHASE,
     PRODUCT,
@@ -37,11 +41,13 @@ from workers.kernels.layout import (
     QUANTIZE,
     RMS_NORM,
     ROPE,
-    SCALE,
     SCRATCH,
     SCRATCH_BYTES,
+    SOFT_MAX,
     STOP,
     STORE_HALVES,
+    SUM_ROWS,
+    TOP_K,
     UNPACK_ROWS,
     WAKE,
     WORDS,
@@ -155,9 +161,9 @@ def _step(op, a, control, scratch, t, n_threads):  # type: ignore[no-untyped-def
         _product(a, scratch, t, n_threads)
     elif op == QUANTIZE:
         products.quantize(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), t, n_threads)
-    elif op == BINARY:
-        rows.binary(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), _arg(a, 6), _arg(a, 7),
-                    _arg(a, 8), _arg(a, 9), scratch, t, n_threads)  # fmt: skip
+    elif op == ELEMENTWISE:
+        rows.elementwise(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), _arg(a, 6), _arg(a, 7),
+                         _arg(a, 8), _arg(a, 9), _float_arg(a, 10), _float_arg(a, 11), scratch, t, n_threads)  # fmt: skip
     elif op == RMS_NORM:
         rows.rms_norm(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), _arg(a, 6),
                       _float_arg(a, 7), t, n_threads)  # fmt: skip
@@ -172,9 +178,26 @@ def _step(op, a, control, scratch, t, n_threads):  # type: ignore[no-untyped-def
         _store_halves(a, control, t, n_threads)
     elif op == PRODUCT_ID:
         _product_id(a, control, scratch, t, n_threads)
-    elif op == SCALE:
-        rows.scale(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), _float_arg(a, 6),
-                   _float_arg(a, 7), t, n_threads)  # fmt: skip
+    elif op == BY_ROW:
+        rows.by_row(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), _arg(a, 6), _arg(a, 7),
+                    _arg(a, 8), t, n_threads)  # fmt: skip
+    elif op == SOFT_MAX:
+        rows.soft_max(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), _float_arg(a, 6), t,
+                      n_threads)  # fmt: skip
+    elif op == TOP_K:
+        rows.top_k(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), t, n_threads)
+    elif op == GET_ROWS:
+        if not rows.get_rows(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), _arg(a, 6),
+                             _arg(a, 7), _arg(a, 8), _arg(a, 9), _arg(a, 10), t, n_threads):  # fmt: skip
+            atomic_store(control + BAD, _arg(a, 11) + 1)
+    elif op == SUM_ROWS:
+        rows.sum_rows(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), t, n_threads)
+    elif op == NORM:
+        rows.norm(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), _float_arg(a, 6), t, n_threads)
+    elif op == ADD_ID:
+        if not rows.add_id(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), _arg(a, 6), _arg(a, 7),
+                           _arg(a, 8), _arg(a, 9), _arg(a, 10), _arg(a, 11), t, n_threads):  # fmt: skip
+            atomic_store(control + BAD, _arg(a, 12) + 1)
     elif op == ARGMAX:
         rows.largest(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), t, n_threads)
 
