@@ -73,12 +73,13 @@ def run(command: list[str], env: dict[str, str] | None = None) -> dict[str, floa
 
 
 def ours(s: Scenario, model: Path, threads: int, cache: Path) -> dict[str, float]:
-    """ggmq's side. A load is counted as the peer's is: workers run already, so what starts them is left out."""
+    """ggmq's side. A load is counted as the peer's is: workers run already, so what starts them is left out.
+
+    Cold: the file's hashes are not known yet. Cached: they are; workers of this host read the file itself either way.
+    """
     each = ["--workers", str(s.rpc), "-t", "1"] if s.rpc else ["--workers", "1", "-t", str(threads)]
     command = [sys.executable, "-m", "ggmq", "bench", "-m", str(model), "-p", str(s.prompt), "-n", str(s.gen), "-d",
                str(s.depth), "--streams", str(s.streams), "-r", "1", "-o", "json", *each]  # fmt: skip
-    if s.cached or s.name == "load-cold":
-        command.append("--cache")
     return run(command, {"LLAMA_CACHE": str(cache), "XDG_CACHE_HOME": str(cache)} if s.name.startswith("load") else None)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -130,6 +131,37 @@ def test_a_cached_load_sends_nothing_whatever_the_name(workers: list[Worker], tm
     listed = ggmq("cache", "list", "--cache-dir", tmp_path / "c")
     assert listed.returncode == 0 and "entries" in listed.stdout
     assert "0 were damaged" in ggmq("cache", "verify", "--cache-dir", tmp_path / "c").stdout
+
+
+def test_a_worker_that_has_the_file_is_sent_nothing(workers: list[Worker], tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    models.mkdir()
+    mine, theirs = tmp_path / "m.gguf", models / "m.gguf"
+    mine.write_bytes(BUNDLED.read_bytes())
+    theirs.write_bytes(BUNDLED.read_bytes())
+    workers.append(Worker("-t", "1", "--model-dir", models))
+    run = ("run", "-p", "Tom", "-n", "5", "--temp", "0", "-m", mine, "--rpc", workers[0].address)
+    same = ggmq(*run)
+    assert re.search(r" 0\.0 MiB sent, 3\.\d MiB from caches or files", same.stderr), same.stderr
+    raw = bytearray(BUNDLED.read_bytes())
+    raw[-1] ^= 1  # the last tensor of their copy is another one now: that one travels
+    theirs.write_bytes(raw)
+    other = ggmq(*run)
+    assert other.stdout == same.stdout and not re.search(r" 3\.6 MiB from", other.stderr), other.stderr
+    theirs.unlink()
+    assert re.search(r"3\.\d MiB sent", ggmq(*run).stderr)
+
+
+def test_bench_and_profile(tmp_path: Path) -> None:
+    done = subprocess.run([*GGMQ, "bench", "-p", "70", "-n", "4", "--streams", "3", "-r", "1", "-o", "json"], cwd=ROOT,
+                          capture_output=True, text=True, timeout=120, env={**os.environ, "GGMQ_PROFILE": "1"})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["prefill_tok_s"] > 0 and result["decode_tok_s"] > 0 and result["workers"] == 2
+    assert result["round_trips_per_token"] <= 1 and result["sent_bytes"] == 0
+    assert done.stderr.count("profile of CPU") == 2 and "FLASH_ATTN_EXT" in done.stderr
+    table = ggmq("bench", "-p", "8", "-n", "2", "-r", "1", "--workers", "1")
+    assert "| pp8 |" in table.stdout and "| tg2 |" in table.stdout
 
 
 def test_layers_go_where_the_options_say(workers: list[Worker]) -> None:

@@ -77,8 +77,8 @@ def open_bus(args: argparse.Namespace, n_layers: int, model: Path) -> Iterator[t
         raise ConfigError("--workers 0: expected at least one worker here, or some with --rpc")
     with local_bus(keys) as bus:
         threads = local_threads(args.threads, n_local + keep_here)
-        # workers of this host read the file themselves
-        extra = ["--model-dir", str(model.parent), *(["--cache"] if args.cache else [])]
+        # workers of this host read the file themselves, unless they are to keep a cache
+        extra = ["--cache"] if args.cache else ["--model-dir", str(model.parent)]
         for i in range(n_local):
             memory = args.worker_mem[i] if args.worker_mem and i < len(args.worker_mem) else 0
             bus.spawn(args.device, threads, [*extra, *(["-m", str(memory)] if memory else [])])

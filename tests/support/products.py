@@ -8,7 +8,7 @@ import numpy as np
 
 from protocol.dtypes import TYPES, GGMLType
 from tests.support.fixtures import nmse
-from workers.kernels import layout, products, quantize, quants
+from workers.kernels import layout, packing, products, quantize, quants
 from workers.kernels.simd import TARGET
 from workers.tensors import bf16_to_f32, f32_to_bf16
 
@@ -49,14 +49,14 @@ def case(t: GGMLType, n_rows: int, seed: int = 0) -> Case:
 def packed(c: Case) -> np.ndarray:
     """The rows packed by sixteens; what is left over stays as it is."""
     out = c.blocks.reshape(-1).copy()
-    products.pack_rows(c.kind, c.blocks.ctypes.data, c.blocks.shape[1], len(c.blocks) // 16, c.n_blocks, out.ctypes.data)
+    packing.pack_rows(c.kind, c.blocks.ctypes.data, c.blocks.shape[1], len(c.blocks) // 16, c.n_blocks, out.ctypes.data)
     return out
 
 
 def unpacked(c: Case, memory: np.ndarray) -> np.ndarray:
     out = np.zeros_like(c.blocks)
     n = len(c.blocks)
-    products.unpack_rows(c.kind, memory.ctypes.data, c.blocks.shape[1], 0, n, n // 16 * 16, c.n_blocks, out.ctypes.data)
+    packing.unpack_rows(c.kind, memory.ctypes.data, c.blocks.shape[1], 0, n, n // 16 * 16, c.n_blocks, out.ctypes.data)
     return out
 
 

@@ -13,7 +13,7 @@ import sys
 import numpy as np
 from numba import njit, types
 
-from workers.kernels import attention, products, rows
+from workers.kernels import attention, packing, products, rows
 from workers.kernels.layout import (
     ADD_ID,
     ARGMAX,
@@ -273,6 +273,6 @@ def call(what, a, b, c, d, e, f, g, h):  # type: ignore[no-untyped-def]
     elif what == WAKE:
         _wake(a, _FUTEX)
     elif what == PACK_ROWS:
-        products.pack_rows(a, b, c, d, e, f)
+        packing.pack_rows(a, b, c, d, e, f)
     elif what == UNPACK_ROWS:
-        products.unpack_rows(a, b, c, d, e, f, g, h)
+        packing.unpack_rows(a, b, c, d, e, f, g, h)

@@ -1,0 +1,175 @@
+"""A graph as a program of the CPU device's team: steps in order, and before which of them the threads must meet."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from protocol.errors import KernelError
+from protocol.graph import Graph
+from workers.devices.base import Buffer, Tick
+from workers.kernels import layout
+from workers.kernels.reference import Node
+from workers.plan import ALIGN, HostPlan, Step
+
+if TYPE_CHECKING:  # the device makes plans: at run time it imports this file
+    from workers.devices.cpu import CPUDevice
+
+Range = tuple[int, int]
+TICK_COST = 400_000_000
+"""Multiplications after which a running plan looks at its sockets: some milliseconds."""
+
+
+class StepPlan(HostPlan):
+    """A plan whose nodes run on the team where they are bound to steps; a subclass binds them.
+
+    Attributes:
+        program: the team's steps, one row each.
+        profile: nanoseconds of each of them, when the device profiles.
+    """
+
+    def __init__(self, device: CPUDevice, graph: Graph, buffers: dict[int, Buffer]) -> None:
+        self.device = device
+        used = [buffers[t.buffer] for t in graph.tensors if t.buffer in buffers]
+        self._layouts = -1
+        self._used_buffers = list({id(b): b for b in used}.values())
+        while self._layouts != self._layout():  # a node without a kernel may ask for its weights in GGUF's layout
+            device.unpack_for(graph, buffers)
+            self._layouts = self._layout()
+            self._bind_all(graph, buffers)
+
+    def _layout(self) -> int:
+        return sum(b.n_layouts for b in self._used_buffers)
+
+    def run(self, inputs: Sequence[bytes | memoryview], tick: Tick) -> list[memoryview]:
+        if self._layouts != self._layout():
+            self.__init__(self.device, self.graph, self.buffers)  # type: ignore[misc]
+        self.device.settle(self._end)
+        if self.profile is None:
+            return super().run(inputs, tick)
+        self.profile[:] = 0
+        start = time.perf_counter()
+        out = super().run(inputs, tick)
+        rest = time.perf_counter() - start
+        for row, ns in zip(self.program, self.profile, strict=True):
+            op = layout.OP_NAMES[row[0]]
+            if row[0] in (layout.PRODUCT, layout.PRODUCT_ID):
+                op = f"{op} {layout.KINDS[row[2]].name} {row[5]}x{row[7]}"
+            self.device.count(op, ns / 1e9, 1)
+            rest -= ns / 1e9
+        self.device.count("between: inputs, tables, NumPy ops", rest, 1)
+        return out
+
+    def _bind_all(self, graph: Graph, buffers: dict[int, Buffer]) -> None:
+        self._rows: list[list[int]] = []
+        self._row_nodes: list[int] = []
+        self._reads: list[Range] = []
+        self._writes: list[Range] = []
+        self._quantized: dict[int, Range] = {}
+        self._free: list[Range] = []
+        self._parts: dict[int, int] = {}
+        self._tables: dict[tuple[object, ...], tuple[int, int]] = {}
+        self._preludes: list[Step] = []
+        self._used = [0] * len(graph.tensors)
+        self._products_of = [0] * len(graph.tensors)
+        for t in graph.tensors:
+            for j in t.src:
+                if j >= 0:
+                    self._used[j] += 1
+            if t.op in ("MUL_MAT", "MUL_MAT_ID"):
+                self._products_of[t.src[1]] += 1
+        for i in graph.outputs:
+            self._used[i] += 1
+        super().__init__(self.device, graph, buffers)
+
+    # -- from nodes to steps -------------------------------------------------------------------------------------------
+
+    def _steps(self, nodes: list[Node]) -> list[tuple[Step, int]]:
+        out: list[tuple[Step, int]] = []
+        self._end = -(-self.arena_bytes // ALIGN) * ALIGN
+        self._scratch_bytes = layout.PANEL_BYTES  # more than the 192 bytes that a rest of 16 lanes needs
+        first, cost, skip = 0, 0, -1
+
+        def flush() -> None:
+            nonlocal first, cost
+            if first < len(self._rows):
+                out.append((partial(self._run_team, first, len(self._rows)), self._row_nodes[first]))
+            first, cost = len(self._rows), 0
+            self._reads, self._writes = [], []
+
+        for k, node in enumerate(nodes):
+            if node.index == skip:
+                continue
+            following = nodes[k + 1] if k + 1 < len(nodes) else None
+            bound, fused = self._bind(node, following)
+            if not bound:
+                flush()
+                out.append((self._fallback(node), node.index))
+                continue
+            if fused and following is not None:
+                skip = following.index
+            cost += self._cost(node)
+            if cost > TICK_COST:
+                flush()
+        flush()
+        self.program = np.zeros((len(self._rows), layout.WORDS), np.int64)
+        for i, row in enumerate(self._rows):
+            self.program[i, : len(row)] = row
+        self.profile = np.zeros(len(self._rows), np.int64) if self.device.profiling else None
+        self.device.arena(self._end)
+        self.device.team.reserve(self._scratch_bytes)
+        return [(prelude, -1) for prelude in self._preludes] + out
+
+    @staticmethod
+    def _cost(n: Node) -> int:
+        if n.op.name in ("MUL_MAT", "MUL_MAT_ID"):
+            a = n.src_tensor[0]
+            assert a is not None  # products have their sources
+            return n.tensor.n_elements * a.ne[0]
+        return n.tensor.n_elements * 64
+
+    def _bind(self, node: Node, following: Node | None) -> tuple[bool, bool]:
+        """Add a node's steps. Returns whether it has any, and whether the node behind it is in them too."""
+        raise NotImplementedError
+
+    def _fallback(self, node: Node) -> Step:
+        """What runs a node that has no steps."""
+        raise NotImplementedError
+
+    def _run_team(self, first: int, last: int) -> None:
+        bad = self.device.team.run(self.program, first, last, self.profile)
+        if bad >= 0:
+            t = self.graph.tensors[bad]
+            raise KernelError(f"node {bad} ({t.op}): an index points outside the tensor that it names")
+
+    def _add(self, node: Node, op: int, args: list[int], reads: list[Range], writes: list[Range]) -> None:
+        """Append a step; the threads meet before it when it touches what was written since they last met."""
+
+        def meets(new: list[Range], old: list[Range]) -> bool:
+            return any(a < d and c < b for a, b in new for c, d in old)
+
+        wait = meets(reads, self._writes) or meets(writes, self._writes) or meets(writes, self._reads)
+        if wait:
+            self._reads, self._writes = [], []
+        self._reads += reads
+        self._writes += writes
+        self._rows.append([op, int(wait), *args])
+        self._row_nodes.append(node.index)
+
+    def _more(self, n_bytes: int) -> int:
+        """The address of further scratch memory of this plan."""
+        at = self._end
+        self._end += -(-n_bytes // ALIGN) * ALIGN
+        return int(self.device.arena_address() + at)
+
+    def _address(self, i: int) -> int:
+        base, at = self.memory[i]
+        return int(base.ctypes.data + at)
+
+    def _range(self, i: int) -> Range:
+        at = self._address(i)
+        return at, at + self.graph.tensors[i].extent_bytes()
