@@ -27,7 +27,8 @@ def parser() -> argparse.ArgumentParser:
         prog="worker",
         description="Lend devices of this host to a main host that runs `ggmq run --rpc HOST:PORT`.",
         epilog="Environment: CUDA_VISIBLE_DEVICES limits the devices; LLAMA_CACHE moves the cache; GGMQ_DEBUG=1 "
-        "(or GGML_RPC_DEBUG=1) prints each message; GGMQ_KEYS names the cluster key.",
+        "(or GGML_RPC_DEBUG=1) prints each message; GGMQ_PROFILE=1 prints at the end where the time went; GGMQ_KEYS names "
+        "the cluster key.",
     )
     p.add_argument("-H", "--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
     p.add_argument("-p", "--port", type=_port, default=DEFAULT_PORT, help=f"port (default {DEFAULT_PORT}; 0 picks one)")
