@@ -55,7 +55,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="ggmq",
         description="Run GGUF language models over all the devices you have.",
         epilog="Start with: ggmq run -p \"Once upon a time\". On other hosts: worker -H 0.0.0.0. "
-        "Environment: LLAMA_CACHE moves the caches, GGMQ_KEYS names the cluster key, GGMQ_DEBUG=1 tells more, GGMQ_PROFILE=1 where the time went.",
+        "Environment: LLAMA_CACHE moves the caches, GGMQ_KEYS names the cluster key, GGMQ_DEBUG=1 tells more, "
+        "GGMQ_PROFILE=1 where the time went.",
     )
     p.add_argument("--version", action="version", version=f"ggmq {__version__}")
     commands = p.add_subparsers(metavar="COMMAND", required=True)

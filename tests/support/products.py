@@ -68,7 +68,7 @@ def product(c: Case, memory: np.ndarray, n_packed: int, x: np.ndarray, n_threads
     products.quantize(x.ctypes.data, 4 * K, n, K, xq.ctypes.data, 0, 1)
     of = xq if c.kind < layout.N_QUANTIZED else x
     columns, outputs = (np.array([a.ctypes.data + a.strides[0] * i for i in range(n)]) for a in (of, y))
-    scratch = np.zeros(layout.PANEL_BYTES + 16 * row + 72 * n + 64, np.uint8)
+    scratch = np.zeros(layout.product_scratch_bytes(row, n), np.uint8)
     for t in range(n_threads):
         products.product(c.kind, memory.ctypes.data, row, n_rows, n_packed, K, columns.ctypes.data, outputs.ctypes.data, n,
                          scratch.ctypes.data, t, n_threads)  # fmt: skip
@@ -78,7 +78,7 @@ def product(c: Case, memory: np.ndarray, n_packed: int, x: np.ndarray, n_threads
 def check(t: GGMLType) -> None:
     """AssertionError unless products are right, whatever the layout, the company and the threads."""
     c = case(t, 53)
-    x = np.random.default_rng(9).standard_normal((13, K)).astype(np.float32)
+    x = np.random.default_rng(9).standard_normal((29, K)).astype(np.float32)
     memory = packed(c)
     assert np.array_equal(unpacked(c, memory), c.blocks)
     together = product(c, memory, 48, x)
@@ -86,7 +86,7 @@ def check(t: GGMLType) -> None:
     assert nmse(together, exact) < (1e-10 if c.kind >= layout.N_QUANTIZED else 1e-4)
     assert np.array_equal(together, product(c, memory, 48, x, n_threads=3))
     assert np.array_equal(together, product(c, c.blocks.reshape(-1), 0, x))
-    for n in (1, 2, 5):
+    for n in (1, 2, 5, 17):
         pieces = [product(c, memory, 48, x[i : i + n]) for i in range(0, len(x), n)]
         assert np.array_equal(together, np.concatenate(pieces)), n
 

@@ -28,7 +28,7 @@ PANEL_BYTES = PIECE * (512 + 2 * 2 * 64)
 
 def product_scratch_bytes(weight_row_bytes: int, n_columns: int) -> int:
     """What a thread needs for a product."""
-    return PANEL_BYTES + GROUP * weight_row_bytes + 88 * n_columns + 64
+    return 2 * PANEL_BYTES + GROUP * weight_row_bytes + 88 * n_columns + 64
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------

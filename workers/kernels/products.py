@@ -46,6 +46,8 @@ from workers.kernels.simd import (
 )
 
 PREFETCH_BYTES = 3072
+MIN_PAIRED = 24
+"""Fewer columns than this do not fill tiles of two groups well."""
 MIN_TILED = 16
 """Fewer columns than this are multiplied straight from packed rows, which are unpacked again for each few."""
 
@@ -180,16 +182,17 @@ def unpack_panel(typingctx: Any, kind: Any, w: Any, n_blocks: Any, panel: Any) -
     return types.void(*[types.int64] * 4), codegen
 
 
-def _tile(sub: int, peak: int, n: int) -> Callable[[Emit, Sequence[Any]], None]:
+def _tile(sub: int, peak: int, n: int, n_groups: int = 1) -> Callable[[Emit, Sequence[Any]], None]:
     def body(e: Emit, args: Sequence[Any]) -> None:
         b = e.b
         panel, n32, columns, x_offset, outputs, offset, first = args
         xs = [b.add(e.load(columns, 8 * c, i64), x_offset) for c in range(n)]
         ys = [b.add(e.load(outputs, 8 * c, i64), offset) for c in range(n)]
-        acc = [cgutils.alloca_once_value(b, e.floats(0.0)) for _ in range(n)]
+        acc = [[cgutils.alloca_once_value(b, e.floats(0.0)) for _ in range(n)] for _ in range(n_groups)]
         with b.if_then(b.icmp_signed("==", first, e.const(0))):
-            for c in range(n):
-                b.store(e.load(ys[c], 0, v16f), acc[c])
+            for g in range(n_groups):
+                for c in range(n):
+                    b.store(e.load(ys[c], 64 * g, v16f), acc[g][c])
         n_sub = 32 // sub
         with cgutils.for_range(b, n32) as loop:
             q = b.add(panel, b.mul(loop.index, e.const(512)))
@@ -198,28 +201,35 @@ def _tile(sub: int, peak: int, n: int) -> Callable[[Emit, Sequence[Any]], None]:
             at = [b.add(x, step) for x in xs]
             for j in range(n_sub):
                 half = None if n_sub == 1 else j
-                chunks = [e.load(q, 16 * sub * j + 64 * c, v64b) for c in range(sub // 4)]
-                minimum = e.load(s, 64 * j + 128 * PIECE, v16f) if peak else None
-                weights = Sub(chunks, e.load(s, 64 * j, v16f), minimum)
-                for c in range(n):
-                    _fused(e, weights, e.dot(chunks, _x_words(e, at[c], half), peak), at[c], half, acc[c])
-        for c in range(n):
-            e.store(b.load(acc[c]), ys[c])
+                weights = []
+                for g in range(n_groups):
+                    there = g * PANEL_BYTES
+                    chunks = [e.load(q, there + 16 * sub * j + 64 * c, v64b) for c in range(sub // 4)]
+                    minimum = e.load(s, there + 64 * j + 128 * PIECE, v16f) if peak else None
+                    weights.append(Sub(chunks, e.load(s, there + 64 * j, v16f), minimum))
+                dots = e.dots([w.chunks for w in weights], [_x_words(e, x, half) for x in at], peak)
+                for g in range(n_groups):
+                    for c in range(n):
+                        _fused(e, weights[g], dots[g][c], at[c], half, acc[g][c])
+        for g in range(n_groups):
+            for c in range(n):
+                e.store(b.load(acc[g][c]), ys[c], 64 * g)
 
     return body
 
 
-def _tiles(n: int) -> Any:
+def _tiles(n: int, n_groups: int = 1) -> Any:
     @intrinsic
     def tile(
         typingctx: Any, kind: Any, panel: Any, n32: Any, columns: Any, x_offset: Any, outputs: Any, offset: Any,
         first: Any,
     ) -> Any:
-        """A panel times `n` columns. `columns` and `outputs`: arrays of addresses, to which the offsets are added."""
+        """Panels, one behind the other, times `n` columns. `columns` and `outputs`: arrays of addresses, to which the
+        offsets are added."""
 
         def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
             _switch(b, args[0], [
-                partial(_outlined, b, f"ggmq_tile{n}_{sub}_{peak}", args[1:], _tile(sub, peak, n))
+                partial(_outlined, b, f"ggmq_tile{n_groups}x{n}_{sub}_{peak}", args[1:], _tile(sub, peak, n, n_groups))
                 for sub, peak in CLASSES
             ])  # fmt: skip
             return context.get_dummy_value()
@@ -231,6 +241,8 @@ def _tiles(n: int) -> Any:
 
 _WIDE, _MIDDLE, _SINGLE = (TARGET.columns + (1, 1))[:3]
 _tile_wide, _tile_middle, _tile_single = _tiles(_WIDE), _tiles(_MIDDLE), _tiles(1)
+_PAIRED = TARGET.paired
+_tile_paired = _tiles(max(1, _PAIRED), 2)
 
 
 # -- floats ------------------------------------------------------------------------------------------------------------
@@ -331,8 +343,8 @@ _CLASS_OF = np.array(CLASS_OF)
 
 
 @njit(nogil=True)
-def _quantized_group(kind, group, n_blocks, columns, outputs, n, offset, panel):  # type: ignore[no-untyped-def]
-    """One packed group times n columns."""
+def _quantized_groups(kind, group, n_groups, group_bytes, n_blocks, columns, outputs, n, offset, panel):  # type: ignore[no-untyped-def]
+    """One packed group, or two that follow each other, times n columns."""
     if n < MIN_TILED:
         done = 0
         while n - done >= FEW:
@@ -346,17 +358,24 @@ def _quantized_group(kind, group, n_blocks, columns, outputs, n, offset, panel):
     size, step, shape = 16 * BLOCK_BYTES[kind], PIECE // per_block, _CLASS_OF[kind]
     for k in range(0, n_blocks, step):
         m = min(step, n_blocks - k)
-        unpack_panel(kind, group + k * size, m, panel)
-        x_at, first, c = k * per_block * X_BLOCK, 1 if k == 0 else 0, 0
-        while n - c >= _WIDE:
-            _tile_wide(shape, panel, m * per_block, columns + 8 * c, x_at, outputs + 8 * c, offset, first)
-            c += _WIDE
-        while n - c >= _MIDDLE:
-            _tile_middle(shape, panel, m * per_block, columns + 8 * c, x_at, outputs + 8 * c, offset, first)
-            c += _MIDDLE
-        while c < n:
-            _tile_single(shape, panel, m * per_block, columns + 8 * c, x_at, outputs + 8 * c, offset, first)
-            c += 1
+        for g in range(n_groups):
+            unpack_panel(kind, group + g * group_bytes + k * size, m, panel + g * PANEL_BYTES)
+        x_at, first, start = k * per_block * X_BLOCK, 1 if k == 0 else 0, 0
+        if n_groups == 2:
+            while n - start >= _PAIRED:
+                _tile_paired(shape, panel, m * per_block, columns + 8 * start, x_at, outputs + 8 * start, offset, first)
+                start += _PAIRED
+        for g in range(n_groups):
+            p, y_at, c = panel + g * PANEL_BYTES, offset + 64 * g, start
+            while n - c >= _WIDE:
+                _tile_wide(shape, p, m * per_block, columns + 8 * c, x_at, outputs + 8 * c, y_at, first)
+                c += _WIDE
+            while n - c >= _MIDDLE:
+                _tile_middle(shape, p, m * per_block, columns + 8 * c, x_at, outputs + 8 * c, y_at, first)
+                c += _MIDDLE
+            while c < n:
+                _tile_single(shape, p, m * per_block, columns + 8 * c, x_at, outputs + 8 * c, y_at, first)
+                c += 1
 
 
 @njit(nogil=True)
@@ -378,7 +397,7 @@ def product(  # type: ignore[no-untyped-def]
 
     `columns` and `outputs` are arrays of addresses: of quantised x (of float32 for weights of floats) and of float32 y.
     The first `n_packed` rows are packed groups, the others lie in GGUF's layout. `scratch` is the thread's own:
-    PANEL_BYTES, then the bytes of a group, then 16 float32 and an address for each column.
+    two times PANEL_BYTES, then the bytes of a group, then 16 float32 and an address for each column.
     """
     n_groups = (n_rows + 15) // 16
     n_blocks = k // BLOCK[kind]
@@ -391,18 +410,23 @@ def product(  # type: ignore[no-untyped-def]
                 _floats_four(kind, w + 16 * g * row_bytes, k, 16 * row_bytes, columns + 8 * c, outputs + 8 * c, 64 * g)
             g += 4
             continue
+        if _PAIRED and kind < N_QUANTIZED and n >= MIN_PAIRED and g + 2 <= last and 16 * (g + 2) <= n_packed:
+            _quantized_groups(kind, w + 16 * g * row_bytes, 2, 16 * row_bytes, n_blocks, columns, outputs, n, 64 * g,
+                              scratch)  # fmt: skip
+            g += 2
+            continue
         group, out, offset = w + 16 * g * row_bytes, outputs, 64 * g
         valid = min(16, n_rows - 16 * g)
         if not whole:
-            group = scratch + PANEL_BYTES
+            group = scratch + 2 * PANEL_BYTES
             pack_group(kind, w + 16 * g * row_bytes, row_bytes, valid, n_blocks, group)
-        rest = scratch + PANEL_BYTES + 16 * row_bytes
+        rest = scratch + 2 * PANEL_BYTES + 16 * row_bytes
         if valid < 16:
             out, offset = rest + 64 * n, 0
             for c in range(n):
                 store64(out + 8 * c, rest + 64 * c)
         if kind < N_QUANTIZED:
-            _quantized_group(kind, group, n_blocks, columns, out, n, offset, scratch)
+            _quantized_groups(kind, group, 1, 0, n_blocks, columns, out, n, offset, scratch)
         else:
             _float_group(kind, group, k, columns, out, n, offset)
         if valid < 16:

@@ -30,19 +30,21 @@ class Target:
     """Attributes:
     needs: CPU features.
     columns: tiles of columns that products are made for, largest first; what its registers hold.
+    paired: columns of a tile of two groups of rows, which spares loads where there are registers for it; 0 for none.
     signed: whether bytes of a weight may stay signed (else they are stored with an offset).
     """
 
     name: str
     needs: tuple[str, ...]
     columns: tuple[int, ...]
+    paired: int
     signed: bool
 
 
 TARGETS = (
-    Target("AVX-512 VNNI", ("avx512f", "avx512bw", "avx512vl", "avx512vnni", "avx2", "fma", "f16c"), (8, 4, 1), False),
-    Target("AVX2", ("avx2", "fma", "f16c"), (4, 1), True),
-    Target("portable", (), (1,), True),
+    Target("AVX-512 VNNI", ("avx512f", "avx512bw", "avx512vl", "avx512vnni", "avx2", "fma", "f16c"), (8, 4, 1), 6, False),
+    Target("AVX2", ("avx2", "fma", "f16c"), (4, 1), 0, True),
+    Target("portable", (), (1,), 0, True),
 )
 
 
@@ -254,6 +256,21 @@ class Emit:
             p = b.mul(b.zext(w, wide) if peak else b.sext(w, wide), b.sext(each, wide))
             for i in range(4):
                 total = b.add(total, b.shuffle_vector(p, p, ir.Constant(v16i, list(range(i, 64, 4)))))
+        return total
+
+    def dots(self, rows: Sequence[Sequence[Any]], columns: Sequence[Sequence[Any]], peak: int) -> list[list[Any]]:
+        """`dot` of each group of rows with each column, [group][column]; in the order that needs the fewest registers."""
+        if TARGET.name != "AVX-512 VNNI":
+            return [[self.dot(chunks, x, peak) for x in columns] for chunks in rows]
+        b = self.b
+        call = self.function("llvm.x86.avx512.vpdpbusd.512", v16i, [v16i] * 3)
+        total = [[self.ints(0) for _ in columns] for _ in rows]
+        for i in range(len(rows[0])):
+            w = [b.bitcast(chunks[i], v16i) for chunks in rows]
+            for c, x in enumerate(columns):
+                each = self.splat(x[i])
+                for g in range(len(rows)):
+                    total[g][c] = b.call(call, [total[g][c], w[g], each])
         return total
 
     def _dot_avx2(self, chunks: Sequence[Any], x: Sequence[Any], peak: int) -> Any:
