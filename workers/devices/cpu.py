@@ -6,6 +6,7 @@ Ops without a kernel of their own run the reference kernel on the caller's threa
 from __future__ import annotations
 
 import os
+import sys
 
 import numpy as np
 
@@ -55,6 +56,11 @@ class CPUDevice(HostDevice):
     def n_threads(self) -> int:
         return self._n_threads
 
+    @property
+    def kernel_compiles(self) -> int:  # type: ignore[override]
+        """1 when the compiler was loaded into this process, where nothing is to be compiled."""
+        return int("numba" in sys.modules)
+
     def count(self, op: str, seconds: float, n: int) -> None:
         """Add `n` steps of an op to the profile."""
         known = self.profiled.setdefault(op, [0.0, 0])
@@ -82,8 +88,8 @@ class CPUDevice(HostDevice):
         return not (ne[0] % 32 and TYPES[type_id].quantized)
 
     def finish(self, buffer: Buffer, offset: int, n_bytes: int, type_id: int, ne: tuple[int, int, int, int]) -> None:
-        memory = buffer.memory[offset : offset + n_bytes]
-        self._store(buffer, offset, n_bytes, type_id, ne, Copy(memory))
+        if self._packable(type_id, ne):  # else the bytes lie where they should
+            self._store(buffer, offset, n_bytes, type_id, ne, Copy(buffer.memory[offset : offset + n_bytes]))
 
     def fill(
         self, buffer: Buffer, offset: int, n_bytes: int, type_id: int, ne: tuple[int, int, int, int], source: Source

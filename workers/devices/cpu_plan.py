@@ -107,37 +107,39 @@ class CPUPlan(StepPlan):
     def _bind_clamp(self, n: Node) -> bool:
         return self._elementwise(n, layout.CLAMP, params=(n.params["low"], n.params["high"]))
 
-    def _bind_soft_max(self, n: Node) -> bool:
-        i, k = n.tensor.src[0], n.index
-        x, y = self._float_rows(i), self._float_rows(k)
-        if x is None or y is None or x[2:] != y[2:] or any(j >= 0 for j in n.tensor.src[1:]):
-            return False
-        args = [x[0], x[1], y[0], y[1], y[2], y[3], float_word(n.params["scale"])]
-        self._add(n, layout.SOFT_MAX, args, [self._range(i)], [self._range(k)])
-        return True
-
-    def _bind_top_k(self, n: Node) -> bool:
-        i, k, x = n.tensor.src[0], n.index, self._float_rows(n.tensor.src[0])
-        if x is None or not n.tensor.contiguous or n.tensor.ne[0] > 64:
-            return False
-        self._add(n, layout.TOP_K, [*x, self._address(k), n.tensor.ne[0]], [self._range(i)], [self._range(k)])
-        return True
-
-    def _bind_sum_rows(self, n: Node) -> bool:
-        i, k, x = n.tensor.src[0], n.index, self._float_rows(n.tensor.src[0])
-        if x is None or not n.tensor.contiguous:
-            return False
-        self._add(n, layout.SUM_ROWS, [*x, self._address(k)], [self._range(i)], [self._range(k)])
-        return True
-
-    def _bind_norm(self, n: Node) -> bool:
+    def _rows_alike(self, n: Node, op: int, param: float) -> bool:
+        """An op with one parameter that makes of each row another of its length."""
         i, k = n.tensor.src[0], n.index
         x, y = self._float_rows(i), self._float_rows(k)
         if x is None or y is None or x[2:] != y[2:]:
             return False
-        args = [x[0], x[1], y[0], y[1], y[2], y[3], float_word(n.params["eps"])]
-        self._add(n, layout.NORM, args, [self._range(i)], [self._range(k)])
+        args = [x[0], x[1], y[0], y[1], y[2], y[3], float_word(param)]
+        self._add(n, op, args, [self._range(i)], [self._range(k)])
         return True
+
+    def _bind_soft_max(self, n: Node) -> bool:
+        plain = all(j < 0 for j in n.tensor.src[1:])
+        return plain and self._rows_alike(n, layout.SOFT_MAX, n.params["scale"])
+
+    def _bind_norm(self, n: Node) -> bool:
+        return self._rows_alike(n, layout.NORM, n.params["eps"])
+
+    def _rows_reduced(self, n: Node, op: int, *more: int) -> bool:
+        """An op that makes a few numbers of each row, which lie one row's behind the other's."""
+        i, k, x = n.tensor.src[0], n.index, self._float_rows(n.tensor.src[0])
+        if x is None or not n.tensor.contiguous:
+            return False
+        self._add(n, op, [*x, self._address(k), *more], [self._range(i)], [self._range(k)])
+        return True
+
+    def _bind_top_k(self, n: Node) -> bool:
+        return n.tensor.ne[0] <= 64 and self._rows_reduced(n, layout.TOP_K, n.tensor.ne[0])
+
+    def _bind_sum_rows(self, n: Node) -> bool:
+        return self._rows_reduced(n, layout.SUM_ROWS)
+
+    def _bind_argmax(self, n: Node) -> bool:
+        return n.tensor.type == GGMLType.I32 and self._rows_reduced(n, layout.ARGMAX)
 
     def _bind_get_rows(self, n: Node) -> bool:
         """Rows of float32 that are not packed."""
@@ -183,14 +185,6 @@ class CPUPlan(StepPlan):
         self._add(n, layout.RMS_NORM, [x[0], x[1], weight, y[0], y[1], y[2], y[3], float_word(n.params["eps"])], reads,
                   [self._range(last)])  # fmt: skip
         return True, last != k
-
-    def _bind_argmax(self, n: Node) -> bool:
-        i, k = n.tensor.src[0], n.index
-        x = self._float_rows(i)
-        if x is None or n.tensor.type != GGMLType.I32 or not n.tensor.contiguous:
-            return False
-        self._add(n, layout.ARGMAX, [*x, self._address(k)], [self._range(i)], [self._range(k)])
-        return True
 
     # -- positions and the cache ---------------------------------------------------------------------------------------
 
