@@ -18,8 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.models import EXPERTS, LARGE, write_model
-from protocol.dtypes import GGMLType
+from bench.models import EXPERTS, LARGE, Q4_K_M, write_model
 
 MIB = 1 << 20
 WHEEL_FACTOR = 1.15
@@ -53,7 +52,7 @@ SCENARIOS = [
     Scenario("local", RATES, goals={"decode_tok_s": 1.4, "prefill_tok_s": 1.8}),
     Scenario("local-512", ("prefill_tok_s",), prompt=512, gen=16, goals={"prefill_tok_s": 1.8}),
     Scenario("local-q8_0", RATES, "Q8_0", goals={"decode_tok_s": 1.2, "prefill_tok_s": 1.5}),
-    Scenario("local-q4_k", RATES, "Q4_K", goals={"decode_tok_s": 1.2, "prefill_tok_s": 1.9}),
+    Scenario("local-q4_k_m", RATES, Q4_K_M, goals={"decode_tok_s": 1.2, "prefill_tok_s": 1.9}),
     Scenario("context-4096", ("decode_tok_s",), prompt=512, gen=32, depth=4060, goals={"decode_tok_s": 1.2}),
     Scenario("experts", RATES, experts=True, goals={"decode_tok_s": 1.2, "prefill_tok_s": 1.5}),
     Scenario("rpc", RATES, prompt=512, rpc=2, goals={"decode_tok_s": 2.2, "prefill_tok_s": 4.0}),
@@ -94,7 +93,7 @@ def theirs(s: Scenario, model: Path, threads: int, cache: Path, python: str) -> 
 def measure(s: Scenario, args: argparse.Namespace) -> list[str]:
     """Both sides in turn; a table's rows."""
     model = args.folder / f"llama-{'moe-0.55b' if s.experts else '0.85b'}-{s.type.lower()}.gguf"
-    write_model(model, GGMLType[s.type], EXPERTS if s.experts else LARGE)
+    write_model(model, s.type, EXPERTS if s.experts else LARGE)
     results: tuple[list[dict[str, float]], list[dict[str, float]]] = ([], [])
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         for i in range(args.rounds + s.cached):
@@ -132,7 +131,7 @@ def _row(name: str, key: str, a: float, b: float, goal: float) -> str:
 def stages_against_one(args: argparse.Namespace) -> list[str]:
     """Two workers of one thread against one worker of one thread, both ours."""
     model = args.folder / "llama-0.85b-q4_0.gguf"
-    write_model(model, GGMLType.Q4_0)
+    write_model(model)
     rates: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(args.rounds):
         for n, found in rates.items():

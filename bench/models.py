@@ -40,17 +40,35 @@ def _random_blocks(rng: np.random.Generator, type_id: GGMLType, rows: int, width
     if type_id == GGMLType.F16:
         return (rng.standard_normal((rows, width), np.float32) / np.sqrt(width)).astype(np.float16)
     raw = rng.integers(0, 256, (n, info.bytes), np.uint8)
-    spread = {GGMLType.Q4_0: 4.6, GGMLType.Q8_0: 74.0, GGMLType.Q4_K: 290.0}[type_id]
-    scale = np.array([1 / (spread * np.sqrt(width))], np.float16).view(np.uint8)
-    raw[:, :2] = scale
+    spread = {GGMLType.Q4_0: 4.6, GGMLType.Q8_0: 74.0, GGMLType.Q4_K: 290.0, GGMLType.Q6_K: 1370.0}[type_id]
+    at = info.bytes - 2 if type_id == GGMLType.Q6_K else 0
+    raw[:, at : at + 2] = np.array([1 / (spread * np.sqrt(width))], np.float16).view(np.uint8)
     if type_id == GGMLType.Q4_K:
         raw[:, 2:4] = np.array([7.5 / (spread * np.sqrt(width))], np.float16).view(np.uint8)
         raw[:, 8:12] = raw[:, 4:8]  # minima as large as scales, so that a block's mean is near zero
     return raw.reshape(rows, width // info.block * info.bytes)
 
 
-def write_model(path: Path, type_id: GGMLType = GGMLType.Q4_0, shape: Shape = LARGE, seed: int = 1) -> None:
-    """Write a GGUF file unless it is there. Norms are ones, matrices are of `type_id`."""
+Q4_K_M = "Q4_K_M"
+"""A mix as files that people download have it: Q6_K where it matters most, Q4_K elsewhere."""
+
+
+def _type_of(name: str, mix: str, n_layer: int) -> GGMLType:
+    """The type of a matrix in a mix; the mix of one type has the type's name."""
+    if mix != Q4_K_M:
+        return GGMLType[mix]
+    if name == "output.weight":
+        return GGMLType.Q6_K
+    if name.endswith(("attn_v.weight", "ffn_down.weight")):
+        il = int(name.split(".")[1])
+        eighth = n_layer // 8
+        if il < eighth or il >= 7 * eighth or (il - eighth) % 3 == 2:
+            return GGMLType.Q6_K
+    return GGMLType.Q4_K
+
+
+def write_model(path: Path, mix: str = "Q4_0", shape: Shape = LARGE, seed: int = 1) -> None:
+    """Write a GGUF file unless it is there. Norms are ones, matrices are of a type, or of a mix of types."""
     if path.exists():
         return
     rng = np.random.default_rng(seed)
@@ -76,15 +94,14 @@ def write_model(path: Path, type_id: GGMLType = GGMLType.Q4_0, shape: Shape = LA
     w.add_token_merges(["t o"])
     w.add_eos_token_id(0)
     kv = s.n_embd // s.n_head * s.n_head_kv
-    kind = gguf.GGMLQuantizationType(int(type_id))
 
-    def matrix(name: str, rows: int, width: int) -> None:
-        data = _random_blocks(rng, type_id, rows, width)
-        w.add_tensor(name, data, raw_dtype=None if type_id == GGMLType.F16 else kind)
-
-    def experts(name: str, rows: int, width: int) -> None:
-        data = _random_blocks(rng, type_id, rows * s.n_expert, width).reshape(s.n_expert, rows, -1)
-        w.add_tensor(name, data, raw_dtype=None if type_id == GGMLType.F16 else kind)
+    def matrix(name: str, rows: int, width: int, n_expert: int = 0) -> None:
+        type_id = _type_of(name, mix, s.n_layer)
+        data = _random_blocks(rng, type_id, rows * max(1, n_expert), width)
+        if n_expert:
+            data = data.reshape(n_expert, rows, -1)
+        raw = None if type_id == GGMLType.F16 else gguf.GGMLQuantizationType(int(type_id))
+        w.add_tensor(name, data, raw_dtype=raw)
 
     matrix("token_embd.weight", s.n_vocab, s.n_embd)
     matrix("output.weight", s.n_vocab, s.n_embd)
@@ -100,9 +117,9 @@ def write_model(path: Path, type_id: GGMLType = GGMLType.Q4_0, shape: Shape = LA
         if s.n_expert:
             router = rng.standard_normal((s.n_expert, s.n_embd), np.float32) / np.sqrt(s.n_embd)
             w.add_tensor(p + "ffn_gate_inp.weight", router.astype(np.float32))
-            experts(p + "ffn_gate_exps.weight", s.n_ff, s.n_embd)
-            experts(p + "ffn_up_exps.weight", s.n_ff, s.n_embd)
-            experts(p + "ffn_down_exps.weight", s.n_embd, s.n_ff)
+            matrix(p + "ffn_gate_exps.weight", s.n_ff, s.n_embd, s.n_expert)
+            matrix(p + "ffn_up_exps.weight", s.n_ff, s.n_embd, s.n_expert)
+            matrix(p + "ffn_down_exps.weight", s.n_embd, s.n_ff, s.n_expert)
             continue
         matrix(p + "ffn_gate.weight", s.n_ff, s.n_embd)
         matrix(p + "ffn_up.weight", s.n_ff, s.n_embd)

@@ -44,7 +44,7 @@ class BrokerLoop:
     def __init__(self, software: str, context: zmq.Context[Any], keys: KeyPair | None = None) -> None:
         self.context, self.keys = context, keys
         self.state = BrokerState(software, int(time.time()) & 0x3FFFFFFF, secrets.token_bytes(16),
-                                 secrets.randbits(48) << 8)  # fmt: skip
+                                 secrets.randbits(48) << 8, secret=secrets.token_bytes(32))  # fmt: skip
         self.endpoints: list[str] = []
         self._routers: list[zmq.Socket[Any]] = []
         self._dealers: dict[Link, tuple[zmq.Socket[Any], zmq.Socket[Any]]] = {}

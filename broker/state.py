@@ -1,13 +1,16 @@
 """What a broker knows and decides. Pure: `handle(event) -> instructions`; no socket, no clock.
 
 A client's request goes to the worker of the device it names under that worker's own (epoch, seq); the reply comes back
-under the client's. A GRAPH_COMPUTE with a route is passed from stage to stage here, so the client sees one round trip.
-Any loss becomes an ordinary ERROR reply to every request that waited for it.
+under the client's. A GRAPH_COMPUTE with a route is one round trip for the client: where it asked for links and they are up,
+every stage gets its part at once and the workers hand the activations on by themselves (a Relay); otherwise they are passed
+from stage to stage here. Any loss becomes an ordinary ERROR reply to every request that waited for it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+import hashlib
+from dataclasses import replace
+from itertools import pairwise
 
 import msgspec
 
@@ -25,94 +28,44 @@ from broker.events import (
     ToClient,
     ToWorker,
 )
+from broker.records import Client, DeviceEntry, Linking, Pair, Pending, PendingKey, Relay, Worker
 from protocol import PROTOCOL_VERSION, limits
 from protocol import messages as m
 from protocol.errors import (
+    BY_CODE,
     DeadlineExceeded,
     GgmqError,
     HandleError,
     Overloaded,
     ProtocolError,
+    Unavailable,
     WorkerLost,
 )
 from protocol.frames import Frame, Message
-from protocol.messages import BULK, Command
+from protocol.messages import BULK, NOT_CLIENTS, Command
 
 CLIENT_PING_S = 5.0
-
-
-@dataclass(slots=True)
-class Client:
-    session: int
-    n_inflight: int = 0
-    drains: dict[int, int] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class Worker:
-    """Attributes:
-    ready: has said HELLO under the current epoch, on both channels when it dialled in.
-    hello: what it said on the first of them.
-    first_device: global index of its device 0.
-    pinged_s, ponged_s: when the last unanswered PING left, and when the worker last showed life.
-    """
-
-    epoch: int
-    ready: bool = False
-    lost: str = ""
-    token: bytes = b""
-    first_device: int = -1
-    seq: int = 0
-    bulk_seq: int = 0
-    pinged_s: float = 0.0
-    ponged_s: float = 0.0
-    n_computing: int = 0
-    hello: m.Hello | None = None
-
-
-@dataclass(slots=True)
-class Pending:
-    """A request under way. `rid` empty: the broker's own. `route` and `frames`: what is still to come of a compute."""
-
-    rid: bytes
-    request: Message
-    device: int
-    deadline_s: float
-    route: list[m.RouteStep] = field(default_factory=list)
-    frames: list[Frame] = field(default_factory=list)
-    compute_s: float = 0.0
-    n_nodes: int = 0
-
-
-@dataclass(slots=True)
-class DeviceEntry:
-    link: Link
-    local: int
-    info: m.DeviceInfo
-    allocated: dict[tuple[int, int], int] = field(default_factory=dict)
-
-
-PendingKey = tuple[Link, bool, int]
 
 
 class BrokerState:
     """Attributes:
     token: names this broker to the workers that it connects to; two brokers never have the same.
+    secret: makes the tickets of relays, so that nobody can guess one.
     devices: global numbering; entries of lost workers stay, so that a number never changes its meaning.
     """
 
     def __init__(
         self, software: str, first_epoch: int, token: bytes = b"broker", first_session: int = 1,
-        deadline_s: float = limits.REQUEST_DEADLINE_S,
+        deadline_s: float = limits.REQUEST_DEADLINE_S, secret: bytes = b"secret",
     ) -> None:  # fmt: skip
         self.software, self.next_epoch, self.deadline_s = software, first_epoch, deadline_s
-        self.token, self.next_session = token, first_session
+        self.token, self.next_session, self.secret = token, first_session, secret
         self.clients: dict[bytes, Client] = {}
         self.workers: dict[Link, Worker] = {}
         self.devices: list[DeviceEntry] = []
         self.pending: dict[PendingKey, Pending] = {}
         self.clients_pinged_s = 0.0
-        self.n_refused = 0
+        self.n_refused = self.n_tickets = 0
 
     def handle(self, event: Event) -> list[Instruction]:
         """One step. Errors of a peer become replies to it; nothing is raised for them."""
@@ -152,6 +105,8 @@ class BrokerState:
         client = self.clients.get(rid)
         if client is None:
             raise ProtocolError(f"{message.command.name}: expected HELLO first")
+        if message.command in NOT_CLIENTS:
+            raise ProtocolError(f"{message.command.name}: not a request of a client")
         match h:
             case m.DeviceQuery():
                 return [ToClient(rid, message.answer(m.DeviceList(self.device_list())))]
@@ -166,9 +121,16 @@ class BrokerState:
             return self._drain(rid, client, message, event.now_s)
         if client.n_inflight >= limits.MAX_INFLIGHT_PER_CLIENT:
             raise Overloaded(f"{message.command.name}: {client.n_inflight} requests are in flight; wait for replies")
+        if isinstance(h, m.Link):
+            return self._link(client, rid, message, h, event.now_s)
         pending = Pending(rid, message, message.device, event.now_s + self.deadline_s)
         payload = list(message.payload)
         if isinstance(h, m.GraphCompute):
+            if h.take or h.give:
+                raise ProtocolError("GRAPH_COMPUTE: a client gives a route; the broker makes take and give of it")
+            pairs = list(pairwise([message.device, *(s.device for s in h.route)]))
+            if pairs and client.linked.issuperset(pairs):
+                return self._relay(client, pending, h, pairs)
             pending.route = list(h.route)
             pending.frames = payload[h.n_payload :]
             payload = payload[: h.n_payload]
@@ -192,15 +154,20 @@ class BrokerState:
                 out.append(msgspec.structs.replace(entry.info, free_bytes=free))
         return out
 
-    def _forward(
-        self, pending: Pending, device: int, command: Command, header: m.Header, payload: list[Frame]
-    ) -> ToWorker:
+    def _device(self, device: int, command: Command) -> tuple[DeviceEntry, Worker]:
+        """A device and its worker. Errors: HandleError, WorkerLost."""
         if not 0 <= device < len(self.devices):
             raise HandleError(f"{command.name}: device {device} of {len(self.devices)}")
         entry = self.devices[device]
         worker = self.workers[entry.link]
         if worker.lost or not worker.ready:
             raise WorkerLost(f"{entry.info.name} of {entry.info.worker}: {worker.lost or 'not connected'}")
+        return entry, worker
+
+    def _forward(
+        self, pending: Pending, device: int, command: Command, header: m.Header, payload: list[Frame]
+    ) -> ToWorker:
+        entry, worker = self._device(device, command)
         bulk = command in BULK
         if bulk:
             worker.bulk_seq += 1
@@ -216,17 +183,22 @@ class BrokerState:
 
     def _cancel(self, rid: bytes, message: Message, h: m.Cancel) -> list[Instruction]:
         out: list[Instruction] = [ToClient(rid, message.answer(m.Ok()))]
-        for (link, bulk, seq), p in self.pending.items():
-            if p.rid == rid and p.request.seq == h.seq and not bulk:
-                worker = self.workers[link]
+        for key, p in self.pending.items():
+            if p.rid == rid and p.request.seq == h.seq and not key[1]:
                 p.route.clear()
-                worker.seq += 1
-                cancel = m.Cancel(h.session, seq)
-                local = self.devices[p.device].local
-                out.append(ToWorker(link, False, Message(Command.CANCEL, cancel, (), False, local, worker.epoch,
-                                                         worker.seq)))  # fmt: skip
-                break
+                out += self._cancel_at(key)
         return out
+
+    def _cancel_at(self, key: PendingKey) -> list[Instruction]:
+        """Tell a worker that a request of its control channel is of no more use. Its reply ends the request as any does."""
+        link, _, seq = key
+        pending, worker = self.pending[key], self.workers[link]
+        if worker.lost:
+            return []
+        worker.seq += 1
+        cancel = m.Cancel(getattr(pending.request.header, "session", 0), seq)
+        local = self.devices[pending.device].local
+        return [ToWorker(link, False, Message(Command.CANCEL, cancel, (), False, local, worker.epoch, worker.seq))]
 
     def _drain(self, rid: bytes, client: Client, message: Message, now_s: float) -> list[Instruction]:
         """End a session on every device; the client's reply follows the last of theirs."""
@@ -249,6 +221,97 @@ class BrokerState:
         if client is None:
             return []
         return self._drain(b"", client, Message(Command.DRAIN, m.Drain(client.session)), now_s)
+
+    # -- links ---------------------------------------------------------------------------------------------------------
+
+    def _link(self, client: Client, rid: bytes, message: Message, h: m.Link, now_s: float) -> list[Instruction]:
+        """Have each device's worker connect to the next one's: ask that one where it is, then tell the first to dial.
+
+        Errors: ProtocolError while computes are under way: what passes here could be overtaken by what is handed over.
+        """
+        pairs = list(pairwise(h.devices))
+        if any(p.rid == rid and p.request.command == Command.GRAPH_COMPUTE for p in self.pending.values()):
+            raise ProtocolError("LINK: computes of this session are under way; wait for their replies")
+        for device in h.devices:
+            self._device(device, Command.LINK)
+        todo = [p for p in pairs if p not in client.linked]
+        if any(a == b for a, b in pairs) or not todo:
+            return [ToClient(rid, message.answer(m.Found(not todo)))]
+        client.linking[message.seq] = Linking(pairs, len(todo))
+        client.n_inflight += 1
+        due = now_s + self.deadline_s
+        return [self._forward(Pending(rid, message, b, due, pair=(a, b)), b, Command.PEER_LISTEN, m.PeerListen(), [])
+                for a, b in todo]  # fmt: skip
+
+    def _link_step(self, pending: Pending, reply: Message, now_s: float) -> list[Instruction]:
+        h, pair = reply.header, pending.pair
+        assert pair is not None  # the caller saw it
+        if isinstance(h, m.PeerAddress):
+            a, b = pair
+            entry = self.devices[b]
+            endpoint = h.endpoint or (entry.link if entry.link.startswith("tcp://") else "")
+            dial = m.PeerDial(_link_number(pair), endpoint, h.instance, entry.local)
+            following = Pending(pending.rid, pending.request, a, now_s + self.deadline_s, pair=pair)
+            try:
+                return [self._forward(following, a, Command.PEER_DIAL, dial, [])]
+            except GgmqError:
+                return self._pair_known(pending, False)
+        return self._pair_known(pending, isinstance(h, m.Found) and h.found)
+
+    def _pair_known(self, pending: Pending, found: bool) -> list[Instruction]:
+        client, seq = self.clients.get(pending.rid), pending.request.seq
+        if client is None:
+            return []
+        linking = client.linking[seq]
+        linking.found &= found
+        linking.n_left -= 1
+        if linking.n_left:
+            return []
+        del client.linking[seq]
+        client.n_inflight -= 1
+        if linking.found:
+            client.linked.update(linking.pairs)
+        return [ToClient(pending.rid, pending.request.answer(m.Found(linking.found)))]
+
+    def _relay(self, client: Client, first: Pending, h: m.GraphCompute, pairs: list[Pair]) -> list[Instruction]:
+        """Give every stage its part of a compute at once; the workers hand the activations on."""
+        request, relay, frames = first.request, Relay(pairs), list(first.request.payload)
+        stages = [m.RouteStep(request.device, h.digest, h.n_payload), *h.route]
+        for stage in stages:
+            self._device(stage.device, Command.GRAPH_COMPUTE)
+        out: list[Instruction] = []
+        take = b""
+        for i, stage in enumerate(stages):
+            give = m.Give(_link_number(pairs[i]), self._ticket()) if i < len(pairs) else None
+            header = m.GraphCompute(h.session, stage.digest, stage.n_payload, take=take, give=give)
+            part, frames = frames[: stage.n_payload], frames[stage.n_payload :]
+            pending = Pending(first.rid, request, stage.device, first.deadline_s, relay=relay)
+            sent = self._forward(pending, stage.device, Command.GRAPH_COMPUTE, header, part)
+            relay.keys.append((sent.link, sent.bulk, sent.message.seq))
+            out.append(sent)
+            take = give.ticket if give is not None else b""
+        client.n_inflight += 1
+        return out
+
+    def _ticket(self) -> bytes:
+        self.n_tickets += 1
+        return hashlib.blake2b(self.n_tickets.to_bytes(8), key=self.secret, digest_size=16).digest()
+
+    def _end_relay(self, client: Client, pending: Pending, h: m.Header) -> list[Instruction]:
+        """The client has its answer: nobody waits for the other stages any more, and after an error they need not go on."""
+        relay = pending.relay
+        if relay is None:
+            return []
+        failed = isinstance(h, m.Error)
+        if isinstance(h, m.Error) and issubclass(BY_CODE.get(h.code, GgmqError), Unavailable):
+            client.linked.difference_update(relay.pairs)
+        out: list[Instruction] = []
+        for key in relay.keys:
+            other = self.pending.get(key)
+            if other is not None and other.rid:
+                other.rid = b""
+                out += self._cancel_at(key) if failed else []
+        return out
 
     # -- workers -------------------------------------------------------------------------------------------------------
 
@@ -280,6 +343,11 @@ class BrokerState:
             return []
         if pending.request.command == Command.GRAPH_COMPUTE:
             worker.n_computing -= 1
+        if pending.pair is not None:
+            return self._link_step(pending, message, event.now_s)
+        part_done = message.command != Command.ERROR and pending.relay is not None
+        if part_done and pending.relay is not None and (link, event.bulk, message.seq) != pending.relay.keys[-1]:
+            return []
         return self._replied(pending, message, event.now_s)
 
     def _worker_hello(self, event: FromWorker, h: m.Hello, worker: Worker | None) -> list[Instruction]:
@@ -316,12 +384,8 @@ class BrokerState:
         if request.command == Command.PING:
             return []
         self._account(pending, reply)
-        if isinstance(h, m.ComputeDone) and reply.command != Command.ERROR:
-            pending.compute_s += h.compute_s
-            pending.n_nodes += h.n_nodes
-            if pending.route:
-                return self._next_stage(pending, reply, now_s)
-            h = m.ComputeDone(pending.compute_s, pending.n_nodes)
+        if isinstance(h, m.ComputeDone) and pending.route:
+            return self._next_stage(pending, h, reply, now_s)
         client = self.clients.get(pending.rid)
         if client is None:
             return []
@@ -335,7 +399,8 @@ class BrokerState:
         if isinstance(h, m.Error):
             info = self.devices[pending.device].info
             h = m.Error(h.code, f"{info.worker} {info.name}: {h.message}"[:4000])
-        return [ToClient(pending.rid, request.answer(h, reply.payload, reply.command))]
+        rid = pending.rid
+        return [ToClient(rid, request.answer(h, reply.payload, reply.command)), *self._end_relay(client, pending, h)]
 
     def _account(self, pending: Pending, reply: Message) -> None:
         """Remember what was handed out on a device, for the figures of DEVICE_INFO."""
@@ -348,14 +413,14 @@ class BrokerState:
         elif isinstance(h, m.FreeBuffer):
             entry.allocated.pop((h.session, h.buffer), None)
 
-    def _next_stage(self, pending: Pending, reply: Message, now_s: float) -> list[Instruction]:
+    def _next_stage(self, pending: Pending, done: m.ComputeDone, reply: Message, now_s: float) -> list[Instruction]:
         step, rest = pending.route[0], pending.route[1:]
         payload = [*reply.payload, *pending.frames[: step.n_payload]]
         h = pending.request.header
         session = h.session if isinstance(h, m.GraphCompute) else 0
         following = Pending(pending.rid, pending.request, step.device, now_s + self.deadline_s, rest,
-                            pending.frames[step.n_payload :], pending.compute_s, pending.n_nodes)  # fmt: skip
-        header = m.GraphCompute(session, step.digest, len(payload))
+                            pending.frames[step.n_payload :])  # fmt: skip
+        header = m.GraphCompute(session, step.digest, len(payload), spent_s=done.compute_s, spent_nodes=done.n_nodes)
         try:
             return [self._forward(following, step.device, Command.GRAPH_COMPUTE, header, payload)]
         except GgmqError as e:
@@ -368,8 +433,11 @@ class BrokerState:
         if pending.request.command == Command.DRAIN:
             reply = pending.request.answer(m.Ok())
             return self._replied(pending, reply, 0.0)
+        if pending.pair is not None:
+            return self._pair_known(pending, False)
         client.n_inflight -= 1
-        return [self._refuse(pending.rid, pending.request, error)]
+        refusal = self._refuse(pending.rid, pending.request, error)
+        return [refusal, *self._end_relay(client, pending, refusal.message.header)]
 
     def _lose(self, link: Link, reason: str) -> list[Instruction]:
         """A worker is gone: every request that waited for it is answered, and none will be sent again."""
@@ -417,3 +485,8 @@ class BrokerState:
             self.clients_pinged_s = now_s
             out += [ToClient(rid, Message(Command.PING, m.Ping(0))) for rid in self.clients]
         return out
+
+
+def _link_number(pair: Pair) -> int:
+    """What a worker calls its link: the two devices in one number, never 0."""
+    return 1 + (pair[0] << 16 | pair[1])

@@ -6,6 +6,7 @@ Broker and workers share it, which is why it lies with the keys.
 from __future__ import annotations
 
 import secrets
+import socket
 import tempfile
 from typing import Any
 
@@ -14,6 +15,7 @@ import zmq.auth.thread
 
 from config.keys import KeyPair
 from protocol import limits
+from protocol.errors import Unavailable
 
 
 class Allowed:
@@ -49,6 +51,24 @@ def bound_endpoint(s: zmq.Socket[Any]) -> str:
     raw = s.getsockopt(zmq.LAST_ENDPOINT)
     assert isinstance(raw, bytes)  # libzmq's type for this option
     return raw.rstrip(b"\0").decode()
+
+
+def local_address(endpoint: str) -> str:
+    """This host as it appears to an endpoint: `tcp://ADDRESS` without a port, or the endpoint itself if it is a path.
+
+    Errors: Unavailable when there is no way there.
+    """
+    if not endpoint.startswith("tcp://"):
+        return endpoint
+    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    try:
+        family, kind, proto, _, where = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, proto) as s:
+            s.connect(where)  # of a datagram socket: picks the route, sends nothing
+            address = s.getsockname()[0]
+    except (OSError, ValueError) as e:
+        raise Unavailable(f"{endpoint}: no address of this host leads there: {e}") from None
+    return f"tcp://[{address}]" if ":" in address else f"tcp://{address}"
 
 
 def require_curve(context: zmq.Context[Any], keys: KeyPair) -> zmq.auth.thread.ThreadAuthenticator:

@@ -18,10 +18,11 @@ KEY_CHARS = 40
 
 @dataclass(frozen=True, slots=True)
 class KeyPair:
-    """Z85 text, 40 characters each (RFC 32 of ZeroMQ)."""
+    """Z85 text, 40 characters each (RFC 32 of ZeroMQ). `path`: the file they were read from, if they were."""
 
     public: bytes
     secret: bytes
+    path: str = ""
 
 
 def default_key_file() -> Path:
@@ -54,7 +55,7 @@ def read_keys(path: Path) -> KeyPair:
     fields = dict(line.split(" ", 1) for line in text.splitlines() if " " in line)
     if set(fields) != {"public", "secret"} or any(len(v) != KEY_CHARS for v in fields.values()):
         raise ConfigError(f"{path}: expected the lines `public KEY` and `secret KEY` of {KEY_CHARS} characters each")
-    return KeyPair(fields["public"].encode(), fields["secret"].encode())
+    return KeyPair(fields["public"].encode(), fields["secret"].encode(), str(path.absolute()))
 
 
 def find_keys(path: Path | None, insecure: bool) -> KeyPair | None:

@@ -38,7 +38,7 @@ class Client:
 
     Attributes:
         session: number that the broker gave; it goes into every handle.
-        n_round_trips, sent_bytes, received_bytes: counters over all requests.
+        n_round_trips: replies that were waited for.
     Threads: use from one.
     """
 
@@ -48,7 +48,7 @@ class Client:
         self._socket.connect(endpoint)
         self._seq = 0
         self._replies: dict[int, Message] = {}
-        self.n_round_trips = self.sent_bytes = self.received_bytes = 0
+        self.n_round_trips = 0
         self.on_wait: Callable[[], None] | None = None
         try:
             hello = self.request(m.Hello(PROTOCOL_VERSION, "client", software=SOFTWARE), timeout_s=CONNECT_S).header
@@ -65,7 +65,6 @@ class Client:
         """Send a request; returns its seq for `wait`. Many may be in flight."""
         self._seq += 1
         frames = encode(Message(COMMANDS[type(header)], header, tuple(payload), False, device, 0, self._seq))
-        self.sent_bytes += sum(len(f) for f in frames)
         self._socket.send_multipart(frames, copy=False)
         return self._seq
 
@@ -92,7 +91,6 @@ class Client:
 
     def _take(self, raw: list[zmq.Frame]) -> None:
         frames: list[Frame] = [f.buffer for f in raw]
-        self.received_bytes += sum(len(f) for f in frames)
         message = decode(frames)
         if message.reply:
             self._replies[message.seq] = message
@@ -152,7 +150,9 @@ class LocalBus:
     def spawn(self, device: str, threads: int, extra: Sequence[str] = ()) -> str:
         """Start a worker of this host; it dials in. Returns the name that its devices have on the bus."""
         name = f"local{len(self.workers)}"
-        command = [sys.executable, "-m", "workers", "--quiet", "-d", device, "-t", str(threads), "--insecure",
+        # the bus is a path of this host, but other workers that this one connects to may be anywhere
+        security = ["--keys", self.keys.path] if self.keys is not None and self.keys.path else ["--insecure"]
+        command = [sys.executable, "-m", "workers", "--quiet", "-d", device, "-t", str(threads), *security,
                    "--broker", self.local_endpoint, "--parent-pid", str(os.getpid()), "--name", name, *extra]  # fmt: skip
         root = str(Path(__file__).resolve().parent.parent)
         path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)

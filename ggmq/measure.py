@@ -10,11 +10,13 @@ from ggmq.runner import Entry, Runner, UnderWay
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Units: tokens a second, bytes and round trips a decoded token, counted at the main host; seconds."""
+    """Units: tokens a second; a decoded token's bytes on all sockets of the workers, those of them that went from worker to
+    worker, its round trips at the main host, and its seconds of computing."""
 
     prefill_tok_s: float
     decode_tok_s: float
     wire_bytes_per_token: float
+    handed_bytes_per_token: float
     round_trips_per_token: float
     compute_s_per_token: float
 
@@ -42,6 +44,13 @@ class Streams:
         self.n_past += n
 
 
+def _wire(runner: Runner) -> tuple[int, int]:
+    """Bytes so far: between the broker and the workers and from worker to worker, and of those the latter."""
+    stats = [runner.client.stats(s.assignment.device) for s in runner.stages]
+    handed = sum(s.handed_out_bytes for s in stats)
+    return sum(s.wire_in_bytes + s.wire_out_bytes for s in stats) - handed, handed
+
+
 def measure(runner: Runner, n_prompt: int, n_gen: int, n_depth: int = 0, n_streams: int = 1) -> Rates:
     """Read a prompt, then generate greedily. The first pass over each shape compiles its graphs and is not counted.
 
@@ -64,13 +73,12 @@ def measure(runner: Runner, n_prompt: int, n_gen: int, n_depth: int = 0, n_strea
     streams = Streams(runner, tokens, n_past)
     streams.decode(2)
     streams.n_past = n_past
-    wire, trips, compute_s = client.sent_bytes + client.received_bytes, client.n_round_trips, runner.compute_s
+    wire, handed = _wire(runner)
+    trips, compute_s = client.n_round_trips, runner.compute_s
     start = time.perf_counter()
     streams.decode(n_gen)
     decode_s = time.perf_counter() - start
     n = n_gen * n_streams
-    return Rates(
-        prefill_tok_s=n_prompt / prefill_s, decode_tok_s=n / decode_s,
-        wire_bytes_per_token=(client.sent_bytes + client.received_bytes - wire) / n,
-        round_trips_per_token=(client.n_round_trips - trips) / n, compute_s_per_token=(runner.compute_s - compute_s) / n,
-    )  # fmt: skip
+    trips, compute_s = client.n_round_trips - trips, runner.compute_s - compute_s
+    wire, handed = (after - before for after, before in zip(_wire(runner), (wire, handed), strict=True))
+    return Rates(n_prompt / prefill_s, n / decode_s, wire / n, handed / n, trips / n, compute_s / n)

@@ -116,6 +116,7 @@ class Runner:
     Attributes:
         n_ctx: cells of a sequence, which is the longest context.
         n_slots: sequences that the KV cache has cells for.
+        direct: activations go from worker to worker; otherwise they pass through the broker.
         compute_s: time that workers spent computing, summed over stages.
         load_s: how long `load` took.
     Threads: use from one.
@@ -127,6 +128,7 @@ class Runner:
         self.client, self.arch, self.n_slots = client, arch, n_slots
         self.n_ctx = n_cells(n_ctx, n_slots) // n_slots
         self.load_s = 0.0
+        self.direct = False
         self.stages = [_StageOnDevice(a) for a in assignments]
         self.compute_s = 0.0
         self.report = LoadReport()
@@ -163,9 +165,13 @@ class Runner:
             session, device = self.client.session, s.assignment.device
             pending.append(self.client.submit(m.AllocBuffer(session, 2 * i + 1, max(at, 1), "weights"), device=device))
             pending.append(self.client.submit(m.AllocBuffer(session, 2 * i + 2, max(kv_at, 1), "kv"), device=device))
+        link = self.client.submit(m.Link(self.client.session, [s.assignment.device for s in self.stages]))
         for seq in pending:
             self.client.wait(seq)
         self._upload(hashes, progress)
+        linked = self.client.wait(link).header
+        assert isinstance(linked, m.Found)  # the decoder gives LINK's reply this type
+        self.direct = linked.found
         self.load_s = time.perf_counter() - start
         return self.report
 

@@ -16,7 +16,7 @@ import msgspec
 
 from protocol import limits
 from protocol.errors import ProtocolError
-from protocol.messages import ANSWER, PAYLOAD_FRAMES, REPLY, REQUEST, Command, GraphCompute, Header, Hello
+from protocol.messages import ANSWER, PAYLOAD_FRAMES, REPLY, REQUEST, Command, GraphCompute, HandOver, Header, Hello
 
 PREFIX = struct.Struct("<4sBBHIQ")
 MAGIC = b"GGMQ"
@@ -158,6 +158,8 @@ def decode(frames: Sequence[Frame]) -> Message:
         expected = PAYLOAD_FRAMES.get(command, 0)
         if isinstance(header, GraphCompute):
             expected = header.n_payload + sum(s.n_payload for s in header.route)
+        elif isinstance(header, HandOver):
+            expected = header.n_payload
         if len(payload) != expected:
             raise ProtocolError(f"{command.name}: expected {expected} payload frames, got {len(payload)}")
     if isinstance(header, Hello) and header.version != limits.PROTOCOL_VERSION:

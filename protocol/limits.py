@@ -5,7 +5,7 @@ Units: `_bytes` and `_s` in the names; `n_*` are counts. A message over a bound 
 
 from __future__ import annotations
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """Goes up when a header, a record or the op table changes; HELLO refuses another version."""
 
 MAX_HEADER_BYTES = 64 * 1024
@@ -41,6 +41,15 @@ COMPUTE_STALL_S = 60.0
 """The same while a graph runs: a single large node may keep the compute loop from answering."""
 HANDSHAKE_IVL_S = 3.0
 REQUEST_DEADLINE_S = 300.0
+
+MAX_LINKS = 64
+MAX_HANDED_BYTES = 1 << 28
+"""Activations that wait in a worker for the GRAPH_COMPUTE that takes them."""
+DIAL_S = 3.0
+"""Within this long a worker that is dialled proves who it is, or activations go through the broker."""
+HAND_OVER_S = 5.0
+"""Within this long a worker says that activations arrived: it answers between two nodes of a running graph."""
+LINK_PING_S = 5.0
 
 PEER_SILENCE_S = 20.0
 """A worker frees what a peer holds when the peer has sent nothing, not even a PING, for this long."""

@@ -32,6 +32,10 @@ class Command(IntEnum):
     DRAIN = 13
     STATS = 14
     ERROR = 15
+    LINK = 16
+    PEER_LISTEN = 17
+    PEER_DIAL = 18
+    HAND_OVER = 19
 
 
 REPLY = 0x80
@@ -42,6 +46,7 @@ Handle = Annotated[int, Meta(ge=1, le=(1 << 63) - 1)]
 Short = Annotated[str, Meta(max_length=256)]
 Digest = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Hash = Annotated[bytes, Meta(min_length=32, max_length=32)]
+Ticket = Annotated[bytes, Meta(max_length=16)]
 Dim = Annotated[int, Meta(ge=0, le=limits.MAX_TENSOR_BYTES)]
 Ne = tuple[Dim, Dim, Dim, Dim]
 
@@ -67,7 +72,8 @@ class DeviceInfo(Header, frozen=True):
 class Hello(Header, frozen=True):
     """First message of every connection, both ways.
 
-    `role` is broker, worker, client, or the first two with `-bulk` for the second channel of the same `token`.
+    `role` is broker, worker, client, or the first two with `-bulk` for the second channel of the same `token`; peer is
+    another worker, which hands over activations.
     """
 
     version: U64
@@ -170,20 +176,72 @@ class RouteStep(Header, frozen=True):
     n_payload: Annotated[int, Meta(ge=0, le=limits.MAX_FRAMES)]
 
 
+class Give(Header, frozen=True):
+    """Where the outputs of a graph go instead of into its reply: a link that the worker dialled, and under what name."""
+
+    link: Handle
+    ticket: Ticket
+
+
 class GraphCompute(Header, frozen=True):
-    """Run a graph. The payload holds the inputs in graph order, then those of the later steps of `route`."""
+    """Run a graph. The payload holds the inputs in graph order, then those of the later steps of `route`.
+
+    `route` is a client's word; the broker makes of it, for each worker, a `take` (the first inputs are those that another
+    worker hands over under this ticket; the payload holds the others) and a `give`. `spent_s` and `spent_nodes`: what
+    earlier stages took, which the reply adds to its own.
+    """
 
     session: U64
     digest: Digest
     n_payload: Annotated[int, Meta(ge=0, le=limits.MAX_FRAMES)]
     route: Annotated[list[RouteStep], Meta(max_length=limits.MAX_ROUTE_STEPS)] = []
+    take: Ticket = b""
+    give: Give | None = None
+    spent_s: float = 0.0
+    spent_nodes: U64 = 0
 
 
 class ComputeDone(Header, frozen=True):
-    """The payload holds the outputs in graph order."""
+    """The payload holds the outputs in graph order, unless they were given to another worker."""
 
     compute_s: float = 0.0
     n_nodes: U64 = 0
+
+
+class Link(Header, frozen=True):
+    """A client asks that each of these devices hand its outputs straight to the next. Found: whether they now do."""
+
+    session: U64
+    devices: Annotated[list[Annotated[int, Meta(ge=0, lt=1 << 16)]], Meta(max_length=limits.MAX_ROUTE_STEPS + 1)]
+
+
+class PeerListen(Header, frozen=True):
+    """The broker asks a worker to be reachable for others."""
+
+
+class PeerAddress(Header, frozen=True):
+    """`endpoint` empty: where the broker reaches this worker, others do. `instance` is the token of its HELLO."""
+
+    endpoint: Short
+    instance: Annotated[bytes, Meta(max_length=32)]
+
+
+class PeerDial(Header, frozen=True):
+    """The broker asks a worker to connect to another, and names the link. Found: it is that instance, and answers."""
+
+    link: Handle
+    endpoint: Short
+    instance: Annotated[bytes, Meta(max_length=32)]
+    device: Annotated[int, Meta(ge=0, lt=1 << 16)]
+
+
+class HandOver(Header, frozen=True):
+    """Outputs of a graph, from worker to worker, for the GRAPH_COMPUTE that takes this ticket. Ok: they arrived."""
+
+    ticket: Annotated[bytes, Meta(min_length=16, max_length=16)]
+    n_payload: Annotated[int, Meta(ge=0, le=limits.MAX_FRAMES)]
+    spent_s: float = 0.0
+    spent_nodes: U64 = 0
 
 
 class Cancel(Header, frozen=True):
@@ -206,7 +264,7 @@ class StatsQuery(Header, frozen=True):
 
 
 class Stats(Header, frozen=True):
-    """Counters since the start of a worker process."""
+    """Counters since the start of a worker process. `handed_out_bytes`: those of `wire_out_bytes` that went to workers."""
 
     device: Short = ""
     free_bytes: Size = 0
@@ -220,6 +278,9 @@ class Stats(Header, frozen=True):
     n_refused: U64 = 0
     n_fenced: U64 = 0
     payload_in_bytes: U64 = 0
+    wire_in_bytes: U64 = 0
+    wire_out_bytes: U64 = 0
+    handed_out_bytes: U64 = 0
     cache_hits: U64 = 0
     cache_misses: U64 = 0
     cache_repairs: U64 = 0
@@ -240,14 +301,17 @@ REQUEST: dict[Command, type[Header]] = {
     Command.FREE_BUFFER: FreeBuffer, Command.SET_TENSOR: SetTensor, Command.SET_TENSOR_HASH: SetTensorHash,
     Command.GET_TENSOR: GetTensor, Command.COPY_TENSOR: CopyTensor, Command.GRAPH_PUT: GraphPut,
     Command.GRAPH_COMPUTE: GraphCompute, Command.CANCEL: Cancel, Command.PING: Ping, Command.DRAIN: Drain,
-    Command.STATS: StatsQuery,
+    Command.STATS: StatsQuery, Command.LINK: Link, Command.PEER_LISTEN: PeerListen, Command.PEER_DIAL: PeerDial,
+    Command.HAND_OVER: HandOver,
 }  # fmt: skip
 ANSWER: dict[Command, type[Header]] = {
     **dict.fromkeys(REQUEST, Ok), Command.HELLO: Hello, Command.DEVICE_INFO: DeviceList,
     Command.SET_TENSOR_HASH: Found, Command.GRAPH_COMPUTE: ComputeDone, Command.PING: Ping, Command.STATS: Stats,
-    Command.ERROR: Error,
+    Command.ERROR: Error, Command.LINK: Found, Command.PEER_LISTEN: PeerAddress, Command.PEER_DIAL: Found,
 }  # fmt: skip
 PAYLOAD_FRAMES: dict[Command, int] = {Command.SET_TENSOR: 1, Command.GRAPH_PUT: 1}
-"""Payload frames that a request carries; GRAPH_COMPUTE says it in its header, every other has none."""
+"""Payload frames that a request carries; GRAPH_COMPUTE and HAND_OVER say it in their headers, every other has none."""
 BULK = frozenset({Command.SET_TENSOR, Command.SET_TENSOR_HASH})
 """Commands that travel on the bulk channel."""
+NOT_CLIENTS = frozenset({Command.PEER_LISTEN, Command.PEER_DIAL, Command.HAND_OVER})
+"""Requests between a broker and workers only: a client could have a worker connect anywhere."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import secrets
 import signal
 import sys
 from collections.abc import Sequence
@@ -48,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--insecure", action="store_true", help="no encryption, no authentication, on any address")
     p.add_argument("--parent-pid", type=int, default=0, help=argparse.SUPPRESS)
     p.add_argument("--join", help=argparse.SUPPRESS)
+    p.add_argument("--instance", default="", help=argparse.SUPPRESS)
     p.add_argument("--name", default="", help="what the main host calls this worker (default: its address)")
     p.add_argument("--tag", default="", help=argparse.SUPPRESS)
     p.add_argument("--quiet", action="store_true", help=argparse.SUPPRESS)
@@ -109,7 +111,8 @@ def _main(args: argparse.Namespace) -> int:
     from workers.loop import WorkerLoop, serve
 
     models = ModelFolder(args.model_dir) if args.model_dir else None
-    loop = WorkerLoop(device, cache, SOFTWARE, keys, args.parent_pid, args.name[:256], models)
+    loop = WorkerLoop(device, cache, SOFTWARE, keys, args.parent_pid, args.name[:256], models,
+                      bytes.fromhex(args.instance), args.insecure)  # fmt: skip
     if args.join:
         loop.join(args.join)
         endpoint = args.join
@@ -137,7 +140,11 @@ def _serve_many(args: argparse.Namespace, names: list[str], keys: object) -> int
     front = Front(_endpoint(args), find_keys(args.keys, args.insecure))
     signal.signal(signal.SIGTERM, lambda *_: setattr(front, "stopping", True))
     signal.signal(signal.SIGINT, lambda *_: setattr(front, "stopping", True))
-    common = [sys.executable, "-m", "workers", "--quiet"]
+    common = [sys.executable, "-m", "workers", "--quiet", "--instance", secrets.token_hex(16)]
+    if args.insecure:
+        common.append("--insecure")
+    elif args.keys:
+        common += ["--keys", str(args.keys)]
     if args.threads:
         common += ["-t", str(args.threads)]
     if args.mem:

@@ -10,7 +10,8 @@ from protocol import messages as m
 from protocol.errors import GgmqError, InternalError, OutOfMemory, ProtocolError
 from workers.cache import Cache, ModelFolder, content_hash
 from workers.devices.base import Buffer, Device, Plan, Tick
-from workers.state import Instruction, Key, Work, WorkerState
+from workers.links import LinkInstruction, Links
+from workers.state import Key, Work, WorkerState
 
 MAX_PLANS = 64
 
@@ -22,15 +23,19 @@ class Executor:
     """
 
     def __init__(
-        self, device: Device, state: WorkerState, cache: Cache | None, models: ModelFolder | None = None
+        self, device: Device, state: WorkerState, links: Links, cache: Cache | None, models: ModelFolder | None = None
     ) -> None:
-        self.device, self.state, self.cache, self.models = device, state, cache, models
+        self.device, self.state, self.links, self.cache, self.models = device, state, links, cache, models
         self.buffers: dict[Key, dict[int, Buffer]] = {}
         self.plans: dict[tuple[Key, bytes], Plan] = {}
 
-    def execute(self, work: Work, tick: Tick) -> list[Instruction]:
+    def execute(self, work: Work, tick: Tick) -> Sequence[LinkInstruction]:
         """Do it, and say what to send. Every failure becomes an ordinary error reply."""
+        h = work.request.header
+        gives = isinstance(h, m.GraphCompute) and h.give is not None
         try:
+            if gives:
+                self.links.can_give(work)
             header, payload = self._do(work, tick)
         except GgmqError as e:
             return self.state.failed(work, e)
@@ -39,6 +44,8 @@ class Executor:
             return self.state.failed(work, OutOfMemory(f"{self.device.name}: out of memory, {free} bytes free", 0, free))
         except Exception as e:
             return self.state.failed(work, InternalError(f"{work.request.command.name}: {type(e).__name__}: {e}"))
+        if gives and isinstance(header, m.ComputeDone):
+            return self.links.give(work, header, tuple(payload), time.monotonic())
         return self.state.done(work, header, payload)
 
     def _do(self, work: Work, tick: Tick) -> tuple[m.Header, Sequence[bytes | memoryview]]:
@@ -66,7 +73,7 @@ class Executor:
                 out = plan.run(work.request.payload, tick)
                 took = time.perf_counter() - start
                 # sockets may send later than the next run writes: the outputs leave as copies
-                return m.ComputeDone(took, plan.n_nodes), [bytes(o) for o in out]
+                return m.ComputeDone(h.spent_s + took, h.spent_nodes + plan.n_nodes), [bytes(o) for o in out]
             case m.Drain():
                 self.free_session(key)
             case m.StatsQuery():
@@ -126,9 +133,10 @@ class Executor:
             device=info.name, free_bytes=info.free_bytes, total_bytes=info.total_bytes, rss_bytes=rss_bytes(),
             n_sessions=len(state.sessions), n_buffers=len(buffers), buffer_bytes=sum(b.n_bytes for b in buffers),
             n_graphs=len(self.plans), n_computes=state.n_computes, n_refused=state.n_refused, n_fenced=state.n_fenced,
-            payload_in_bytes=state.payload_in_bytes, cache_hits=cache.hits if cache else 0,
-            cache_misses=cache.misses if cache else 0, cache_repairs=cache.repairs if cache else 0,
-            kernel_compiles=self.device.kernel_compiles,
+            payload_in_bytes=state.payload_in_bytes, wire_in_bytes=state.wire_in_bytes,
+            wire_out_bytes=state.wire_out_bytes, handed_out_bytes=state.handed_out_bytes,
+            cache_hits=cache.hits if cache else 0, cache_misses=cache.misses if cache else 0,
+            cache_repairs=cache.repairs if cache else 0, kernel_compiles=self.device.kernel_compiles,
         )  # fmt: skip
 
 

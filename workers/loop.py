@@ -11,23 +11,24 @@ import secrets
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
 import zmq
 
-from config.auth import bound_endpoint, new_socket, require_curve
+from config.auth import bound_endpoint, local_address, new_socket, require_curve
 from config.keys import KeyPair
 from protocol import PROTOCOL_VERSION, limits
 from protocol import messages as m
-from protocol.errors import Cancelled, ConfigError, GgmqError, ProtocolError
+from protocol.errors import Cancelled, ConfigError, GgmqError, ProtocolError, Unavailable
 from protocol.frames import Frame, Message, decode, encode, prefix_of
 from protocol.messages import Command
 from workers.cache import Cache, ModelFolder
 from workers.devices.base import Device
 from workers.executor import Executor
-from workers.state import Instruction, Send, Work, WorkerState
+from workers.links import Dial, HangUp, LinkInstruction, Links, Name, ToPeer
+from workers.state import Send, Work, WorkerState
 
 BROKER = b""
 REDIAL_S = 1.0
@@ -37,16 +38,19 @@ class WorkerLoop:
     """A device process.
 
     Attributes:
+        instance: names this process to those who connect to it; devices behind one front have the same.
+        dialled: sockets that we connected to a broker; `linked`: those to other workers, by name.
         parent_pid: with it, the process ends when its parent has gone (a launcher that was killed leaves nothing).
     """
 
     def __init__(
         self, device: Device, cache: Cache | None, software: str, keys: KeyPair | None = None, parent_pid: int = 0,
-        name: str = "", models: ModelFolder | None = None,
+        name: str = "", models: ModelFolder | None = None, instance: bytes = b"", insecure: bool = False,
     ) -> None:  # fmt: skip
         self.device, self.keys, self.parent_pid, self.name = device, keys, parent_pid, name
         self.state = WorkerState(software)
-        self.executor = Executor(device, self.state, cache, models)
+        self.links = Links(self.state)
+        self.executor = Executor(device, self.state, self.links, cache, models)
         self.context: zmq.Context[Any] = zmq.Context()
         self.auth: Any = None
         self.debug = bool(os.environ.get("GGMQ_DEBUG") or os.environ.get("GGML_RPC_DEBUG"))
@@ -55,32 +59,64 @@ class WorkerLoop:
         self.stopping = False
         self.sockets: list[zmq.Socket[Any]] = []
         self.route: dict[bytes, zmq.Socket[Any]] = {}
-        self.token = secrets.token_bytes(16)
-        self.dialled: set[int] = set()
-        self.relayed = False
+        self.instance = instance or secrets.token_bytes(16)
+        self.insecure = insecure
+        self.dialled: dict[zmq.Socket[Any], str] = {}
+        self.linked: dict[Name, zmq.Socket[Any]] = {}
+        self.peers_only: zmq.Socket[Any] | None = None
+        self.peer_endpoint = ""
 
     # -- ways to be reached --------------------------------------------------------------------------------------------
 
     def listen(self, endpoint: str) -> str:
         """Bind a ROUTER; returns the endpoint with its real port. Errors: ConfigError when it cannot be bound."""
-        if self.keys is not None:
-            self.auth = require_curve(self.context, self.keys)
-        s = new_socket(self.context, zmq.ROUTER, self.keys, server=True)
+        s = self._bind(endpoint)
+        self.sockets.append(s)
+        return bound_endpoint(s)
+
+    def _keys_for(self, endpoint: str) -> KeyPair | None:
+        """A path of this host is guarded by its folder's mode."""
+        return self.keys if endpoint.startswith("tcp://") else None
+
+    def _bind(self, endpoint: str) -> zmq.Socket[Any]:
+        keys = self._keys_for(endpoint)
+        if keys is not None and self.auth is None:
+            self.auth = require_curve(self.context, keys)
+        s = new_socket(self.context, zmq.ROUTER, keys, server=True)
         try:
             s.bind(endpoint)
         except zmq.ZMQError as e:
+            s.close()
             raise ConfigError(f"{endpoint}: cannot listen: {e.strerror or e}; is another worker on this port? "
                               "Choose another with -p") from None  # fmt: skip
-        self.sockets.append(s)
-        return bound_endpoint(s)
+        return s
+
+    def _listen_for_peers(self) -> str:
+        """Where other workers reach this one; empty: where its broker does.
+
+        Errors: Unavailable when it dialled a broker over a network without keys, and was not told that this is safe.
+        """
+        if self.dialled and self.peers_only is None:
+            broker = next(iter(self.dialled.values()))
+            address = local_address(broker)
+            if address.startswith("ipc://"):
+                endpoint = f"{address}-{self.instance.hex()[:8]}"
+            elif self.keys is not None or self.insecure or address.startswith("tcp://127."):
+                endpoint = f"{address}:*"
+            else:
+                raise Unavailable("PEER_LISTEN: without a cluster key or --insecure nothing listens here")
+            self.peers_only = self._bind(endpoint)
+            self.sockets.append(self.peers_only)
+            self.peer_endpoint = bound_endpoint(self.peers_only)
+        return self.peer_endpoint
 
     def dial(self, endpoint: str) -> None:
         """Connect to a broker, control and bulk, and say HELLO."""
         for role in ("worker", "worker-bulk"):
-            s = new_socket(self.context, zmq.DEALER, self.keys, server=False)
+            s = new_socket(self.context, zmq.DEALER, self._keys_for(endpoint), server=False)
             s.connect(endpoint)
             self.sockets.append(s)
-            self.dialled.add(id(s))
+            self.dialled[s] = endpoint
             s.send_multipart(encode(Message(Command.HELLO, self._hello(role))))
 
     def join(self, endpoint: str) -> None:
@@ -88,12 +124,11 @@ class WorkerLoop:
         s = new_socket(self.context, zmq.DEALER, None, server=False)
         s.connect(endpoint)
         self.sockets.append(s)
-        self.relayed = True
         s.send_multipart([b"", *encode(Message(Command.HELLO, self._hello("worker")))])
 
     def _hello(self, role: str) -> m.Hello:
         devices = [msgspec.structs.replace(self.device.info(), worker=self.name)] if not role.endswith("-bulk") else []
-        return m.Hello(PROTOCOL_VERSION, role, self.token, software=self.state.software, devices=devices)
+        return m.Hello(PROTOCOL_VERSION, role, self.instance, software=self.state.software, devices=devices)
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
@@ -122,8 +157,13 @@ class WorkerLoop:
     def _housekeeping(self) -> None:
         if self.parent_pid and os.getppid() != self.parent_pid:
             self.stop()
-        for key in self.state.silent(time.monotonic()):
+        now = time.monotonic()
+        known = set(self.state.peers)
+        for key in self.state.silent(now):
             self._free(key)
+        for token in known - set(self.state.peers):
+            self._carry_out(self.links.drop(token))
+        self._carry_out(self.links.tick(now))
 
     def _free(self, key: tuple[bytes, int]) -> None:
         self.executor.free_session(key)
@@ -134,7 +174,7 @@ class WorkerLoop:
         ready = zmq.select(self.sockets, [], [], timeout_ms / 1000)[0] if len(self.sockets) > 1 else None
         for s in self.sockets if ready is None else ready:
             wait = timeout_ms if ready is None else 0
-            while s.poll(wait):
+            while not s.closed and s.poll(wait):
                 wait = 0
                 frames: list[Frame] = [f.buffer if len(f) > 4096 else f.bytes for f in s.recv_multipart(copy=False)]
                 self._arrived(s, frames)
@@ -142,7 +182,12 @@ class WorkerLoop:
                     return
 
     def _arrived(self, s: zmq.Socket[Any], frames: list[Frame]) -> None:
-        rid = BROKER + bytes([self.sockets.index(s)]) if id(s) in self.dialled else bytes(frames.pop(0))
+        self.state.wire_in_bytes += sum(len(f) for f in frames)
+        name = next((n for n, linked in self.linked.items() if linked is s), None)
+        if name is not None:
+            self._over_link(name, frames)
+            return
+        rid = BROKER + bytes([self.sockets.index(s)]) if s in self.dialled else bytes(frames.pop(0))
         self.route[rid] = s
         try:
             message = decode(frames)
@@ -151,7 +196,7 @@ class WorkerLoop:
             return
         if self.debug:
             print(f"ggmq worker: {message.command.name} seq {message.seq} {message.header}"[:400], file=sys.stderr)
-        if message.reply and message.command == Command.ERROR and id(s) in self.dialled:
+        if message.reply and message.command == Command.ERROR and s in self.dialled:
             # a broker that was started again does not know us: introduce ourselves
             s.send_multipart(encode(Message(Command.HELLO, self._hello("worker"))))
             return
@@ -161,8 +206,20 @@ class WorkerLoop:
             self._carry_out(self.state.handle(rid, message))
         elif isinstance(message.header, m.Cancel):
             self._cancel(rid, message, message.header)
+        elif isinstance(message.header, m.HandOver):
+            answer, ready = self.state.handed(rid, message, time.monotonic())
+            self.queue.extend(ready)
+            self._carry_out([answer])
         else:
             self.queue.append((rid, message))
+
+    def _over_link(self, name: Name, frames: list[Frame]) -> None:
+        try:
+            message = decode(frames)
+        except ProtocolError as e:
+            self._carry_out(self.links.lost(name, f"it broke the protocol: {e}"))
+            return
+        self._carry_out(self.links.received(name, message, time.monotonic()))
 
     def _refuse_frames(self, rid: bytes, frames: list[Frame], error: ProtocolError) -> None:
         """Answer what could not be decoded, if it says which message it was."""
@@ -182,25 +239,38 @@ class WorkerLoop:
             if (r, q.seq) == (rid, h.seq):
                 self._carry_out([self.state.refuse(r, q, Cancelled(f"{q.command.name} was cancelled"))])
         self.queue = kept
+        self._carry_out(self.state.unpark(rid, h.session, h.seq))
         self._carry_out(self.state.handle(rid, message))
         if self.running == (rid, h.session, h.seq):
             raise Cancelled("GRAPH_COMPUTE was cancelled")
 
-    def _handle(self, rid: bytes, message: Message) -> list[Instruction]:
-        h = message.header
-        if not isinstance(h, m.Hello):
-            return self.state.handle(rid, message)
+    def _handle(self, rid: bytes, message: Message) -> Sequence[LinkInstruction]:
+        h, now = message.header, time.monotonic()
         try:
+            if isinstance(h, m.PeerDial):
+                return self._dial_peer(rid, message, h, now)
+            if isinstance(h, m.PeerListen):
+                self.state.broker_of(rid, "PEER_LISTEN")
+                return [Send(rid, message.answer(m.PeerAddress(self._listen_for_peers(), self.instance)))]
+            if not isinstance(h, m.Hello):
+                return self.state.handle(rid, message)
+            if self.route.get(rid) is self.peers_only and self.peers_only is not None and h.role != "peer":
+                raise ProtocolError(f"HELLO: only other workers connect here, got the role {h.role!r}")
             if message.reply:
                 # the broker's answer on a channel that we dialled carries the epoch; either channel's may come first
                 h = m.Hello(h.version, "broker", b"broker", h.epoch)
-            for key in self.state.hello(rid, h, time.monotonic()):
+            for key in self.state.hello(rid, h, now):
                 self._free(key)
         except GgmqError as e:
             return [self.state.refuse(rid, message, e)]
         return [] if message.reply else [Send(rid, message.answer(self._hello("worker")))]
 
-    def _carry_out(self, instructions: list[Instruction]) -> None:
+    def _dial_peer(self, rid: bytes, message: Message, h: m.PeerDial, now: float) -> Sequence[LinkInstruction]:
+        if h.endpoint.startswith("ipc://") and not any(e.startswith("ipc://") for e in self.dialled.values()):
+            raise ProtocolError("PEER_DIAL: a worker connects to a path of its host only for a broker of its host")
+        return self.links.dial(rid, message, secrets.token_bytes(16), now)
+
+    def _carry_out(self, instructions: Sequence[LinkInstruction]) -> None:
         for instruction in instructions:
             if isinstance(instruction, Work):
                 if instruction.verb == "compute":
@@ -211,19 +281,50 @@ class WorkerLoop:
                 finally:
                     self.running = None
                 self._carry_out(answers)
-            else:
+            elif isinstance(instruction, Send):
                 self._send(instruction)
+            else:
+                self._link(instruction)
+
+    def _link(self, instruction: Dial | ToPeer | HangUp) -> None:
+        name = instruction.name
+        s = self.linked.get(name)
+        if isinstance(instruction, Dial):
+            keys = self._keys_for(instruction.endpoint)
+            s = self.linked[name] = new_socket(self.context, zmq.DEALER, keys, server=False)
+            self.sockets.append(s)
+            try:
+                s.connect(instruction.endpoint)
+            except zmq.ZMQError as e:
+                self._carry_out(self.links.lost(name, f"{e.strerror or e}"))
+        elif s is None:
+            return
+        elif isinstance(instruction, HangUp):
+            del self.linked[name]
+            self.sockets.remove(s)
+            s.close()
+        else:
+            frames = encode(instruction.message)
+            n = sum(len(f) for f in frames)
+            self.state.wire_out_bytes += n
+            self.state.handed_out_bytes += n
+            try:
+                s.send_multipart(frames, zmq.DONTWAIT, copy=False)
+            except zmq.ZMQError as e:
+                self._carry_out(self.links.lost(name, f"{e.strerror or e}"))
 
     def _tick(self) -> None:
-        """Between two nodes of a running plan: PINGs are answered, everything else waits its turn."""
+        """Between two nodes of a running plan: PINGs and handed activations are answered, everything else waits its turn."""
         self._receive(0)
+        self._carry_out(self.links.tick(time.monotonic()))
 
     def _send(self, instruction: Send) -> None:
         s = self.route.get(instruction.rid)
         if s is None:
             return
         frames = encode(instruction.message)
-        if id(s) not in self.dialled:
+        self.state.wire_out_bytes += sum(len(f) for f in frames)
+        if s not in self.dialled:
             frames.insert(0, instruction.rid)
         try:
             s.send_multipart(frames, flags=zmq.DONTWAIT, copy=False)

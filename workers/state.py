@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from protocol import limits
 from protocol import messages as m
 from protocol.dtypes import TYPES, tensor_bytes
-from protocol.errors import GgmqError, HandleError, Overloaded, ProtocolError
+from protocol.errors import Cancelled, GgmqError, HandleError, Overloaded, ProtocolError
 from protocol.frames import Message
 from protocol.graph import Graph, decode_graph, graph_digest
 from protocol.messages import Command
+from workers.arrivals import Arrivals
 
 Key = tuple[bytes, int]
 """A session: the peer's token and the session's number."""
@@ -60,15 +61,18 @@ class Session:
 
 @dataclass(slots=True)
 class Peer:
+    """`hands`: another worker, which may hand activations over and nothing else."""
+
     epoch: int
     seen_s: float
+    hands: bool = False
     last_seq: dict[bytes, int] = field(default_factory=dict)
 
 
 class WorkerState:
     """Attributes:
     sessions: every live session; nothing of a session outlives its peer.
-    n_refused, n_fenced, n_computes, payload_in_bytes: counters for STATS.
+    n_refused, n_fenced, n_computes, and those in bytes: counters for STATS; the loop counts what crosses the wire.
     """
 
     def __init__(self, software: str) -> None:
@@ -76,7 +80,9 @@ class WorkerState:
         self.peers: dict[bytes, Peer] = {}
         self.routes: dict[bytes, bytes] = {}
         self.sessions: dict[Key, Session] = {}
+        self.arrivals = Arrivals()
         self.n_refused = self.n_fenced = self.n_computes = self.payload_in_bytes = 0
+        self.wire_in_bytes = self.wire_out_bytes = self.handed_out_bytes = 0
 
     # -- arrival -------------------------------------------------------------------------------------------------------
 
@@ -105,7 +111,7 @@ class WorkerState:
             if peer is not None and header.epoch < peer.epoch:
                 raise ProtocolError(f"HELLO: epoch {header.epoch} has passed; the peer is at {peer.epoch}")
             stale = [key for key in self.sessions if key[0] == header.token]
-            peer = self.peers[header.token] = Peer(header.epoch, now_s)
+            peer = self.peers[header.token] = Peer(header.epoch, now_s, header.role == "peer")
         peer.last_seq[rid] = -1
         self.routes[rid] = header.token
         return stale
@@ -116,6 +122,7 @@ class WorkerState:
         for token in gone:
             del self.peers[token]
         self.routes = {rid: token for rid, token in self.routes.items() if token not in gone}
+        self.arrivals.expire(now_s)
         return [key for key in self.sessions if key[0] in gone]
 
     # -- requests ------------------------------------------------------------------------------------------------------
@@ -127,25 +134,49 @@ class WorkerState:
         except GgmqError as e:
             return [self.refuse(rid, message, e)]
 
+    def broker_of(self, rid: bytes, what: str) -> bytes:
+        """The token of the broker behind a routing id. Errors: ProtocolError when it is none."""
+        token = self.routes.get(rid)
+        if token is None:
+            raise ProtocolError(f"{what}: expected HELLO first")
+        if self.peers[token].hands:
+            raise ProtocolError(f"{what}: a worker may only hand activations over to another")
+        return token
+
+    def handed(self, rid: bytes, message: Message, now_s: float) -> tuple[Send, list[tuple[bytes, Message]]]:
+        """HAND_OVER, as it arrives. Returns: its answer, and computes that can run now, each with its routing id."""
+        peer = self.peers.get(self.routes.get(rid, b""))
+        try:
+            if peer is None or not peer.hands:
+                raise ProtocolError("HAND_OVER: expected a HELLO as peer first")
+            self.payload_in_bytes += sum(len(p) for p in message.payload)
+            ready = self.arrivals.handed(message, now_s)
+        except GgmqError as e:
+            return self.refuse(rid, message, e), []
+        return Send(rid, message.answer(m.Ok())), ready
+
+    def unpark(self, rid: bytes, session: int, seq: int | None = None) -> list[Instruction]:
+        """Refuse computes of a session that wait for activations: one request, or all."""
+        waiting = self.arrivals.unpark(self.routes.get(rid, b""), session, seq)
+        return [self.refuse(r, q, Cancelled(f"{q.command.name} was cancelled")) for r, q in waiting]
+
     def refuse(self, rid: bytes, message: Message, error: GgmqError) -> Send:
         self.n_refused += 1
         return Send(rid, message.answer(m.Error(error.code, str(error)[:4000]), command=Command.ERROR))
 
     def _handle(self, rid: bytes, message: Message) -> list[Instruction]:
-        token = self.routes.get(rid)
-        if token is None:
-            raise ProtocolError(f"{message.command.name}: expected HELLO first")
         h = message.header
+        if isinstance(h, m.Ping) and rid in self.routes:
+            return [Send(rid, message.answer(h))]
+        token = self.broker_of(rid, message.command.name)
         self.payload_in_bytes += sum(len(p) for p in message.payload)
         match h:
-            case m.Ping():
-                return [Send(rid, message.answer(h))]
             case m.StatsQuery():
                 return [Work("stats", rid, (token, 0), message)]
             case m.Cancel():
                 return [Send(rid, message.answer(m.Ok()))]
             case m.Drain():
-                return [Work("drain", rid, (token, h.session), message)]
+                return [*self.unpark(rid, h.session), Work("drain", rid, (token, h.session), message)]
             case m.AllocBuffer():
                 return self._alloc(rid, (token, h.session), message, h)
             case m.GraphPut():
@@ -191,8 +222,11 @@ class WorkerState:
                                       "it was never put, or a buffer of it was freed")  # fmt: skip
                 if h.route:
                     raise ProtocolError("GRAPH_COMPUTE: routes end at the broker")
+                complete = self.arrivals.take(rid, token, message) if h.take else message
+                if complete is None:
+                    return []
                 self.n_computes += 1
-                return [Work("compute", rid, key, message, graph)]
+                return [Work("compute", rid, key, complete, graph)]
         raise ProtocolError(f"{message.command.name}: not a request that a worker takes")
 
     def _session(self, key: Key) -> Session:
@@ -283,6 +317,7 @@ class WorkerState:
     def drop(self, key: Key) -> None:
         """Forget a session whose peer is gone."""
         self.sessions.pop(key, None)
+        self.arrivals.unpark(*key)
 
 
 def _check_size(type_id: int, ne: tuple[int, int, int, int], n_bytes: int) -> None:

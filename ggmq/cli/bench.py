@@ -64,7 +64,8 @@ def _table(r: dict[str, Any], stages: list[str]) -> str:
         (f"tg{r['n_gen']}{streams}{depth}", f"{r['decode_tok_s']:.1f} t/s"),
         ("load", f"{r['load_s']:.2f} s, {sent:.1f} MiB sent, {cached:.1f} MiB from caches or files"),
         ("load and one token", f"{r['load_and_token_s']:.2f} s"),
-        ("bytes a token at the main host", f"{r['wire_bytes_per_token']:.0f}"),
+        ("bytes a token on the wire", f"{r['wire_bytes_per_token']:.0f}, of which {r['handed_bytes_per_token']:.0f} "
+                                      "from worker to worker"),
         ("round trips a token", f"{r['round_trips_per_token']:.2f}"),
         ("worker memory", f"{rss:.0f} MiB for {held:.0f} MiB of weights and KV"),
     ]  # fmt: skip

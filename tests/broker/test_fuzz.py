@@ -12,6 +12,7 @@ import zmq
 
 from broker.loop import BrokerLoop
 from ggmq.cluster import Client
+from protocol import PROTOCOL_VERSION
 from protocol import messages as m
 from protocol.frames import Message, encode
 from protocol.messages import REQUEST, Command
@@ -37,7 +38,7 @@ def test_noise_and_mutations_change_nothing(broker: tuple[BrokerLoop, str, Any])
     noise = context.socket(zmq.DEALER)
     noise.linger = 0
     noise.connect(endpoint)
-    seeds = [[bytes(f) for f in encode(Message(Command.HELLO, m.Hello(1, role, b"t" * 16)))]
+    seeds = [[bytes(f) for f in encode(Message(Command.HELLO, m.Hello(PROTOCOL_VERSION, role, b"t" * 16)))]
              for role in ("client", "worker", "worker-bulk", "broker")]  # fmt: skip
     seeds += [[bytes(f) for f in encode(Message(c, kind(1), ()))] for c, kind in REQUEST.items()
               if kind in (m.Drain, m.Ping)]  # fmt: skip
@@ -71,7 +72,7 @@ def test_a_client_that_reads_nothing_does_not_hold_up_the_others(broker: tuple[B
     deaf = context.socket(zmq.DEALER)
     deaf.linger, deaf.rcvhwm = 0, 10
     deaf.connect(endpoint)
-    deaf.send_multipart(encode(Message(Command.HELLO, m.Hello(1, "client"))))
+    deaf.send_multipart(encode(Message(Command.HELLO, m.Hello(PROTOCOL_VERSION, "client"))))
     for i in range(20_000):
         try:
             deaf.send_multipart(encode(Message(Command.DEVICE_INFO, m.DeviceQuery(), seq=i)), zmq.DONTWAIT)

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from broker.events import ClientLost, CloseLink, FromClient, FromWorker, LinkLost, LinkOpened, Tick, ToClient, ToWorker
 from broker.state import BrokerState
-from protocol import limits
+from protocol import PROTOCOL_VERSION, limits
 from protocol import messages as m
 from protocol.frames import Message
 from protocol.messages import Command
@@ -25,13 +25,13 @@ def hello(state: BrokerState, link: str, now: float = 0.0, n: int = 1) -> None:
     """Take a listening worker through its handshake."""
     (first,) = state.handle(LinkOpened(link, now))
     assert isinstance(first, ToWorker) and isinstance(first.message.header, m.Hello)
-    answer = m.Hello(1, "worker", devices=[DEVICE] * n)
+    answer = m.Hello(PROTOCOL_VERSION, "worker", devices=[DEVICE] * n)
     (bulk,) = state.handle(FromWorker(link, first.message.answer(answer), now))
     assert isinstance(bulk, ToWorker) and bulk.bulk
 
 
 def client(state: BrokerState, rid: bytes = CLIENT) -> int:
-    (reply,) = state.handle(FromClient(rid, Message(Command.HELLO, m.Hello(1, "client")), 0.0))
+    (reply,) = state.handle(FromClient(rid, Message(Command.HELLO, m.Hello(PROTOCOL_VERSION, "client")), 0.0))
     assert isinstance(reply, ToClient) and isinstance(reply.message.header, m.Hello)
     return reply.message.header.session
 
@@ -41,7 +41,7 @@ def ask(state: BrokerState, header: m.Header, seq: int, device: int = 0, now: fl
     return state.handle(FromClient(CLIENT, Message(command, header, payload, False, device, 0, seq), now))
 
 
-def test_a_route_passes_from_worker_to_worker_and_answers_once() -> None:
+def test_a_route_passes_through_here_and_answers_once() -> None:
     state = BrokerState("t", 10)
     hello(state, A)
     hello(state, B)
@@ -51,9 +51,118 @@ def test_a_route_passes_from_worker_to_worker_and_answers_once() -> None:
     assert first.link == A and first.message.payload == (b"in",) and first.message.header.route == []
     (second,) = state.handle(FromWorker(A, first.message.answer(m.ComputeDone(0.5, 3), [b"hidden"]), 1.1))
     assert second.link == B and second.message.payload == (b"hidden", b"mask")
-    (last,) = state.handle(FromWorker(B, second.message.answer(m.ComputeDone(0.25, 2), [b"logits"]), 1.2))
+    assert (second.message.header.spent_s, second.message.header.spent_nodes) == (0.5, 3)
+    (last,) = state.handle(FromWorker(B, second.message.answer(m.ComputeDone(0.75, 5), [b"logits"]), 1.2))
     assert last == ToClient(CLIENT, Message(Command.GRAPH_COMPUTE, m.ComputeDone(0.75, 5), (b"logits",), True, 0, 0, 5))
     assert not state.pending
+
+
+def link(state: BrokerState, session: int, seq: int = 2, found: bool = True) -> Any:
+    """Take A and B through a client's LINK; returns what the client hears."""
+    (listen,) = ask(state, m.Link(session, [0, 1]), seq)
+    assert listen.link == B and isinstance(listen.message.header, m.PeerListen)
+    (dial,) = state.handle(FromWorker(B, listen.message.answer(m.PeerAddress("", b"instance")), 1.0))
+    assert dial.link == A and (dial.message.header.endpoint, dial.message.header.instance) == (B, b"instance")
+    (answer,) = state.handle(FromWorker(A, dial.message.answer(m.Found(found)), 1.0))
+    assert isinstance(answer, ToClient)
+    return answer.message.header
+
+
+def linked_route(state: BrokerState, session: int) -> tuple[ToWorker, ToWorker]:
+    """A compute over both workers, whose parts go out at once."""
+    route = [m.RouteStep(1, b"2" * 16, 1)]
+    first, second = ask(state, m.GraphCompute(session, b"1" * 16, 1, route), 5, 0, 1.0, b"in", b"mask")
+    return first, second
+
+
+def two_workers() -> tuple[BrokerState, int]:
+    state = BrokerState("t", 10)
+    hello(state, A)
+    hello(state, B)
+    return state, client(state)
+
+
+def test_over_a_link_every_stage_gets_its_part_at_once_and_the_last_answers() -> None:
+    state, session = two_workers()
+    assert link(state, session) == m.Found(True)
+    first, second = linked_route(state, session)
+    give, take = first.message.header.give, second.message.header.take
+    assert give.ticket == take and len(take) == 16 and first.message.payload == (b"in",)
+    assert second.link == B and second.message.payload == (b"mask",) and second.message.header.give is None
+    (answer,) = state.handle(FromWorker(B, second.message.answer(m.ComputeDone(0.75, 5), [b"logits"]), 1.2))
+    assert answer == ToClient(CLIENT, Message(Command.GRAPH_COMPUTE, m.ComputeDone(0.75, 5), (b"logits",), True, 0, 0, 5))
+    assert state.handle(FromWorker(A, first.message.answer(m.ComputeDone(0.5, 3)), 1.3)) == []
+    assert not state.pending and state.clients[CLIENT].n_inflight == 0
+    again = linked_route(state, session)[0].message.header.give
+    assert again.ticket != give.ticket and again.link == give.link
+
+
+def test_without_a_link_a_route_passes_through_here() -> None:
+    state, session = two_workers()
+    assert link(state, session, found=False) == m.Found(False)
+    (only,) = ask(state, m.GraphCompute(session, b"1" * 16, 1, [m.RouteStep(1, b"2" * 16, 0)]), 5, 0, 1.0, b"in")
+    assert only.link == A and only.message.header.give is None
+
+
+def test_a_link_is_one_clients() -> None:
+    state, session = two_workers()
+    link(state, session)
+    other = client(state, b"d")
+    header = m.GraphCompute(other, b"1" * 16, 0, [m.RouteStep(1, b"2" * 16, 0)])
+    (only,) = state.handle(FromClient(b"d", Message(Command.GRAPH_COMPUTE, header, seq=1), 1.0))
+    assert only.link == A
+
+
+@pytest.mark.parametrize("fails", [A, B])
+def test_an_error_of_any_stage_is_the_answer_and_the_others_are_cancelled(fails: str) -> None:
+    state, session = two_workers()
+    link(state, session)
+    parts = {sent.link: sent for sent in linked_route(state, session)}
+    other = parts[A if fails == B else B]
+    refused = parts[fails].message.answer(m.Error("kernel", "no"), (), Command.ERROR)
+    answer, cancel = state.handle(FromWorker(fails, refused, 1.1))
+    assert isinstance(answer, ToClient) and answer.message.header.code == "kernel"
+    assert cancel.link == other.link and cancel.message.header == m.Cancel(session, other.message.seq)
+    late = other.message.answer(m.Error("cancelled", "it was"), (), Command.ERROR)
+    assert state.handle(FromWorker(other.link, late, 1.2)) == [] and not state.pending
+    assert linked_route(state, session), "an error of a graph says nothing of the link"
+
+
+@pytest.mark.parametrize("gone", [A, B])
+def test_losing_a_stage_of_a_relay_answers_and_cancels(gone: str) -> None:
+    state, session = two_workers()
+    link(state, session)
+    linked_route(state, session)
+    out = state.handle(LinkLost(gone, "gone", 1.1))
+    (answer,) = [i for i in out if isinstance(i, ToClient)]
+    assert answer.message.header.code == "worker_lost"
+    assert [i.link for i in out if isinstance(i, ToWorker)] == [B if gone == A else A]
+
+
+def test_a_link_that_breaks_sends_the_next_compute_through_here() -> None:
+    state, session = two_workers()
+    link(state, session)
+    first, _ = linked_route(state, session)
+    state.handle(FromWorker(A, first.message.answer(m.Error("unavailable", "link 3 is down"), (), Command.ERROR), 1.1))
+    (only,) = ask(state, m.GraphCompute(session, b"1" * 16, 0, [m.RouteStep(1, b"2" * 16, 0)]), 6)
+    assert only.link == A and only.message.header.give is None
+
+
+def test_what_only_brokers_and_workers_say_is_refused_of_a_client() -> None:
+    state, session = two_workers()
+    give = m.Give(1, b"t" * 16)
+    for header in (m.PeerListen(), m.PeerDial(1, "tcp://victim:1", b"", 0), m.HandOver(b"t" * 16, 0),
+                   m.GraphCompute(session, b"1" * 16, 0, take=b"t" * 16),
+                   m.GraphCompute(session, b"1" * 16, 0, give=give)):  # fmt: skip
+        (answer,) = ask(state, header, 1)
+        assert answer.message.header.code == "protocol"
+
+
+def test_links_are_not_changed_under_running_computes() -> None:
+    state, session = two_workers()
+    ask(state, m.GraphCompute(session, b"1" * 16, 0), 1)
+    (answer,) = ask(state, m.Link(session, [0, 1]), 2)
+    assert answer.message.header.code == "protocol"
 
 
 def test_losing_the_second_stage_answers_the_client() -> None:
@@ -142,14 +251,15 @@ class Bus(RuleBasedStateMachine):
         hello(self.state, link, self.now)
         self.up[link] = True
 
-    @rule(device=st.integers(0, 3), kind=st.integers(0, 3))
+    @rule(device=st.integers(0, 3), kind=st.integers(0, 5))
     def ask(self, device: int, kind: int) -> None:
         self.seq += 1
         self.owed.add(self.seq)
         route = [m.RouteStep(1 - device % 2, b"2" * 16, 0)]
         header: m.Header = [
             m.AllocBuffer(self.session, self.seq, 1), m.GraphCompute(self.session, b"1" * 16, 0, route),
-            m.StatsQuery(), m.Drain(self.session),
+            m.StatsQuery(), m.Drain(self.session), m.Link(self.session, [device % 2, 1 - device % 2]),
+            m.Cancel(self.session, self.seq - 1),
         ][kind]  # fmt: skip
         self.take(ask(self.state, header, self.seq, device, self.now))
 
@@ -158,8 +268,9 @@ class Bus(RuleBasedStateMachine):
         if not self.wire:
             return
         sent = self.wire.pop(data.draw(st.integers(0, len(self.wire) - 1)))
+        made = {m.Ping: m.Ping(1), m.Found: m.Found(True), m.PeerAddress: m.PeerAddress("tcp://x:1", b"i")}
         kind = m.ANSWER[sent.message.command]
-        header = m.Error("kernel", "no") if refuse else (m.Ping(1) if kind is m.Ping else kind())
+        header = m.Error(data.draw(st.sampled_from(["kernel", "unavailable"])), "no") if refuse else made.get(kind) or kind()
         command = Command.ERROR if refuse else None
         answer = sent.message.answer(header, (), command)
         self.take(self.state.handle(FromWorker(sent.link, answer, self.now, sent.bulk)))

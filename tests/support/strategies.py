@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 from hypothesis import strategies as st
 
+from protocol import PROTOCOL_VERSION
 from protocol import messages as m
 from protocol.dtypes import FLOATS, TYPES, GGMLType, contiguous_nb
 from protocol.frames import Message
@@ -45,6 +46,10 @@ def _field(t: Any) -> st.SearchStrategy[Any]:
             return st.lists(_field(t.item_type), max_size=3)
         case i.TupleType():
             return st.tuples(*(_field(x) for x in t.item_types))
+        case i.NoneType():
+            return st.none()
+        case i.UnionType():
+            return st.one_of(*(_field(x) for x in t.types))
         case i.StructType():
             return st.fixed_dictionaries({f.encode_name: _field(f.type) for f in t.fields})
     raise AssertionError(f"no strategy for {t}")
@@ -57,10 +62,12 @@ def messages(draw: st.DrawFn) -> Message:
     header = draw(headers(REQUEST[command]))
     n = m.PAYLOAD_FRAMES.get(command, 0)
     if isinstance(header, m.GraphCompute):
-        header = msgspec.structs.replace(header, n_payload=draw(st.integers(0, 3)), route=[])
+        header = msgspec.structs.replace(header, route=[])
+    if isinstance(header, m.GraphCompute | m.HandOver):
+        header = msgspec.structs.replace(header, n_payload=draw(st.integers(0, 3)))
         n = header.n_payload
     if isinstance(header, m.Hello):
-        header = msgspec.structs.replace(header, version=1)
+        header = msgspec.structs.replace(header, version=PROTOCOL_VERSION)
     payload = tuple(draw(st.lists(st.binary(max_size=64), min_size=n, max_size=n)))
     return Message(Command(command), header, payload, False, draw(st.integers(0, 9)), draw(st.integers(0, 9)),
                    draw(st.integers(0, 1 << 40)))  # fmt: skip

@@ -1,0 +1,93 @@
+"""What other workers hand over here, and what waits for it. Pure: time is passed in.
+
+A ticket cannot be guessed, so whoever names it was told it by the broker that the compute came from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from msgspec import structs
+
+from protocol import limits
+from protocol import messages as m
+from protocol.errors import HandleError, Overloaded, ProtocolError
+from protocol.frames import Frame, Message
+
+
+@dataclass(slots=True)
+class _Stashed:
+    hand: m.HandOver
+    payload: tuple[Frame, ...]
+    since_s: float
+
+
+class Arrivals:
+    """Attributes:
+    stashed: handed over before its compute came; by ticket.
+    parked: computes that wait, with their routing ids and the tokens of their brokers; by ticket.
+    """
+
+    def __init__(self) -> None:
+        self.stashed: dict[bytes, _Stashed] = {}
+        self.parked: dict[bytes, tuple[bytes, bytes, Message]] = {}
+
+    def handed(self, message: Message, now_s: float) -> list[tuple[bytes, Message]]:
+        """HAND_OVER of another worker. Returns: the compute that can run now, with its routing id, if it is here.
+
+        Errors: ProtocolError for a ticket that came before, Overloaded.
+        """
+        h = message.header
+        assert isinstance(h, m.HandOver)  # the command has this header
+        parked = self.parked.pop(h.ticket, None)
+        if parked is not None:
+            return [(parked[0], _completed(parked[2], h, message.payload))]
+        if h.ticket in self.stashed:
+            raise ProtocolError("HAND_OVER: this ticket came before")
+        held = sum(len(f) for s in self.stashed.values() for f in s.payload)
+        coming = sum(len(f) for f in message.payload)
+        if held + coming > limits.MAX_HANDED_BYTES or len(self.stashed) >= limits.MAX_INFLIGHT_PER_CLIENT:
+            raise Overloaded(f"HAND_OVER: {len(self.stashed)} with {held} bytes wait here for their GRAPH_COMPUTE")
+        self.stashed[h.ticket] = _Stashed(h, message.payload, now_s)
+        return []
+
+    def take(self, rid: bytes, token: bytes, message: Message) -> Message | None:
+        """A compute that takes a ticket. Returns: it with all its inputs; None when it must wait.
+
+        Errors: HandleError for a ticket that another compute takes, Overloaded.
+        """
+        h = message.header
+        assert isinstance(h, m.GraphCompute)  # only a compute takes
+        stashed = self.stashed.pop(h.take, None)
+        if stashed is not None:
+            return _completed(message, stashed.hand, stashed.payload)
+        if len(h.take) != 16 or h.take in self.parked:
+            raise HandleError("GRAPH_COMPUTE: expected a ticket of 16 bytes that nothing else takes")
+        if len(self.parked) >= limits.MAX_INFLIGHT_PER_CLIENT:
+            raise Overloaded(f"GRAPH_COMPUTE: {len(self.parked)} wait here for activations")
+        self.parked[h.take] = (rid, token, message)
+        return None
+
+    def unpark(self, token: bytes, session: int, seq: int | None = None) -> list[tuple[bytes, Message]]:
+        """Take out what waits in a session: one request, or all. Returns: them with their routing ids; they will not run."""
+        out = []
+        for ticket, (rid, owner, message) in list(self.parked.items()):
+            h = message.header
+            assert isinstance(h, m.GraphCompute)  # only a compute is parked
+            if owner == token and session == h.session and seq in (None, message.seq):
+                del self.parked[ticket]
+                out.append((rid, message))
+        return out
+
+    def expire(self, now_s: float) -> None:
+        """Forget what nobody took: its compute was cancelled, or its broker has gone."""
+        for ticket in [t for t, s in self.stashed.items() if now_s - s.since_s > limits.PEER_SILENCE_S]:
+            del self.stashed[ticket]
+
+
+def _completed(message: Message, hand: m.HandOver, payload: tuple[Frame, ...]) -> Message:
+    h = message.header
+    assert isinstance(h, m.GraphCompute)  # only a compute takes
+    frames = (*payload, *message.payload)
+    spent = {"spent_s": hand.spent_s, "spent_nodes": hand.spent_nodes}
+    return replace(message, header=structs.replace(h, take=b"", n_payload=len(frames), **spent), payload=frames)

@@ -1,0 +1,173 @@
+"""Links from this worker to others, over which a stage's outputs are handed on. Pure: time and tokens are passed in.
+
+A broker has a link dialled and names it; it is up when the other end has answered HELLO as the very worker that was meant.
+What is handed over is acknowledged by the other end, and only then is the compute that gave it answered: a broken link
+becomes an ordinary error reply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from protocol import PROTOCOL_VERSION, limits
+from protocol import messages as m
+from protocol.errors import Overloaded, ProtocolError, Unavailable
+from protocol.frames import Frame, Message
+from protocol.messages import Command
+from workers.state import Instruction, Send, Work, WorkerState
+
+Name = tuple[bytes, int]
+"""The token of the broker that asked for the link, and its number."""
+EPOCH = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Dial:
+    """Connect to a worker."""
+
+    name: Name
+    endpoint: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToPeer:
+    """Send over a link."""
+
+    name: Name
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class HangUp:
+    """Close a link's connection."""
+
+    name: Name
+
+
+LinkInstruction = Instruction | Dial | ToPeer | HangUp
+
+
+@dataclass(slots=True)
+class _Link:
+    """`asked`: who waits to hear whether it is up. `given`: computes whose outputs are on their way, by seq."""
+
+    dial: m.PeerDial
+    asked: list[tuple[bytes, Message]]
+    due_s: float
+    up: bool = False
+    seq: int = 0
+    pinged_s: float = 0.0
+    heard_s: float = 0.0
+    given: dict[int, tuple[Work, m.ComputeDone, float]] = field(default_factory=dict)
+
+
+class Links:
+    """Attributes:
+    state: answers the computes whose outputs were handed over.
+    """
+
+    def __init__(self, state: WorkerState) -> None:
+        self.state = state
+        self.links: dict[Name, _Link] = {}
+
+    def dial(self, rid: bytes, message: Message, token: bytes, now_s: float) -> Sequence[LinkInstruction]:
+        """PEER_DIAL of a broker. `token` names this end to the other; it is new for each link.
+
+        Errors: ProtocolError, Overloaded.
+        """
+        h = message.header
+        assert isinstance(h, m.PeerDial)  # the command has this header
+        name = (self.state.broker_of(rid, "PEER_DIAL"), h.link)
+        known = self.links.get(name)
+        if known is not None and known.dial == h:
+            if known.up:
+                return [Send(rid, message.answer(m.Found(True)))]
+            known.asked.append((rid, message))
+            return []
+        if not h.endpoint.startswith(("tcp://", "ipc://")):
+            raise ProtocolError(f"PEER_DIAL: expected an endpoint tcp://HOST:PORT or ipc://PATH, got {h.endpoint!r}")
+        if len(self.links) >= limits.MAX_LINKS:
+            raise Overloaded(f"PEER_DIAL: this worker has {limits.MAX_LINKS} links")
+        out = self._break(name, "it was dialled again") if known is not None else []
+        self.links[name] = _Link(h, [(rid, message)], now_s + limits.DIAL_S)
+        return [*out, Dial(name, h.endpoint), self._send(name, m.Hello(PROTOCOL_VERSION, "peer", token, EPOCH))]
+
+    def _send(self, name: Name, header: m.Header, payload: tuple[Frame, ...] = ()) -> ToPeer:
+        link = self.links[name]
+        link.seq += 1
+        command = next(c for c, kind in m.REQUEST.items() if kind is type(header))
+        return ToPeer(name, Message(command, header, payload, False, link.dial.device, EPOCH, link.seq))
+
+    def can_give(self, work: Work) -> None:
+        """Errors: Unavailable when the link that a compute names is not up; better known before the work than after."""
+        h = work.request.header
+        assert isinstance(h, m.GraphCompute) and h.give is not None  # the caller saw it
+        link = self.links.get((work.key[0], h.give.link))
+        if link is None or not link.up:
+            raise Unavailable(f"GRAPH_COMPUTE: link {h.give.link} to the next worker is down; activations can go through "
+                              "the broker")  # fmt: skip
+
+    def give(self, work: Work, done: m.ComputeDone, payload: tuple[Frame, ...], now_s: float) -> Sequence[LinkInstruction]:
+        """Hand a compute's outputs over; its reply follows the acknowledgement."""
+        h = work.request.header
+        assert isinstance(h, m.GraphCompute) and h.give is not None  # the caller saw it
+        name = (work.key[0], h.give.link)
+        try:
+            self.can_give(work)
+        except Unavailable as e:
+            return self.state.failed(work, e)
+        out = self._send(name, m.HandOver(h.give.ticket, len(payload), done.compute_s, done.n_nodes), payload)
+        self.links[name].given[out.message.seq] = (work, done, now_s + limits.HAND_OVER_S)
+        return [out]
+
+    def received(self, name: Name, message: Message, now_s: float) -> Sequence[LinkInstruction]:
+        """Something came back over a link."""
+        link = self.links.get(name)
+        if link is None or not message.reply:
+            return []
+        h, link.heard_s = message.header, now_s
+        if isinstance(h, m.Error):
+            return self._break(name, h.message)
+        if isinstance(h, m.Hello):
+            if h.token != link.dial.instance:
+                return self._break(name, "another worker answers there")
+            link.up = True
+            asked, link.asked = link.asked, []
+            return [Send(rid, request.answer(m.Found(True))) for rid, request in asked]
+        if message.command == Command.HAND_OVER:
+            given = link.given.pop(message.seq, None)
+            return self.state.done(given[0], given[1]) if given is not None else []
+        return []
+
+    def lost(self, name: Name, reason: str) -> Sequence[LinkInstruction]:
+        """The connection is of no more use."""
+        return self._break(name, reason) if name in self.links else []
+
+    def _break(self, name: Name, reason: str) -> list[LinkInstruction]:
+        link = self.links.pop(name)
+        out: list[LinkInstruction] = [HangUp(name)]
+        out += [Send(rid, request.answer(m.Found(False))) for rid, request in link.asked]
+        for work, _, _ in link.given.values():
+            out += self.state.failed(work, Unavailable(f"activations for {link.dial.endpoint}: {reason}"))
+        return out
+
+    def tick(self, now_s: float) -> Sequence[LinkInstruction]:
+        """Deadlines, and PINGs that keep an idle link known at its other end."""
+        out: list[LinkInstruction] = []
+        for name, link in list(self.links.items()):
+            late = [due for _, _, due in link.given.values() if now_s > due]
+            if late:
+                out += self._break(name, f"not acknowledged within {limits.HAND_OVER_S:.0f} s")
+            elif not link.up and now_s > link.due_s:
+                out += self._break(name, f"no answer within {limits.DIAL_S:.0f} s")
+            elif link.up and now_s - link.heard_s > limits.PEER_SILENCE_S:
+                out += self._break(name, f"silent for {limits.PEER_SILENCE_S:.0f} s")
+            elif link.up and now_s - link.pinged_s > limits.LINK_PING_S:
+                link.pinged_s = now_s
+                out.append(self._send(name, m.Ping(link.seq)))
+        return out
+
+    def drop(self, broker: bytes) -> Sequence[LinkInstruction]:
+        """Close what a broker that is gone had asked for."""
+        return [i for name in list(self.links) if name[0] == broker for i in self._break(name, "the broker is gone")]
