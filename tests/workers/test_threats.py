@@ -3,86 +3,30 @@
 from __future__ import annotations
 
 import random
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import zmq
 
-from protocol import PROTOCOL_VERSION
 from protocol import messages as m
 from protocol.dtypes import GGMLType
 from protocol.frames import Message, decode, encode
 from protocol.graph import Graph, encode_graph, graph_digest
 from protocol.messages import REQUEST, Command
-from tests.support.fixtures import ROOT
+from tests.support.attacker import SESSION, Attacker, GoodRequest, listening_worker
 from tests.support.strategies import leaf
 from workers.cache import content_hash
-
-SESSION = 7
-
-
-class Attacker:
-    """A raw DEALER that speaks to a worker as a broker does, and may lie."""
-
-    def __init__(self, port: int, token: bytes, epoch: int = 5) -> None:
-        self.context: zmq.Context[Any] = zmq.Context()
-        self.socket = self.context.socket(zmq.DEALER)
-        self.socket.linger = 0
-        self.socket.connect(f"tcp://127.0.0.1:{port}")
-        self.epoch, self.seq = epoch, 0
-        hello = m.Hello(PROTOCOL_VERSION, "broker", token, epoch)
-        self.socket.send_multipart(encode(Message(Command.HELLO, hello, epoch=epoch)))
-        assert isinstance(self.reply().header, m.Hello)
-
-    def close(self) -> None:
-        self.socket.close()
-        self.context.destroy(linger=0)
-
-    def reply(self, timeout_s: float = 20) -> Message:
-        assert self.socket.poll(int(timeout_s * 1000)), "the worker gave no answer"
-        return decode(self.socket.recv_multipart())
-
-    def send(self, header: m.Header, *payload: bytes, **more: Any) -> int:
-        self.seq += 1
-        command = next(c for c, kind in REQUEST.items() if kind is type(header))
-        fields = {"epoch": self.epoch, "seq": self.seq, **more}
-        self.socket.send_multipart(encode(Message(command, header, payload, **fields)))
-        return self.seq
-
-    def ask(self, header: m.Header, *payload: bytes) -> Message:
-        """Send, and take replies until this one's: fuzzing leaves strays."""
-        seq = self.send(header, *payload)
-        while True:
-            reply = self.reply()
-            if reply.seq == seq and reply.reply:
-                return reply
-
-    def code(self, header: m.Header, *payload: bytes) -> str:
-        reply = self.ask(header, *payload)
-        return reply.header.code if isinstance(reply.header, m.Error) else "ok"
 
 
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    cache = tmp_path_factory.mktemp("cache")
-    p = subprocess.Popen([sys.executable, "-m", "workers", "-p", str(port), "-t", "1", "-d", "reference", "--insecure",
-                          "--cache-dir", str(cache)], cwd=ROOT, stdout=subprocess.DEVNULL)  # fmt: skip
-    try:
-        yield port, p
-    finally:
-        p.terminate()
-        p.wait(10)
+    with listening_worker("--cache-dir", str(tmp_path_factory.mktemp("cache"))) as started:
+        yield started
 
 
 @pytest.fixture
@@ -95,32 +39,6 @@ def attacker(worker: tuple[int, subprocess.Popen[bytes]]) -> Iterator[Attacker]:
     finally:
         a.ask(m.Drain(SESSION))
         a.close()
-
-
-X = np.arange(64, dtype=np.float32).reshape(2, 32)
-
-
-class GoodRequest:
-    """A small graph over a buffer, whose answer is known."""
-
-    expected = (X * X).tobytes()
-
-    def __init__(self, a: Attacker) -> None:
-        self.a, self.buffer = a, 1000
-        square = replace(leaf(0, (32, 2, 1, 1)), op="SQR", src=(0,))
-        self.frame = encode_graph(Graph((leaf(0, (32, 2, 1, 1), self.buffer), square), (), (1,)))
-        self.digest = graph_digest(self.frame)
-
-    def set_up(self) -> None:
-        self.a.ask(m.AllocBuffer(SESSION, self.buffer, 256))
-        self.a.ask(m.SetTensor(SESSION, self.buffer, 0, 256), X.tobytes())
-        self.a.ask(m.GraphPut(SESSION, self.digest), self.frame)
-
-    def answer(self) -> bytes:
-        self.set_up()
-        reply = self.a.ask(m.GraphCompute(SESSION, self.digest, 0))
-        assert isinstance(reply.header, m.ComputeDone), reply.header
-        return bytes(reply.payload[0])
 
 
 def test_handles_that_are_not_ours_are_refused(attacker: Attacker) -> None:

@@ -1,0 +1,164 @@
+"""Activations between workers that are reached in every way there is: the same tokens, once over the wire, or through the
+broker where workers cannot reach each other."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from config.auth import new_keys
+from config.keys import KeyPair, read_keys, write_keys
+from ggmq.archs import open_arch
+from ggmq.cluster import LocalBus
+from ggmq.gguf import GGUF
+from ggmq.runner import Runner, plan
+from protocol.errors import Unavailable, WorkerLost
+from tests.support.fixtures import ROOT
+from tests.support.gguf_factory import tiny_model
+
+TOKENS = [(7 * i + 3) % 50 for i in range(40)]
+
+
+@contextmanager
+def worker(*options: str) -> Iterator[subprocess.Popen[bytes]]:
+    p = subprocess.Popen([sys.executable, "-m", "workers", "-t", "1", *options], cwd=ROOT, stdout=subprocess.DEVNULL)
+    try:
+        yield p
+    finally:
+        p.terminate()
+        p.wait(10)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> KeyPair:
+    write_keys(tmp_path / "keys", new_keys())
+    return read_keys(tmp_path / "keys")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> GGUF:
+    return GGUF(tiny_model(tmp_path / "m.gguf", "llama"))
+
+
+@contextmanager
+def loaded(bus: LocalBus, model: GGUF, n_stages: int = 2) -> Iterator[Runner]:
+    client = bus.start()
+    arch = open_arch(model)
+    order = [d.worker for d in client.devices()]
+    runner = Runner(client, arch, 128, plan(arch, client.devices(), 128, [1] * n_stages, order=sorted(order)))
+    runner.load()
+    yield runner
+
+
+def reference_logits(model: GGUF) -> np.ndarray:
+    bus = LocalBus()
+    try:
+        bus.spawn("CPU", 1)
+        with loaded(bus, model, 1) as runner:
+            return runner.logits(np.array(TOKENS, np.int32), 8)
+    finally:
+        bus.close()
+
+
+def check(bus: LocalBus, model: GGUF, direct: bool) -> None:
+    """The bits of one worker, and where the activations went."""
+    with loaded(bus, model) as runner:
+        assert runner.direct is direct
+        got = runner.logits(np.array(TOKENS, np.int32), 8)
+        first = runner.client.stats(runner.stages[0].assignment.device)
+        assert (first.handed_out_bytes > got.shape[0] * 64 * 4) is direct
+    assert np.array_equal(got, reference_logits(model))
+
+
+def test_workers_that_listen_with_keys(model: GGUF, keys: KeyPair) -> None:
+    bus = LocalBus(keys)
+    ports = [free_port(), free_port()]
+    with ExitStack() as stack:
+        stack.callback(bus.close)
+        for port in ports:
+            stack.enter_context(worker("-p", str(port), "-d", "CPU", "--keys", keys.path))
+            bus.add_remote(f"127.0.0.1:{port}")
+        check(bus, model, direct=True)
+
+
+def test_a_worker_of_this_host_and_one_that_listens(model: GGUF, keys: KeyPair) -> None:
+    bus = LocalBus(keys)
+    port = free_port()
+    with ExitStack() as stack:
+        stack.callback(bus.close)
+        stack.enter_context(worker("-p", str(port), "-d", "CPU", "--keys", keys.path, "--name", "zz"))
+        bus.spawn("CPU", 1)
+        bus.add_remote(f"127.0.0.1:{port}")
+        bus.names[-1] = "zz"
+        check(bus, model, direct=True)
+
+
+def test_workers_that_dial_in_over_tcp(model: GGUF, keys: KeyPair) -> None:
+    bus = LocalBus(keys, "tcp://127.0.0.1:*")
+    with ExitStack() as stack:
+        stack.callback(bus.close)
+        for name in ("a", "b"):
+            options = ("--broker", bus.broker.endpoints[-1], "-d", "CPU", "--keys", keys.path, "--name", name)
+            stack.enter_context(worker(*options))
+            bus.names.append(name)
+        check(bus, model, direct=True)
+
+
+def test_two_devices_behind_one_front(model: GGUF, keys: KeyPair) -> None:
+    bus = LocalBus(keys)
+    port = free_port()
+    with ExitStack() as stack:
+        stack.callback(bus.close)
+        stack.enter_context(worker("-p", str(port), "-d", "CPU,CPU", "--keys", keys.path))
+        bus.add_remote(f"127.0.0.1:{port}")
+        check(bus, model, direct=True)
+
+
+def test_a_worker_that_cannot_be_reached_is_served_through_the_broker(model: GGUF) -> None:
+    """A listening worker may not connect to a path of its host, which is where a spawned one is."""
+    bus = LocalBus()
+    port = free_port()
+    with ExitStack() as stack:
+        stack.callback(bus.close)
+        stack.enter_context(worker("-p", str(port), "-d", "CPU", "--insecure", "--name", "aa"))
+        bus.spawn("CPU", 1)
+        bus.add_remote(f"127.0.0.1:{port}")
+        bus.names[-1] = "aa"
+        check(bus, model, direct=False)
+
+
+@pytest.mark.parametrize(
+    ("victim", "how"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSTOP)],
+    ids=["first killed", "second killed", "second stopped"],
+)  # fmt: skip
+def test_a_stage_that_dies_ends_the_compute_with_an_error(model: GGUF, victim: int, how: signal.Signals) -> None:
+    bus = LocalBus()
+    try:
+        for _ in range(2):
+            bus.spawn("CPU", 1)
+        with loaded(bus, model) as runner:
+            assert runner.direct
+            for n_past in (39, 40):
+                runner.forward([1], n_past, [0])
+            os.kill(bus.workers[victim].pid, how)
+            with pytest.raises(WorkerLost if how == signal.SIGKILL else Unavailable):
+                runner.forward([1], 41, [0])
+    finally:
+        for p in bus.workers:
+            p.kill()
+        bus.close()

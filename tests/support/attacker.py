@@ -1,0 +1,116 @@
+"""A real worker process, and a raw socket that speaks to it as a broker or another worker does, and may lie."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import zmq
+
+from protocol import PROTOCOL_VERSION
+from protocol import messages as m
+from protocol.frames import Message, decode, encode
+from protocol.graph import Graph, encode_graph, graph_digest
+from protocol.messages import REQUEST, Command
+from tests.support.fixtures import ROOT
+from tests.support.strategies import leaf
+
+SESSION = 7
+
+
+@contextlib.contextmanager
+def listening_worker(*options: str) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
+    """A worker with the reference device, its port and its process; it ends with the block."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    p = subprocess.Popen([sys.executable, "-m", "workers", "-p", str(port), "-t", "1", "-d", "reference", "--insecure",
+                          *options], cwd=ROOT, stdout=subprocess.DEVNULL)  # fmt: skip
+    try:
+        yield port, p
+    finally:
+        p.terminate()
+        p.wait(10)
+
+
+class Attacker:
+    """A raw DEALER.
+
+    Attributes:
+        instance: what the worker calls itself.
+    """
+
+    def __init__(self, port: int, token: bytes, epoch: int = 5, role: str = "broker") -> None:
+        self.context: zmq.Context[Any] = zmq.Context()
+        self.socket = self.context.socket(zmq.DEALER)
+        self.socket.linger = 0
+        self.socket.connect(f"tcp://127.0.0.1:{port}")
+        self.epoch, self.seq = epoch, 0
+        hello = m.Hello(PROTOCOL_VERSION, role, token, epoch)
+        self.socket.send_multipart(encode(Message(Command.HELLO, hello, epoch=epoch)))
+        answer = self.reply().header
+        assert isinstance(answer, m.Hello)
+        self.instance = answer.token
+
+    def close(self) -> None:
+        self.socket.close()
+        self.context.destroy(linger=0)
+
+    def reply(self, timeout_s: float = 20) -> Message:
+        assert self.socket.poll(int(timeout_s * 1000)), "the worker gave no answer"
+        return decode(self.socket.recv_multipart())
+
+    def send(self, header: m.Header, *payload: bytes, **more: Any) -> int:
+        self.seq += 1
+        command = next(c for c, kind in REQUEST.items() if kind is type(header))
+        fields = {"epoch": self.epoch, "seq": self.seq, **more}
+        self.socket.send_multipart(encode(Message(command, header, payload, **fields)))
+        return self.seq
+
+    def ask(self, header: m.Header, *payload: bytes) -> Message:
+        """Send, and take replies until this one's: fuzzing leaves strays."""
+        return self.wait(self.send(header, *payload))
+
+    def wait(self, seq: int) -> Message:
+        while True:
+            reply = self.reply()
+            if reply.seq == seq and reply.reply:
+                return reply
+
+    def code(self, header: m.Header, *payload: bytes) -> str:
+        reply = self.ask(header, *payload)
+        return reply.header.code if isinstance(reply.header, m.Error) else "ok"
+
+
+X = np.arange(64, dtype=np.float32).reshape(2, 32)
+
+
+class GoodRequest:
+    """A small graph over a buffer, whose answer is known."""
+
+    expected = (X * X).tobytes()
+
+    def __init__(self, a: Attacker) -> None:
+        self.a, self.buffer = a, 1000
+        square = replace(leaf(0, (32, 2, 1, 1)), op="SQR", src=(0,))
+        self.frame = encode_graph(Graph((leaf(0, (32, 2, 1, 1), self.buffer), square), (), (1,)))
+        self.digest = graph_digest(self.frame)
+
+    def set_up(self) -> None:
+        self.a.ask(m.AllocBuffer(SESSION, self.buffer, 256))
+        self.a.ask(m.SetTensor(SESSION, self.buffer, 0, 256), X.tobytes())
+        self.a.ask(m.GraphPut(SESSION, self.digest), self.frame)
+
+    def answer(self) -> bytes:
+        self.set_up()
+        reply = self.a.ask(m.GraphCompute(SESSION, self.digest, 0))
+        assert isinstance(reply.header, m.ComputeDone), reply.header
+        return bytes(reply.payload[0])
+
+
