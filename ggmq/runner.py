@@ -24,6 +24,7 @@ from ggmq.gguf import TensorInfo
 from ggmq.manifest import tensor_hashes
 from protocol import limits
 from protocol import messages as m
+from protocol.dtypes import GGMLType
 from protocol.errors import FormatError
 from protocol.frames import Frame
 from protocol.graph import encode_graph, graph_digest
@@ -116,6 +117,7 @@ class Runner:
     Attributes:
         n_ctx: cells of a sequence, which is the longest context.
         n_slots: sequences that the KV cache has cells for.
+        activations: their type between stages, F32 or F16.
         direct: activations go from worker to worker; otherwise they pass through the broker.
         compute_s: time that workers spent computing, summed over stages.
         load_s: how long `load` took.
@@ -123,9 +125,10 @@ class Runner:
     """
 
     def __init__(
-        self, client: Client, arch: Arch, n_ctx: int, assignments: Sequence[Assignment], n_slots: int = 1
-    ) -> None:
-        self.client, self.arch, self.n_slots = client, arch, n_slots
+        self, client: Client, arch: Arch, n_ctx: int, assignments: Sequence[Assignment], n_slots: int = 1,
+        activations: GGMLType = GGMLType.F32,
+    ) -> None:  # fmt: skip
+        self.client, self.arch, self.n_slots, self.activations = client, arch, n_slots, activations
         self.n_ctx = n_cells(n_ctx, n_slots) // n_slots
         self.load_s = 0.0
         self.direct = False
@@ -188,7 +191,7 @@ class Runner:
     # -- running -------------------------------------------------------------------------------------------------------
 
     def _compile(self, batch: Batch) -> Compiled:
-        key = (batch.n_tokens, batch.n_kv, batch.n_outputs, batch.argmax, batch.masked)
+        key = (batch.n_tokens, batch.n_kv, batch.n_outputs, batch.argmax, batch.many)
         known = self._graphs.get(key)
         if known is not None:
             return known
@@ -241,11 +244,11 @@ class Runner:
             raise FormatError(f"context: {last + 1} tokens do not fit {self.n_ctx} cells; use a larger -c")
         if not all(0 <= e.slot < self.n_slots for e in entries):
             raise FormatError(f"slots: expected 0 to {self.n_slots - 1}; the model was loaded for {self.n_slots} sequences")
-        masked = any(e.slot for e in entries)
+        many = any(e.slot for e in entries)
         end = max(e.slot * self.n_ctx + e.position for e in entries) + 1
         n_kv = min(self.n_ctx * self.n_slots, -(-end // KV_STEP) * KV_STEP)
-        compiled = self._compile(Batch(n, n_kv, len(outputs), argmax, masked))
-        feeds = self._feeds(entries, n_kv, outputs)
+        compiled = self._compile(Batch(n, n_kv, len(outputs), argmax, many, self.activations))
+        feeds = self._feeds(entries, outputs)
         payloads: list[list[Frame]] = [
             [feeds[name]() for name in names if name != "hidden"] for names in compiled.inputs
         ]
@@ -265,17 +268,10 @@ class Runner:
             return np.frombuffer(raw, np.int32)
         return np.frombuffer(raw, np.float32).reshape(batch.n_outputs, self.arch.hp.n_vocab)
 
-    def _feeds(self, entries: Sequence[Entry], n_kv: int, outputs: Sequence[int]) -> dict[str, Callable[[], Frame]]:
+    def _feeds(self, entries: Sequence[Entry], outputs: Sequence[int]) -> dict[str, Callable[[], Frame]]:
         """The bytes of each input, made only when a stage wants it."""
         pos = np.array([e.position for e in entries])
         base = np.array([e.slot for e in entries]) * self.n_ctx
-        swa = self.arch.hp.n_swa
-
-        def mask(window: int) -> Frame:
-            cell = np.arange(n_kv) - base[:, None]
-            distance = pos[:, None] - cell
-            hidden = (cell < 0) | (distance < 0) | ((distance >= window) if window else False)
-            return np.where(hidden, np.float16(-np.inf), np.float16(0)).tobytes()
 
         def temperature() -> Frame:
             scale, length = self.arch.attn_temperature()
@@ -284,10 +280,9 @@ class Runner:
         return {
             "tokens": lambda: np.array([e.token for e in entries], np.int32).tobytes(),
             "positions": lambda: pos.astype(np.int32).tobytes(),
-            "position": lambda: pos.astype(np.float32).tobytes(),
             "cells": lambda: (base + pos).astype(np.int64).tobytes(),
-            "mask": lambda: mask(0),
-            "mask_swa": lambda: mask(swa),
+            "cell": lambda: (base + pos).astype(np.float32).tobytes(),
+            "first_cell": lambda: base.astype(np.float32).tobytes(),
             "temperature": temperature,
             "out_ids": lambda: np.asarray(outputs, np.int32).tobytes(),
         }

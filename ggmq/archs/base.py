@@ -193,15 +193,17 @@ class Batch:
     Attributes:
         n_tokens, n_kv, n_outputs: tokens in it, cache cells seen, rows of logits wanted (0: only the cache is filled).
         argmax: token ids instead of logits.
-        masked: which cells a token sees comes with the step; else its own position says it, for one sequence whose
-            cells are its positions, and nothing but the position crosses the wire.
+        many: tokens may be of any sequence: each sees the cells from its sequence's first to its own; else of the one
+            whose cells begin at 0.
+        hidden: type of the activations that cross from stage to stage, F32 or F16.
     """
 
     n_tokens: int
     n_kv: int
     n_outputs: int
     argmax: bool = False
-    masked: bool = False
+    many: bool = False
+    hidden: GGMLType = GGMLType.F32
 
 
 class Arch:
@@ -390,7 +392,8 @@ class Arch:
         if stage.first:
             x = self.embed(s, s.b.input("tokens", GGMLType.I32, (batch.n_tokens,)))
         else:
-            x = s.b.input("hidden", GGMLType.F32, (self.hp.n_embd, batch.n_tokens))
+            x = s.b.input("hidden", batch.hidden, (self.hp.n_embd, batch.n_tokens))
+            x = x if batch.hidden == GGMLType.F32 else s.b.dup(x, GGMLType.F32)
         for il in stage.layers:
             x = self.layer(s, x, il)
         if stage.last and not batch.n_outputs:
@@ -401,6 +404,8 @@ class Arch:
             x = self.head(s, x)
             if batch.argmax:
                 x = s.b.argmax(x)
+        elif batch.hidden != GGMLType.F32:
+            x = s.b.dup(x, batch.hidden)
         elif s.b.tensors[x].view_src >= 0 or s.b.tensors[x].op == "NONE":
             x = s.b.cont(x)
         return s.b.graph([x]), s.b.input_names
@@ -467,13 +472,16 @@ class StageGraph:
         return known
 
     def _mask(self, swa: bool) -> T:
+        """Made here, of where a token's cell is and where its sequence's cells begin: no mask crosses the wire."""
         b, n_kv, n = self.b, self.batch.n_kv, self.batch.n_tokens
-        if self.batch.masked:
-            return b.input("mask_swa" if swa else "mask", GGMLType.F16, (n_kv, n))
-        ahead = b.sub(b.repeat(b.arange(n_kv), n_kv, n), b.input("position", GGMLType.F32, (1, n)))
+        cell = b.repeat(b.arange(n_kv), n_kv, n)
+        ahead = b.sub(cell, b.input("cell", GGMLType.F32, (1, n)))
         seen = b.unary("STEP", b.scale(ahead, -1.0, 0.5))
         if swa:
             seen = b.mul(seen, b.unary("STEP", b.scale(ahead, 1.0, self.arch.hp.n_swa - 0.5)))
+        if self.batch.many:
+            since = b.sub(cell, b.input("first_cell", GGMLType.F32, (1, n)))
+            seen = b.mul(seen, b.unary("STEP", b.scale(since, 1.0, 0.5)))
         return b.dup(b.log(seen), GGMLType.F16)
 
     def store(self, k: T, v: T, il: int) -> tuple[T, T]:

@@ -32,6 +32,9 @@ def add_bus(p: argparse.ArgumentParser) -> None:
                    help="layers on the lent devices; the first others stay on this host (default: all)")  # fmt: skip
     p.add_argument("-ts", "--tensor-split", type=shares, metavar="A,B,...",
                    help="shares of the layers, a device each (default: by free memory)")  # fmt: skip
+    p.add_argument("--activations", choices=["f32", "f16"], default="f32",
+                   help="what crosses from stage to stage; f16 halves the bytes and changes the text a little, for models "
+                   "whose hidden states stay below 65504 (default f32)")  # fmt: skip
     p.add_argument("-c", "--ctx-size", type=whole(0, 1 << 24), default=0,
                    help="context in tokens (default: the model's, at most 4096)")  # fmt: skip
 

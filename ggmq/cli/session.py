@@ -19,6 +19,7 @@ from ggmq.cluster import Client, connect, local_bus
 from ggmq.gguf import GGUF
 from ggmq.runner import Runner, default_n_ctx, n_cells, plan
 from protocol import messages as m
+from protocol.dtypes import GGMLType
 from protocol.errors import ConfigError
 
 MIB = 1 << 20
@@ -49,7 +50,7 @@ def open_session(args: argparse.Namespace, g: GGUF, n_ctx: int = 0, n_slots: int
         infos = client.devices()
         cells = n_cells(n_ctx, n_slots)
         assignments = plan(arch, infos, cells, args.tensor_split, args.ngl, host, order)
-        runner = Runner(client, arch, cells // n_slots, assignments, n_slots)
+        runner = Runner(client, arch, cells // n_slots, assignments, n_slots, GGMLType[args.activations.upper()])
         with progress_bars() as show:
             runner.load(show)
         try:
@@ -93,6 +94,8 @@ def print_summary(s: Session) -> None:
     r = s.runner.report
     sent, found = f"{r.sent_bytes / MIB:.1f} MiB sent", f"{r.cached_bytes / MIB:.1f} MiB from caches or files"
     print(f"load    {s.load_s:8.2f} s  {sent}, {found}", file=sys.stderr)
+    if len(s.runner.stages) > 1 and not s.runner.direct:
+        print("note    activations pass through the broker: not every worker can reach the next one", file=sys.stderr)
     for stage in s.runner.stages:
         print("layers  " + stage_line(s.infos, stage.assignment), file=sys.stderr)
 

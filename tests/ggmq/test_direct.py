@@ -21,8 +21,9 @@ from ggmq.archs import open_arch
 from ggmq.cluster import LocalBus
 from ggmq.gguf import GGUF
 from ggmq.runner import Runner, plan
+from protocol.dtypes import GGMLType
 from protocol.errors import Unavailable, WorkerLost
-from tests.support.fixtures import ROOT
+from tests.support.fixtures import ROOT, nmse
 from tests.support.gguf_factory import tiny_model
 
 TOKENS = [(7 * i + 3) % 50 for i in range(40)]
@@ -140,6 +141,28 @@ def test_a_worker_that_cannot_be_reached_is_served_through_the_broker(model: GGU
         bus.add_remote(f"127.0.0.1:{port}")
         bus.names[-1] = "aa"
         check(bus, model, direct=False)
+
+
+def test_f16_activations_are_half_the_bytes_and_nearly_the_same(model: GGUF) -> None:
+    bus = LocalBus()
+    try:
+        for _ in range(2):
+            bus.spawn("CPU", 1)
+        got, handed = {}, {}
+        client = bus.start()
+        for kind in (GGMLType.F32, GGMLType.F16):
+            arch = open_arch(model)
+            assignments = plan(arch, client.devices(), 128, [1, 1])
+            runner = Runner(client, arch, 128, assignments, activations=kind)
+            runner.load()
+            before = client.stats(assignments[0].device).handed_out_bytes
+            got[kind] = runner.logits(np.array(TOKENS, np.int32), 40)
+            handed[kind] = client.stats(assignments[0].device).handed_out_bytes - before
+            client.drain()
+    finally:
+        bus.close()
+    assert 2 * 40 * 64 < handed[GGMLType.F16] < 0.6 * handed[GGMLType.F32]
+    assert 0 < nmse(got[GGMLType.F16], got[GGMLType.F32]) < 1e-5
 
 
 @pytest.mark.parametrize(
