@@ -48,6 +48,7 @@ class Message:
 
 
 _encoder = msgspec.msgpack.Encoder()
+_decoders = {kind: msgspec.msgpack.Decoder(kind) for kind in {*REQUEST.values(), *ANSWER.values()}}
 
 
 def encode(m: Message) -> list[Frame]:
@@ -123,6 +124,12 @@ def decode_header(kind: type[Header], frame: Frame) -> Header:
     if len(frame) > limits.MAX_HEADER_BYTES:
         raise ProtocolError(f"{kind.__name__} header: at most {limits.MAX_HEADER_BYTES} bytes, got {len(frame)}")
     data = bytes(frame)
+    try:
+        header = _decoders[kind].decode(data)
+        if _encoder.encode(header) == data:
+            return header  # just what our own encoder writes: nothing in it is hidden from the typed decoder
+    except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError):
+        pass  # the careful way finds what is wrong, and says it
     try:
         _check_depth(data)
         raw = msgpack.unpackb(

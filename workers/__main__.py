@@ -21,6 +21,7 @@ SOFTWARE = "ggmq 0.1.0"
 MIB = 1 << 20
 DEFAULT_PORT = 50052
 LIST = "\0list"
+SPIN_US = 1000
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,6 +35,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("-H", "--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
     p.add_argument("-p", "--port", type=_port, default=DEFAULT_PORT, help=f"port (default {DEFAULT_PORT}; 0 picks one)")
     p.add_argument("-t", "--threads", type=_positive, default=0, help="CPU threads (default: all cores)")
+    p.add_argument("--spin-us", type=_microseconds, default=SPIN_US if default_threads() > 1 else 0, metavar="US",
+                   help="after a graph, look for the next one for so long before sleeping; 0 where several workers share "
+                   "few cores (default %(default)s)")  # fmt: skip
     p.add_argument("-d", "--device", nargs="?", const=LIST, metavar="NAME[,NAME]",
                    help="devices to lend: CPU, reference, CUDA0, ... (default: all accelerators, else one CPU); "
                    "without a name: list them and end")  # fmt: skip
@@ -60,6 +64,12 @@ def parser() -> argparse.ArgumentParser:
 def _positive(text: str) -> int:
     if not re.fullmatch(r"\d{1,12}", text) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _microseconds(text: str) -> int:
+    if not re.fullmatch(r"\d{1,6}", text):
+        raise argparse.ArgumentTypeError(f"expected microseconds, 0 to 999999, got {text!r}")
     return int(text)
 
 
@@ -112,7 +122,7 @@ def _main(args: argparse.Namespace) -> int:
 
     models = ModelFolder(args.model_dir) if args.model_dir else None
     loop = WorkerLoop(device, cache, SOFTWARE, keys, args.parent_pid, args.name[:256], models,
-                      bytes.fromhex(args.instance), args.insecure)  # fmt: skip
+                      bytes.fromhex(args.instance), args.insecure, args.spin_us / 1e6)  # fmt: skip
     if args.join:
         loop.join(args.join)
         endpoint = args.join
@@ -147,6 +157,7 @@ def _serve_many(args: argparse.Namespace, names: list[str], keys: object) -> int
         common += ["--keys", str(args.keys)]
     if args.threads:
         common += ["-t", str(args.threads)]
+    common += ["--spin-us", str(args.spin_us if len(names) < default_threads() else 0)]
     if args.mem:
         common += ["-m", str(args.mem)]
     if args.cache or args.cache_dir:

@@ -40,12 +40,14 @@ class WorkerLoop:
     Attributes:
         instance: names this process to those who connect to it; devices behind one front have the same.
         dialled: sockets that we connected to a broker; `linked`: those to other workers, by name.
+        spin_s: how long it looks for the next compute before it sleeps.
         parent_pid: with it, the process ends when its parent has gone (a launcher that was killed leaves nothing).
     """
 
     def __init__(
         self, device: Device, cache: Cache | None, software: str, keys: KeyPair | None = None, parent_pid: int = 0,
         name: str = "", models: ModelFolder | None = None, instance: bytes = b"", insecure: bool = False,
+        spin_s: float = 0.0,
     ) -> None:  # fmt: skip
         self.device, self.keys, self.parent_pid, self.name = device, keys, parent_pid, name
         self.state = WorkerState(software)
@@ -58,9 +60,11 @@ class WorkerLoop:
         self.running: tuple[bytes, int, int] | None = None
         self.stopping = False
         self.sockets: list[zmq.Socket[Any]] = []
+        self.poller = zmq.Poller()
         self.route: dict[bytes, zmq.Socket[Any]] = {}
         self.instance = instance or secrets.token_bytes(16)
         self.insecure = insecure
+        self.spin_s, self.spin_until = spin_s, 0.0
         self.dialled: dict[zmq.Socket[Any], str] = {}
         self.linked: dict[Name, zmq.Socket[Any]] = {}
         self.peers_only: zmq.Socket[Any] | None = None
@@ -71,8 +75,12 @@ class WorkerLoop:
     def listen(self, endpoint: str) -> str:
         """Bind a ROUTER; returns the endpoint with its real port. Errors: ConfigError when it cannot be bound."""
         s = self._bind(endpoint)
-        self.sockets.append(s)
+        self._add(s)
         return bound_endpoint(s)
+
+    def _add(self, s: zmq.Socket[Any]) -> None:
+        self.sockets.append(s)
+        self.poller.register(s, zmq.POLLIN)
 
     def _keys_for(self, endpoint: str) -> KeyPair | None:
         """A path of this host is guarded by its folder's mode."""
@@ -106,7 +114,7 @@ class WorkerLoop:
             else:
                 raise Unavailable("PEER_LISTEN: without a cluster key or --insecure nothing listens here")
             self.peers_only = self._bind(endpoint)
-            self.sockets.append(self.peers_only)
+            self._add(self.peers_only)
             self.peer_endpoint = bound_endpoint(self.peers_only)
         return self.peer_endpoint
 
@@ -115,7 +123,7 @@ class WorkerLoop:
         for role in ("worker", "worker-bulk"):
             s = new_socket(self.context, zmq.DEALER, self._keys_for(endpoint), server=False)
             s.connect(endpoint)
-            self.sockets.append(s)
+            self._add(s)
             self.dialled[s] = endpoint
             s.send_multipart(encode(Message(Command.HELLO, self._hello(role))))
 
@@ -123,7 +131,7 @@ class WorkerLoop:
         """Connect to this worker's own front, which names the peer of each message."""
         s = new_socket(self.context, zmq.DEALER, None, server=False)
         s.connect(endpoint)
-        self.sockets.append(s)
+        self._add(s)
         s.send_multipart([b"", *encode(Message(Command.HELLO, self._hello("worker")))])
 
     def _hello(self, role: str) -> m.Hello:
@@ -136,7 +144,7 @@ class WorkerLoop:
         """Serve until `stop`; then close every socket."""
         try:
             while not self.stopping:
-                self._receive(1000 if not self.queue else 0)
+                self._await()
                 while self.queue and not self.stopping:
                     rid, message = self.queue.popleft()
                     self._carry_out(self._handle(rid, message))
@@ -150,6 +158,14 @@ class WorkerLoop:
             for s in self.sockets:
                 s.close()
             self.context.destroy(linger=0)
+
+    def _await(self) -> None:
+        """Until something is to be done, a second at most. After a compute the next one is likely near: it is looked for
+        without sleeping, since to wake a sleeping core takes longer than all else that a token waits for."""
+        while not self.queue and time.monotonic() < self.spin_until:
+            self._receive(0)
+        if not self.queue:
+            self._receive(1000)
 
     def stop(self) -> None:
         self.stopping = True
@@ -171,11 +187,8 @@ class WorkerLoop:
 
     def _receive(self, timeout_ms: int) -> None:
         """Take in all that has arrived, controls before bulk; what is refused is answered here."""
-        ready = zmq.select(self.sockets, [], [], timeout_ms / 1000)[0] if len(self.sockets) > 1 else None
-        for s in self.sockets if ready is None else ready:
-            wait = timeout_ms if ready is None else 0
-            while not s.closed and s.poll(wait):
-                wait = 0
+        for s, _ in self.poller.poll(timeout_ms):
+            while not s.closed and s.getsockopt(zmq.EVENTS) & zmq.POLLIN:
                 frames: list[Frame] = [f.buffer if len(f) > 4096 else f.bytes for f in s.recv_multipart(copy=False)]
                 self._arrived(s, frames)
                 if len(self.queue) >= limits.MAX_INFLIGHT_PER_CLIENT:
@@ -280,6 +293,8 @@ class WorkerLoop:
                     answers = self.executor.execute(instruction, self._tick)
                 finally:
                     self.running = None
+                if instruction.verb == "compute":
+                    self.spin_until = time.monotonic() + self.spin_s
                 self._carry_out(answers)
             elif isinstance(instruction, Send):
                 self._send(instruction)
@@ -292,7 +307,7 @@ class WorkerLoop:
         if isinstance(instruction, Dial):
             keys = self._keys_for(instruction.endpoint)
             s = self.linked[name] = new_socket(self.context, zmq.DEALER, keys, server=False)
-            self.sockets.append(s)
+            self._add(s)
             try:
                 s.connect(instruction.endpoint)
             except zmq.ZMQError as e:
@@ -302,6 +317,7 @@ class WorkerLoop:
         elif isinstance(instruction, HangUp):
             del self.linked[name]
             self.sockets.remove(s)
+            self.poller.unregister(s)
             s.close()
         else:
             frames = encode(instruction.message)

@@ -13,7 +13,7 @@ from pathlib import Path
 from broker.placement import Assignment
 from ggmq.archs import open_arch
 from ggmq.archs.base import Arch
-from ggmq.cli.options import keys_of, local_threads
+from ggmq.cli.options import keys_of, local_threads, n_cores
 from ggmq.cli.progress import progress_bars
 from ggmq.cluster import Client, connect, local_bus
 from ggmq.gguf import GGUF
@@ -80,6 +80,8 @@ def open_bus(args: argparse.Namespace, n_layers: int, model: Path) -> Iterator[t
         threads = local_threads(args.threads, n_local + keep_here)
         # workers of this host read the file themselves, unless they are to keep a cache
         extra = ["--cache"] if args.cache else ["--model-dir", str(model.parent)]
+        if n_local + keep_here >= n_cores():  # a worker that looks out for work would take a core from one that has some
+            extra += ["--spin-us", "0"]
         for i in range(n_local):
             memory = args.worker_mem[i] if args.worker_mem and i < len(args.worker_mem) else 0
             bus.spawn(args.device, threads, [*extra, *(["-m", str(memory)] if memory else [])])
