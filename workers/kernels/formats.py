@@ -1,8 +1,9 @@
 """Block formats as the products read them: 16 rows interleaved, and how a block is unpacked.
 
-A packed group is 16 rows; it takes the bytes that its rows took. For each block, the fields of GGUF's block follow in
-their order, each unit (of 1, 2 or 4 bytes) for all 16 rows before the next unit. Four bytes of quants are four columns
-of a row, so 64 bytes in a row are four columns of 16 rows: what one vector instruction multiplies.
+A packed group is 16 rows; it takes the bytes that its rows took. For each block, the fields of GGUF's block follow in the
+order in which a product reads them, so that memory is read from front to back; each unit (of 1, 2 or 4 bytes) for all 16
+rows before the next unit. Four bytes of quants are four columns of a row, so 64 bytes in a row are four columns of 16 rows:
+what one vector instruction multiplies.
 
 To add a type: its fields here, and a generator of its sub-blocks. Source: the block structs of ggml-common.h.
 """
@@ -37,12 +38,13 @@ class Sub(NamedTuple):
 
 
 class Field(NamedTuple):
-    """`n_units` units of `unit` bytes from byte `offset` of a block. A unit of 0: 32 bits, one for each column, that are
-    transposed so that bit c of byte [row][t] belongs to column 4 c + t."""
+    """`n_units` units of `unit` bytes from byte `offset` of a block, at byte `at` of its share of the packed block. A unit of
+    0: 32 bits, one for each column, that are transposed so that bit c of byte [row][t] belongs to column 4 c + t."""
 
     offset: int
     unit: int
     n_units: int
+    at: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +80,18 @@ class Format:
 FORMATS: dict[GGMLType, Format] = {}
 
 
+def _placed(fields: Sequence[tuple[int, int, int]]) -> tuple[Field, ...]:
+    """Fields one behind the other."""
+    out, at = [], 0
+    for offset, unit, n_units in fields:
+        out.append(Field(offset, unit, n_units, at))
+        at += (unit or 4) * n_units
+    return tuple(out)
+
+
 def _format(t: GGMLType, fields: Sequence[tuple[int, int, int]], sub: int, peak: int) -> Callable[[Any], Any]:
     def add(unpack: Callable[[Emit, Any], Iterator[Sub]]) -> Callable[[Emit, Any], Iterator[Sub]]:
-        FORMATS[t] = Format(t, tuple(Field(*f) for f in fields), sub, peak, unpack)
+        FORMATS[t] = Format(t, _placed(fields), sub, peak, unpack)
         return unpack
 
     return add
@@ -208,45 +219,49 @@ def _q5_k(e: Emit, p: Any) -> Iterator[Sub]:
     return _affine_k(e, p, 48, 16)
 
 
-@_format(T.Q6_K, [(0, 4, 32), (128, 4, 16), (192, 1, 16), (208, 2, 1)], 16, 63)
+_Q6_K_HALVES = [(0, 4, 8), (128, 4, 8), (32, 4, 8), (64, 4, 8), (160, 4, 8), (96, 4, 8)]
+"""Of each half of a block: low nibbles of its first 64 columns, upper bits of all 128, low nibbles of the others."""
+
+
+@_format(T.Q6_K, [(208, 2, 1), (192, 1, 16), *_Q6_K_HALVES], 16, 63)
 def _q6_k(e: Emit, p: Any) -> Iterator[Sub]:
-    b, d = e.b, e.halves(p, 16 * 208)
+    b, d = e.b, e.halves(p, 0)
     for j in range(16):
         h, s, half = j // 8, j % 8 // 2, j % 2
         chunks = []
         for c in range(4 * half, 4 * half + 4):
-            q = _chunk(e, p, 16 * (64 * h + 32 * (s % 2)) + 64 * c)
-            top = _chunk(e, p, 16 * (128 + 32 * h) + 64 * c)
+            q = _chunk(e, p, 16 * (18 + 96 * h + 64 * (s % 2)) + 64 * c)
+            top = _chunk(e, p, 16 * (18 + 96 * h + 32) + 64 * c)
             chunks.append(b.or_(e.high(q) if s // 2 else e.low(q), e.bits(top, 2 * s, 2, 4)))
-        scale = b.fmul(d, b.sitofp(e.small(p, 16 * (192 + j), signed=True), v16f))
+        scale = b.fmul(d, b.sitofp(e.small(p, 16 * (2 + j), signed=True), v16f))
         yield Sub(chunks, scale, _centred(e, scale, 32))
 
 
-@_format(T.Q2_K, [(0, 1, 16), (16, 4, 16), (80, 2, 2)], 16, 3)
+@_format(T.Q2_K, [(80, 2, 2), (0, 1, 16), (16, 4, 16)], 16, 3)
 def _q2_k(e: Emit, p: Any) -> Iterator[Sub]:
     b = e.b
-    d, dmin = e.halves(p, 16 * 80), b.fneg(e.halves(p, 16 * 82))
+    d, dmin = e.halves(p, 0), b.fneg(e.halves(p, 32))
     for j in range(16):
         h, s, half = j // 8, j % 8 // 2, j % 2
-        chunks = [e.bits(_chunk(e, p, 16 * (16 + 32 * h) + 64 * c), 2 * s, 2, 0) for c in range(4 * half, 4 * half + 4)]
-        both = e.small(p, 16 * j)
+        chunks = [e.bits(_chunk(e, p, 16 * (20 + 32 * h) + 64 * c), 2 * s, 2, 0) for c in range(4 * half, 4 * half + 4)]
+        both = e.small(p, 16 * (4 + j))
         scale, minimum = b.and_(both, e.ints(15)), b.lshr(both, e.ints(4))
         yield Sub(chunks, b.fmul(d, b.sitofp(scale, v16f)), b.fmul(dmin, b.sitofp(minimum, v16f)))
 
 
-@_format(T.Q3_K, [(0, 4, 8), (32, 4, 16), (96, 1, 12), (108, 2, 1)], 16, 7)
+@_format(T.Q3_K, [(108, 2, 1), (96, 1, 12), (0, 4, 8), (32, 4, 16)], 16, 7)
 def _q3_k(e: Emit, p: Any) -> Iterator[Sub]:
     """The bit of `hmask` is set where 4 is not taken off: then it is bit 2 of a byte with an offset of 4."""
-    b, d = e.b, e.halves(p, 16 * 108)
+    b, d = e.b, e.halves(p, 0)
     for j in range(16):
         h, s, half = j // 8, j % 8 // 2, j % 2
         chunks = []
         for c in range(4 * half, 4 * half + 4):
-            q = e.bits(_chunk(e, p, 16 * (32 + 32 * h) + 64 * c), 2 * s, 2, 0)
-            chunks.append(b.or_(q, e.bits(_chunk(e, p, 64 * c), 4 * h + s, 1, 2)))
-        low = e.small(p, 16 * (96 + j % 8))
+            q = e.bits(_chunk(e, p, 16 * (46 + 32 * h) + 64 * c), 2 * s, 2, 0)
+            chunks.append(b.or_(q, e.bits(_chunk(e, p, 16 * 14 + 64 * c), 4 * h + s, 1, 2)))
+        low = e.small(p, 16 * (2 + j % 8))
         low = b.lshr(low, e.ints(4)) if j >= 8 else b.and_(low, e.ints(15))
-        top = b.and_(b.lshr(e.small(p, 16 * (104 + j % 4)), e.ints(2 * (j // 4))), e.ints(3))
+        top = b.and_(b.lshr(e.small(p, 16 * (10 + j % 4)), e.ints(2 * (j // 4))), e.ints(3))
         six = b.sub(b.or_(low, b.shl(top, e.ints(4))), e.ints(32))
         scale = b.fmul(d, b.sitofp(six, v16f))
         yield Sub(chunks, scale, _centred(e, scale, 4))
@@ -266,7 +281,7 @@ def _iq4_xs(e: Emit, p: Any) -> Iterator[Sub]:
 
 
 FLOAT_FIELDS: dict[GGMLType, tuple[Field, ...]] = {
-    T.F32: (Field(0, 4, 1),), T.F16: (Field(0, 2, 1),), T.BF16: (Field(0, 2, 1),),
+    T.F32: _placed([(0, 4, 1)]), T.F16: _placed([(0, 2, 1)]), T.BF16: _placed([(0, 2, 1)]),
 }  # fmt: skip
 
 
@@ -281,7 +296,7 @@ def float_row(e: Emit, t: GGMLType, p: Any) -> Any:
 
 
 _fields = [FORMATS[t].fields if t in FORMATS else FLOAT_FIELDS[t] for t in KINDS]
-FIELDS = np.full((len(KINDS), max(map(len, _fields)), 3), -1, np.int64)
+FIELDS = np.full((len(KINDS), max(map(len, _fields)), 4), -1, np.int64)
 for _i, _f in enumerate(_fields):
     FIELDS[_i, : len(_f)] = np.array(_f)
 N_FIELDS = np.array([len(f) for f in _fields])

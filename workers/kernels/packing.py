@@ -36,12 +36,12 @@ def _gathered(packed, row):  # type: ignore[no-untyped-def]
 def pack_group(kind, rows, row_bytes, n_rows, n_blocks, out):  # type: ignore[no-untyped-def]
     """Up to 16 rows of GGUF's layout as a packed group; the last row stands in for those that are not there."""
     size = BLOCK_BYTES[kind]
-    for f in range(N_FIELDS[kind]):
-        offset, unit, count = FIELDS[kind, f]
-        for r in range(16):
-            source = rows + min(r, n_rows - 1) * row_bytes + offset
-            for k in range(n_blocks):
-                p, q = source + k * size, out + 16 * (k * size + offset)
+    for k in range(n_blocks):
+        for f in range(N_FIELDS[kind]):
+            offset, unit, count, at = FIELDS[kind, f]
+            q = out + 16 * (k * size + at)
+            for r in range(16):
+                p = rows + min(r, n_rows - 1) * row_bytes + k * size + offset
                 if unit == 4:
                     for i in range(count):
                         store32(q + 64 * i + 4 * r, load32(p + 4 * i))
@@ -61,8 +61,8 @@ def unpack_row(kind, group, row, n_blocks, out):  # type: ignore[no-untyped-def]
     size = BLOCK_BYTES[kind]
     for k in range(n_blocks):
         for f in range(N_FIELDS[kind]):
-            offset, unit, count = FIELDS[kind, f]
-            p, q = group + 16 * (k * size + offset), out + k * size + offset
+            offset, unit, count, at = FIELDS[kind, f]
+            p, q = group + 16 * (k * size + at), out + k * size + offset
             if unit == 4:
                 for i in range(count):
                     store32(q + 4 * i, load32(p + 64 * i + 4 * row))

@@ -112,9 +112,12 @@ def _few_columns(f: Format, n: int) -> Callable[[Emit, Sequence[Any]], None]:
             p = b.add(w, b.mul(loop.index, e.const(f.group_bytes)))
             step = b.mul(loop.index, e.const(x_bytes))
             x0 = [b.add(x, step) for x in xs]
-            for line in range(0, f.group_bytes, 64):
-                e.prefetch(p, PREFETCH_BYTES + line)
+            lines = range(0, f.group_bytes, 64)
+            n_sub = f.columns // f.sub
             for j, sub in enumerate(f.unpack(e, p)):
+                before = b.load(acc[0])
+                for line in lines[len(lines) * j // n_sub : len(lines) * (j + 1) // n_sub]:
+                    e.prefetch(p, PREFETCH_BYTES + line, before)
                 at, half = (j, None) if f.sub == 32 else (j // 2, j % 2)
                 for c in range(n):
                     xb = e.at(x0[c], at * X_BLOCK)
