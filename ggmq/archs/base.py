@@ -411,6 +411,10 @@ class Arch:
         return s.b.graph([x]), s.b.input_names
 
 
+BEYOND_F16 = 1e30
+"""Becomes infinity as float16."""
+
+
 class StageGraph:
     """A graph under construction with the stage's weights, cache and inputs at hand."""
 
@@ -482,7 +486,7 @@ class StageGraph:
         if self.batch.many:
             since = b.sub(cell, b.input("first_cell", GGMLType.F32, (1, n)))
             seen = b.mul(seen, b.unary("STEP", b.scale(since, 1.0, 0.5)))
-        return b.dup(b.log(seen), GGMLType.F16)
+        return b.dup(b.scale(seen, BEYOND_F16, -BEYOND_F16), GGMLType.F16)
 
     def store(self, k: T, v: T, il: int) -> tuple[T, T]:
         """Write this batch's keys and values to their cells. Returns the cells seen, [d, n_kv, n_head_kv]."""

@@ -163,9 +163,6 @@ class GraphBuilder:
     def sub(self, a: T, b: T) -> T:
         return self._like("SUB", a, b)
 
-    def log(self, x: T) -> T:
-        return self._like("LOG", x)
-
     def dup(self, x: T, type_id: int) -> T:
         """x converted to another type."""
         return self._node("DUP", type_id, self.ne(x), (x,))

@@ -143,14 +143,6 @@ class CPUDevice(HostDevice):
                        out.ctypes.data)  # fmt: skip
         return out
 
-    def rows_of(self, buffer: Buffer, t: Tensor, ids: Array) -> Array:
-        """Some rows of the packed tensor t. Shapes: uint8 [len(ids), row_bytes]."""
-        kind, row, n_groups, n_blocks = self._shape(t.type, t.ne)
-        out, at = np.empty((len(ids), row), np.uint8), self._at(buffer, t.offset)
-        for k, i in enumerate(ids.tolist()):
-            self.team.call(layout.UNPACK_ROWS, kind, at, row, i, i + 1, 16 * n_groups, n_blocks, out.ctypes.data + k * row)
-        return out
-
     def widened(self, buffer: Buffer | None, t: Tensor) -> tuple[int, int] | None:
         """Address and packed rows of a float16 copy of weights whose type has no products of its own."""
         if buffer is None or t.op != "NONE" or not TYPES[t.type].quantized:

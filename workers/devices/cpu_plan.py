@@ -15,7 +15,6 @@ from workers.devices.cpu_steps import StepPlan
 from workers.kernels import layout, reference
 from workers.kernels.reference import Node, rope_turn
 from workers.plan import Step
-from workers.tensors import NUMPY_TYPE, Array, load
 
 F32, F16 = GGMLType.F32, GGMLType.F16
 SPLIT_QUERIES = 64
@@ -50,8 +49,6 @@ class CPUPlan(StepPlan):
         return (bind is not None and 0 not in node.tensor.ne and bind(node)), False
 
     def _fallback(self, node: Node) -> Step:
-        if node.op.name == "GET_ROWS" and self._packed_rows(node) is not None:
-            return partial(self._get_packed_rows, node)
         for t in node.src_tensor:
             if t is not None and t.op == "NONE" and t.buffer in self.buffers:
                 self.device.unpack(self.buffers[t.buffer], t)
@@ -59,10 +56,10 @@ class CPUPlan(StepPlan):
 
     # -- rows ----------------------------------------------------------------------------------------------------------
 
-    def _float_rows(self, i: int) -> tuple[int, int, int, int] | None:
-        """Address, bytes from row to row, rows and row length of a float32 tensor with evenly spaced rows."""
+    def _float_rows(self, i: int, kind: GGMLType = F32) -> tuple[int, int, int, int] | None:
+        """Address, bytes from row to row, rows and row length of a float32 (or float16) tensor with evenly spaced rows."""
         t = self.graph.tensors[i]
-        if t.type != F32 or t.nb[0] != 4 or 0 in t.ne:
+        if t.type != kind or t.nb[0] != (4 if kind == F32 else 2) or 0 in t.ne:
             return None
         if t.ne[2] == t.ne[3] == 1 or (t.nb[2] == t.nb[1] * t.ne[1] and t.nb[3] == t.nb[2] * t.ne[2]):
             return self._address(i), t.nb[1], t.n_rows, t.ne[0]
@@ -107,6 +104,41 @@ class CPUPlan(StepPlan):
     def _bind_clamp(self, n: Node) -> bool:
         return self._elementwise(n, layout.CLAMP, params=(n.params["low"], n.params["high"]))
 
+    def _bind_arange(self, n: Node) -> bool:
+        if n.tensor.type != F32 or not n.tensor.contiguous:
+            return False
+        args = [float_word(n.params["start"]), float_word(n.params["step"]), n.tensor.n_elements, self._address(n.index)]
+        self._add(n, layout.ARANGE, args, [], [self._range(n.index)])
+        return True
+
+    def _bind_repeat(self, n: Node) -> bool:
+        """One row, again and again."""
+        i, k = n.tensor.src[0], n.index
+        x, y = self._float_rows(i), self._float_rows(k)
+        if x is None or y is None or x[2] != 1 or x[3] != y[3]:
+            return False
+        self._add(n, layout.ELEMENTWISE, [layout.SAME, x[0], 0, x[0], 0, 1, y[0], y[1], y[2], y[3], 0, 0],
+                  [self._range(i)], [self._range(k)])  # fmt: skip
+        return True
+
+    def _bind_dup(self, n: Node) -> bool:
+        """Float rows to float rows of the same length, in the same or the other type."""
+        i, k = n.tensor.src[0], n.index
+        kinds = GGMLType(self.graph.tensors[i].type), GGMLType(n.tensor.type)
+        if kinds not in ((F32, F32), (F32, F16), (F16, F32)):
+            return False
+        x, y = self._float_rows(i, kinds[0]), self._float_rows(k, kinds[1])
+        if x is None or y is None or x[2:] != y[2:]:
+            return False
+        if kinds == (F32, F32):
+            return self._elementwise(n, layout.SAME)
+        op = layout.NARROW if kinds[0] == F32 else layout.WIDEN
+        self._add(n, op, [x[0], x[1], y[0], y[1], y[2], y[3]], [self._range(i)], [self._range(k)])
+        return True
+
+    def _bind_cont(self, n: Node) -> bool:
+        return self._bind_dup(n)
+
     def _rows_alike(self, n: Node, op: int, param: float) -> bool:
         """An op with one parameter that makes of each row another of its length."""
         i, k = n.tensor.src[0], n.index
@@ -142,10 +174,12 @@ class CPUPlan(StepPlan):
         return n.tensor.type == GGMLType.I32 and self._rows_reduced(n, layout.ARGMAX)
 
     def _bind_get_rows(self, n: Node) -> bool:
-        """Rows of float32 that are not packed."""
+        """Rows of packed weights, and of float32."""
         x, ids = n.src_tensor[0], n.src_tensor[1]
-        if x is None or ids is None or self._packed_rows(n) is not None or not n.tensor.contiguous:
+        if x is None or ids is None or not n.tensor.contiguous:
             return False
+        if self._packed_rows(x):
+            return self._get_packed_rows(n, x, ids)
         if x.type != F32 or n.tensor.type != F32 or x.nb[0] != 4 or x.ne[3] != 1 or ids.type != GGMLType.I32:
             return False
         i, j, k = n.tensor.src[0], n.tensor.src[1], n.index
@@ -199,37 +233,43 @@ class CPUPlan(StepPlan):
         i, k = t.src[0], n.index
         args = [self._address(i), x.nb[1], x.nb[2], self._address(k), t.nb[1], t.nb[2], t.ne[2], t.ne[1], t.ne[0],
                 *table, int(n.params["mode"] == 2), n.params["n_dims"]]  # fmt: skip
-        self._add(n, layout.ROPE, args, [self._range(i)], [self._range(k)])
+        n_bytes = 2 * t.ne[2] * n.params["n_dims"]
+        self._add(n, layout.ROPE, args, [self._range(i), *((at, at + n_bytes) for at in table)], [self._range(k)])
         return True
 
     def _rope_table(self, n: Node) -> tuple[int, int] | None:
-        """Addresses of cosines and sines [n_tokens][n_dims / 2], made before the first step; layers share them."""
+        """Addresses of cosines and sines [n_tokens][n_dims / 2]; a step makes them, and layers share them."""
         source, factors = n.tensor.src[1], n.tensor.src[2] if len(n.tensor.src) > 2 else -1
+        positions = self.graph.tensors[source]
         leaves = all(j < 0 or self.graph.tensors[self.graph.root(j)[0]].op == "NONE" for j in (source, factors))
-        if not leaves:
+        if not leaves or positions.type != GGMLType.I32 or positions.ne[0] != positions.n_elements:
             return None
         key = (n.tensor.params, source, factors)
         known = self._tables.get(key)
         if known is None:
             n_tokens, half = n.tensor.ne[2], n.params["n_dims"] // 2
-            cos, sin = np.zeros((n_tokens, half), np.float32), np.zeros((n_tokens, half), np.float32)
-
-            exponent = np.arange(half, dtype=np.float64)
-            made: dict[bytes, tuple[Array, float]] = {}
+            exponent, turn = np.arange(half, dtype=np.float64), np.zeros(half + 1)
+            made = None
 
             def fill() -> None:
+                nonlocal made
                 factors = n.opt(2)
                 key = b"" if factors is None else factors.tobytes()
-                if key not in made:
-                    made.clear()
-                    made[key] = rope_turn(n, factors, exponent)
-                turn, magnitude = made[key]
-                angle = n.indices(1, MAX_ROPE_POSITION).reshape(-1, 1) * turn
-                np.multiply(np.cos(angle), magnitude, out=cos, casting="same_kind")
-                np.multiply(np.sin(angle), magnitude, out=sin, casting="same_kind")
+                if key != made:
+                    with np.errstate(all="ignore"):  # factors that are not there yet are zeros
+                        turn[:half], turn[half] = rope_turn(n, factors, exponent)
+                    made = key
 
-            self._preludes.append(fill)
-            known = self._tables[key] = (cos.ctypes.data, sin.ctypes.data)
+            fill()
+            if factors >= 0:
+                self._preludes.append(fill)
+            self._turns.append(turn)
+            n_bytes = 4 * n_tokens * half
+            known = cos, sin = self._more(n_bytes), self._more(n_bytes)
+            args = [self._address(source), positions.nb[0], turn.ctypes.data, n_tokens, half, MAX_ROPE_POSITION, cos, sin,
+                    n.index]  # fmt: skip
+            self._add(n, layout.ROPE_TABLE, args, [self._range(source)], [(cos, cos + n_bytes), (sin, sin + n_bytes)])
+            self._tables[key] = known
         return known
 
     def _bind_set_rows(self, n: Node) -> bool:
@@ -375,23 +415,19 @@ class CPUPlan(StepPlan):
 
     # -- rows of packed weights ----------------------------------------------------------------------------------------
 
-    def _packed_rows(self, n: Node) -> Tensor | None:
-        t = n.src_tensor[0]
-        buffer = self.buffers.get(t.buffer) if t is not None else None
-        usable = t is not None and buffer is not None and t.op == "NONE" and t.offset in buffer.packed
-        return t if usable and t is not None and t.ne[2] * t.ne[3] == 1 else None
+    def _packed_rows(self, t: Tensor) -> bool:
+        buffer = self.buffers.get(t.buffer)
+        return buffer is not None and t.op == "NONE" and t.offset in buffer.packed and t.ne[2] * t.ne[3] == 1
 
-    def _get_packed_rows(self, n: Node) -> None:
-        t = n.src_tensor[0]
-        assert t is not None  # it was packed
-        ids = n.indices(1, t.ne[1])
-        blocks = self.device.rows_of(self.buffers[t.buffer], t, ids.reshape(-1))
-        n.dst[...] = values_of(blocks, t).reshape(n.dst.shape)
-
-
-def values_of(blocks: Array, t: Tensor) -> Array:
-    """Rows in GGUF's layout as float32. Shapes: uint8 [n, row_bytes] to [n, ne[0]]."""
-    info = TYPES[t.type]
-    if info.quantized:
-        return load(blocks.reshape(1, 1, len(blocks), -1, info.bytes), t.type, np.float32)
-    return load(blocks.view(NUMPY_TYPE[t.type]), t.type, np.float32)
+    def _get_packed_rows(self, n: Node, x: Tensor, ids: Tensor) -> bool:
+        i, j, k = n.tensor.src[0], n.tensor.src[1], n.index
+        weights = self._weights(i)
+        if weights is None or ids.type != GGMLType.I32 or n.tensor.type != F32:
+            return False
+        if ids.ne[0] != ids.n_elements and not ids.contiguous:
+            return False
+        kind, w, row, packed = weights
+        self._need(row, 0)
+        args = [kind, w, row, x.ne[1], packed, x.ne[0], self._address(j), ids.nb[0], ids.n_elements, self._address(k), k]
+        self._add(n, layout.UNPACK, args, [self._range(i), self._range(j)], [self._range(k)])
+        return True

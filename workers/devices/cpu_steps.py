@@ -15,6 +15,7 @@ from workers.devices.base import Buffer, Tick
 from workers.kernels import layout
 from workers.kernels.reference import Node
 from workers.plan import ALIGN, HostPlan, Step
+from workers.tensors import Array
 
 if TYPE_CHECKING:  # the device makes plans: at run time it imports this file
     from workers.devices.cpu import CPUDevice
@@ -74,6 +75,7 @@ class StepPlan(HostPlan):
         self._parts: dict[int, int] = {}
         self._tables: dict[tuple[object, ...], tuple[int, int]] = {}
         self._preludes: list[Step] = []
+        self._turns: list[Array] = []
         self._used = [0] * len(graph.tensors)
         self._products_of = [0] * len(graph.tensors)
         for t in graph.tensors:

@@ -38,8 +38,10 @@ class Sub(NamedTuple):
 
 
 class Field(NamedTuple):
-    """`n_units` units of `unit` bytes from byte `offset` of a block, at byte `at` of its share of the packed block. A unit of
-    0: 32 bits, one for each column, that are transposed so that bit c of byte [row][t] belongs to column 4 c + t."""
+    """`n_units` units of `unit` bytes from byte `offset` of a block, at byte `at` of its share of the packed block.
+
+    A unit of 0: 32 bits, one for each column, that are transposed so that bit c of byte [row][t] belongs to column 4 c + t.
+    """
 
     offset: int
     unit: int

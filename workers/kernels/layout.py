@@ -33,7 +33,7 @@ def product_scratch_bytes(weight_row_bytes: int, n_columns: int) -> int:
 
 # -- rows --------------------------------------------------------------------------------------------------------------
 
-(ADD, SUB, MUL, DIV, SWIGLU, GEGLU, SWIGLU_OAI, SCALE, CLAMP, TANH, SILU, GELU, SIGMOID, STEP, RELU) = range(15)
+(ADD, SUB, MUL, DIV, SWIGLU, GEGLU, SWIGLU_OAI, SCALE, CLAMP, TANH, SILU, GELU, SIGMOID, STEP, RELU, SAME) = range(16)
 """Kinds of ELEMENTWISE. The first seven take two sources; SCALE, CLAMP and SWIGLU_OAI two parameters."""
 
 # -- attention ---------------------------------------------------------------------------------------------------------
@@ -67,10 +67,10 @@ def parts_bytes(n_queries: int, n_kv: int, d_v: int) -> int:
 WORDS = 32
 """int64 words of a step: opcode, whether the threads meet before it, arguments."""
 (QUANTIZE, PRODUCT, PRODUCT_ID, ELEMENTWISE, RMS_NORM, BY_ROW, ROPE, STORE_HALVES, ATTEND, MERGE, ARGMAX, SOFT_MAX, TOP_K,
- GET_ROWS, SUM_ROWS, NORM, ADD_ID) = range(17)  # fmt: skip
+ GET_ROWS, SUM_ROWS, NORM, ADD_ID, ARANGE, NARROW, WIDEN, ROPE_TABLE, UNPACK) = range(22)  # fmt: skip
 OP_NAMES = ("QUANTIZE", "MUL_MAT", "MUL_MAT_ID", "elementwise", "RMS_NORM", "elementwise by row", "ROPE", "SET_ROWS",
             "FLASH_ATTN_EXT", "FLASH_ATTN_EXT merge", "ARGMAX", "SOFT_MAX", "TOP_K", "GET_ROWS", "SUM_ROWS", "NORM",
-            "ADD_ID")  # fmt: skip
+            "ADD_ID", "ARANGE", "to F16", "from F16", "ROPE table", "GET_ROWS of packed rows")  # fmt: skip
 
 (GENERATION, PHASE, ARRIVED, PROGRAM, FIRST, LAST, STOP, ASLEEP, SCRATCH, SCRATCH_BYTES, PROFILE, BAD,
  CLOCK) = range(0, 13 * 64, 64)  # fmt: skip

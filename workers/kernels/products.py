@@ -29,16 +29,23 @@ from workers.kernels.formats import (
     Sub,
     float_row,
 )
-from workers.kernels.layout import KINDS, N_QUANTIZED, PANEL_BYTES, PIECE, X_BLOCK
+from workers.kernels.layout import KIND_OF, KINDS, N_QUANTIZED, PANEL_BYTES, PIECE, X_BLOCK
 from workers.kernels.packing import copy_bytes, pack_group
 from workers.kernels.simd import (
     TARGET,
     Emit,
     f32,
+    half_to_float,
     i32,
     i64,
+    load8,
+    load16,
+    load32,
     load64,
+    loadf,
+    store32,
     store64,
+    storef,
     v16f,
     v16i,
     v64b,
@@ -436,3 +443,55 @@ def product(  # type: ignore[no-untyped-def]
             for c in range(n):
                 copy_bytes(rest + 64 * c, load64(outputs + 8 * c) + 64 * g, 4 * valid)
         g += 1
+
+
+# -- rows of weights ---------------------------------------------------------------------------------------------------
+
+_SUB = np.array([FORMATS[t].sub for t in KINDS[:N_QUANTIZED]])
+KIND_F32, KIND_F16 = KIND_OF[GGMLType.F32], KIND_OF[GGMLType.F16]
+_SIGNED = np.array([FORMATS[t].signed for t in KINDS[:N_QUANTIZED]])
+
+
+@njit(nogil=True)
+def _unpacked_row(kind, group, lane, n_blocks, y, panel):  # type: ignore[no-untyped-def]
+    """A row of a packed group as float32: products with one rounding, as the definition of each type has them."""
+    if kind >= N_QUANTIZED:
+        for i in range(n_blocks):
+            if kind == KIND_F32:
+                store32(y + 4 * i, load32(group + 64 * i + 4 * lane))
+            elif kind == KIND_F16:
+                storef(y + 4 * i, half_to_float(load16(group + 32 * i + 2 * lane)))
+            else:
+                store32(y + 4 * i, np.int32(load16(group + 32 * i + 2 * lane)) << 16)
+        return
+    columns, sub = BLOCK[kind], _SUB[kind]
+    step = PIECE * 32 // columns
+    for k in range(0, n_blocks, step):
+        m = min(step, n_blocks - k)
+        unpack_panel(kind, group + 16 * BLOCK_BYTES[kind] * k, m, panel)
+        for i in range(m * columns):
+            scales = panel + 512 * PIECE + 64 * (i // sub) + 4 * lane
+            byte = np.int64(load8(panel + 64 * (i // 4) + 4 * lane + i % 4))
+            if _SIGNED[kind]:
+                v = np.float64(loadf(scales)) * np.float64(byte - 256 * (byte >> 7))
+            else:
+                v = np.float64(loadf(scales)) * np.float64(byte) + np.float64(loadf(scales + 128 * PIECE))
+            storef(y + 4 * (k * columns + i), np.float32(v))
+
+
+@njit(nogil=True)
+def get_rows(  # type: ignore[no-untyped-def]
+    kind, w, row_bytes, n_rows, n_packed, n, ids, id_step, n_ids, y, scratch, t, n_threads
+):  # fmt: skip
+    """Rows of weights as float32 [n_ids, n], by int32 ids `id_step` bytes apart. False: an id points outside."""
+    n_blocks = n // BLOCK[kind]
+    for i in range(n_ids * t // n_threads, n_ids * (t + 1) // n_threads):
+        row = load32(ids + id_step * i)
+        if row < 0 or row >= n_rows:
+            return False
+        group, lane = w + row // 16 * 16 * row_bytes, row % 16
+        if row >= n_packed:
+            group, lane = scratch + PANEL_BYTES, 0
+            pack_group(kind, w + row * row_bytes, row_bytes, 1, n_blocks, group)
+        _unpacked_row(kind, group, lane, n_blocks, y + 4 * n * i, scratch)
+    return True

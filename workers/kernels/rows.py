@@ -17,9 +17,11 @@ from numba.extending import intrinsic
 from workers.kernels import layout as k
 from workers.kernels.simd import (
     Emit,
+    as_doubles,
     as_floats,
     as_halves,
     float_to_half,
+    half_to_float,
     load32,
     load64,
     loadf,
@@ -75,6 +77,7 @@ _KINDS: dict[int, Callable[[Emit, Any, Any, Any, Any], Any]] = {
     k.SIGMOID: lambda e, x, z, p, q: e.sigmoid(x),
     k.STEP: lambda e, x, z, p, q: _where_positive(e, x, e.floats(1.0)),
     k.RELU: lambda e, x, z, p, q: _where_positive(e, x, x),
+    k.SAME: lambda e, x, z, p, q: x,
 }
 
 
@@ -271,6 +274,50 @@ def rope(  # type: ignore[no-untyped-def]
             b[first * j + step] = u * s[j] + v * c[j]
         for j in range(n_dims, d):
             b[j] = a[j]
+
+
+@njit(nogil=True)
+def rope_table(positions, step, turn, n_tokens, half, bound, cos, sin, t, n_threads):  # type: ignore[no-untyped-def]
+    """Cosines and sines of int32 positions, `step` bytes apart. False: a position outside 0..bound.
+
+    Shapes: turn float64 [half + 1], angles of one position and behind them the magnitude; cos, sin [n_tokens, half].
+    """
+    angles = carray(as_doubles(turn), half + 1)
+    for token in range(n_tokens * t // n_threads, n_tokens * (t + 1) // n_threads):
+        position = load32(positions + step * token)
+        if position < 0 or position > bound:
+            return False
+        c, s = carray(as_floats(cos + 4 * token * half), half), carray(as_floats(sin + 4 * token * half), half)
+        for j in range(half):
+            angle = position * angles[j]
+            c[j] = np.float32(math.cos(angle) * angles[half])
+            s[j] = np.float32(math.sin(angle) * angles[half])
+    return True
+
+
+@njit(nogil=True)
+def arange(start, step, n, y, t, n_threads):  # type: ignore[no-untyped-def]
+    d = carray(as_floats(y), n)
+    for i in range(n * t // n_threads, n * (t + 1) // n_threads):
+        d[i] = np.float32(np.float64(start) + np.float64(step) * i)
+
+
+@njit(nogil=True)
+def narrow(x, x_row, y, y_row, n_rows, n, t, n_threads):  # type: ignore[no-untyped-def]
+    """float32 to float16."""
+    for r in range(n_rows * t // n_threads, n_rows * (t + 1) // n_threads):
+        a, d = carray(as_floats(x + r * x_row), n), carray(as_halves(y + r * y_row), n)
+        for i in range(n):
+            d[i] = float_to_half(a[i])
+
+
+@njit(nogil=True)
+def widen(x, x_row, y, y_row, n_rows, n, t, n_threads):  # type: ignore[no-untyped-def]
+    """float16 to float32."""
+    for r in range(n_rows * t // n_threads, n_rows * (t + 1) // n_threads):
+        a, d = carray(as_halves(x + r * x_row), n), carray(as_floats(y + r * y_row), n)
+        for i in range(n):
+            d[i] = half_to_float(a[i])
 
 
 @njit(nogil=True)

@@ -374,6 +374,7 @@ def _address_as(kind: Any, result: Any) -> Any:
 
 
 as_floats, as_halves = _address_as(f32, types.float32), _address_as(i16, types.uint16)
+as_doubles = _address_as(f64, types.float64)
 """Pointers at an address, for `carray`."""
 
 

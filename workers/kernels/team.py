@@ -16,6 +16,7 @@ from numba import njit, types
 from workers.kernels import attention, packing, products, rows
 from workers.kernels.layout import (
     ADD_ID,
+    ARANGE,
     ARGMAX,
     ARRIVED,
     ASLEEP,
@@ -31,6 +32,7 @@ from workers.kernels.layout import (
     LAST,
     LEAD,
     MERGE,
+    NARROW,
     NORM,
     PACK_ROWS,
     PHASE,
@@ -41,6 +43,7 @@ from workers.kernels.layout import (
     QUANTIZE,
     RMS_NORM,
     ROPE,
+    ROPE_TABLE,
     SCRATCH,
     SCRATCH_BYTES,
     SOFT_MAX,
@@ -48,8 +51,10 @@ from workers.kernels.layout import (
     STORE_HALVES,
     SUM_ROWS,
     TOP_K,
+    UNPACK,
     UNPACK_ROWS,
     WAKE,
+    WIDEN,
     WORDS,
 )  # fmt: skip
 from workers.kernels.simd import (
@@ -198,6 +203,20 @@ def _step(op, a, control, scratch, t, n_threads):  # type: ignore[no-untyped-def
         if not rows.add_id(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), _arg(a, 6), _arg(a, 7),
                            _arg(a, 8), _arg(a, 9), _arg(a, 10), _arg(a, 11), t, n_threads):  # fmt: skip
             atomic_store(control + BAD, _arg(a, 12) + 1)
+    elif op == UNPACK:
+        if not products.get_rows(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), _arg(a, 6),
+                                 _arg(a, 7), _arg(a, 8), _arg(a, 9), scratch, t, n_threads):  # fmt: skip
+            atomic_store(control + BAD, _arg(a, 10) + 1)
+    elif op == ROPE_TABLE:
+        if not rows.rope_table(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), _arg(a, 6),
+                               _arg(a, 7), t, n_threads):  # fmt: skip
+            atomic_store(control + BAD, _arg(a, 8) + 1)
+    elif op == ARANGE:
+        rows.arange(_float_arg(a, 0), _float_arg(a, 1), _arg(a, 2), _arg(a, 3), t, n_threads)
+    elif op == NARROW:
+        rows.narrow(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), t, n_threads)
+    elif op == WIDEN:
+        rows.widen(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), t, n_threads)
     elif op == ARGMAX:
         rows.largest(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), t, n_threads)
 
