@@ -44,6 +44,17 @@ def bus(device: str) -> Iterator[Client]:
 
 
 @pytest.fixture(scope="session")
+def kernels() -> None:
+    """Compiled for this CPU: a worker that others connect to is there at once."""
+    started = LocalBus()
+    try:
+        started.spawn("CPU", 1)
+        started.start()
+    finally:
+        started.close()
+
+
+@pytest.fixture(scope="session")
 def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"the fixtures of {SHARED.name}/ are not beside this checkout")

@@ -35,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("-H", "--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
     p.add_argument("-p", "--port", type=_port, default=DEFAULT_PORT, help=f"port (default {DEFAULT_PORT}; 0 picks one)")
     p.add_argument("-t", "--threads", type=_positive, default=0, help="CPU threads (default: all cores)")
+    p.add_argument("--cpus", type=_cpus, default=[], metavar="0,2-5", help="keep each thread on one of these CPUs")
     p.add_argument("--spin-us", type=_microseconds, default=SPIN_US if default_threads() > 1 else 0, metavar="US",
                    help="after a graph, look for the next one for so long before sleeping; 0 where several workers share "
                    "few cores (default %(default)s)")  # fmt: skip
@@ -67,6 +68,20 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _cpus(text: str) -> list[int]:
+    """CPU numbers and ranges, as taskset and cgroups write them."""
+    if not re.fullmatch(r"\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*", text):
+        raise argparse.ArgumentTypeError(f"expected CPU numbers such as 0,2-5, got {text!r}")
+    ends = [[int(n) for n in part.split("-")] for part in text.split(",")]
+    out = [n for part in ends for n in range(part[0], part[-1] + 1)]
+    if not hasattr(os, "sched_setaffinity"):
+        raise argparse.ArgumentTypeError("this system cannot keep threads on CPUs")
+    missing = sorted(set(out) - os.sched_getaffinity(0))
+    if missing or not out:
+        raise argparse.ArgumentTypeError(f"this process may use the CPUs {sorted(os.sched_getaffinity(0))}, got {text!r}")
+    return out
+
+
 def _microseconds(text: str) -> int:
     if not re.fullmatch(r"\d{1,6}", text):
         raise argparse.ArgumentTypeError(f"expected microseconds, 0 to 999999, got {text!r}")
@@ -96,7 +111,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(args: argparse.Namespace) -> int:
-    threads = args.threads or default_threads()
+    threads = args.threads or len(args.cpus) or default_threads()
+    if args.cpus and threads > len(args.cpus):
+        raise ConfigError(f"-t {threads}: --cpus names {len(args.cpus)}; give a CPU for each thread")
     if args.device == LIST:
         for name in [*accelerators(), "CPU", "reference"]:
             i = open_device(name, threads).info()
@@ -117,7 +134,7 @@ def _main(args: argparse.Namespace) -> int:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", str(threads))
     if args.model_dir and not args.model_dir.is_dir():
         raise ConfigError(f"--model-dir {args.model_dir}: no such folder")
-    device = open_device(names[0], threads, args.mem * MIB)
+    device = open_device(names[0], threads, args.mem * MIB, args.cpus)
     from workers.loop import WorkerLoop, serve
 
     models = ModelFolder(args.model_dir) if args.model_dir else None
@@ -147,6 +164,8 @@ def _serve_many(args: argparse.Namespace, names: list[str], keys: object) -> int
 
     if args.broker:
         raise ConfigError("--broker takes one device; start one worker for each")
+    if args.cpus:
+        raise ConfigError("--cpus takes one device; start one worker for each")
     front = Front(_endpoint(args), find_keys(args.keys, args.insecure))
     signal.signal(signal.SIGTERM, lambda *_: setattr(front, "stopping", True))
     signal.signal(signal.SIGINT, lambda *_: setattr(front, "stopping", True))

@@ -98,6 +98,17 @@ def local_threads(wanted: int, n_workers: int) -> int:
     return max(1, n_cores() // max(1, n_workers))
 
 
+def cpus_of(i: int, n_threads: int, n_workers: int) -> str:
+    """CPUs for local worker `i`. Errors: ConfigError when there are not enough for every thread, or none can be chosen."""
+    if not hasattr(os, "sched_getaffinity"):
+        raise ConfigError("--pin: this system cannot keep threads on CPUs")
+    cpus = sorted(os.sched_getaffinity(0))
+    if n_threads * n_workers > len(cpus):
+        raise ConfigError(f"--pin: {n_workers} workers of {n_threads} threads need {n_threads * n_workers} CPUs, "
+                          f"this host has {len(cpus)}; use fewer with -t")  # fmt: skip
+    return ",".join(map(str, cpus[i * n_threads : (i + 1) * n_threads]))
+
+
 def require_file(path: Path) -> Path:
     if not path.is_file():
         raise ConfigError(f"{path}: no such file")

@@ -27,6 +27,7 @@ def add_bus(p: argparse.ArgumentParser) -> None:
     p.add_argument("--worker-mem", type=lambda t: [whole(1)(x) for x in t.split(",")], metavar="MIB,...",
                    help="memory that each local worker lends (default: what is free)")  # fmt: skip
     p.add_argument("-t", "--threads", type=whole(1, 1024), default=0, help="threads of each local worker")
+    p.add_argument("--pin", action="store_true", help="keep each thread of the local workers on a CPU of its own")
     p.add_argument("--cache", action="store_true", help="local workers keep weights in a cache instead of reading the file")
     p.add_argument("-ngl", "--n-gpu-layers", "--gpu-layers", dest="ngl", type=whole(0), metavar="N",
                    help="layers on the lent devices; the first others stay on this host (default: all)")  # fmt: skip

@@ -13,7 +13,7 @@ from pathlib import Path
 from broker.placement import Assignment
 from ggmq.archs import open_arch
 from ggmq.archs.base import Arch
-from ggmq.cli.options import keys_of, local_threads, n_cores
+from ggmq.cli.options import cpus_of, keys_of, local_threads, n_cores
 from ggmq.cli.progress import progress_bars
 from ggmq.cluster import Client, connect, local_bus
 from ggmq.gguf import GGUF
@@ -84,10 +84,12 @@ def open_bus(args: argparse.Namespace, n_layers: int, model: Path) -> Iterator[t
             extra += ["--spin-us", "0"]
         for i in range(n_local):
             memory = args.worker_mem[i] if args.worker_mem and i < len(args.worker_mem) else 0
-            bus.spawn(args.device, threads, [*extra, *(["-m", str(memory)] if memory else [])])
+            pinned = ["--cpus", cpus_of(i, threads, n_local + keep_here)] if args.pin else []
+            bus.spawn(args.device, threads, [*extra, *pinned, *(["-m", str(memory)] if memory else [])])
         for endpoint in rpc:
             bus.add_remote(endpoint)
-        host = bus.spawn(args.device, threads, extra) if keep_here else ""
+        pinned = ["--cpus", cpus_of(n_local, threads, n_local + 1)] if args.pin and keep_here else []
+        host = bus.spawn(args.device, threads, [*extra, *pinned]) if keep_here else ""
         yield bus.start(), bus.names, host
 
 

@@ -26,6 +26,7 @@ from protocol.errors import Unavailable, WorkerLost
 from tests.support.fixtures import ROOT, nmse
 from tests.support.gguf_factory import tiny_model
 
+pytestmark = pytest.mark.usefixtures("kernels")
 TOKENS = [(7 * i + 3) % 50 for i in range(40)]
 
 
@@ -163,6 +164,21 @@ def test_f16_activations_are_half_the_bytes_and_nearly_the_same(model: GGUF) -> 
         bus.close()
     assert 2 * 40 * 64 < handed[GGMLType.F16] < 0.6 * handed[GGMLType.F32]
     assert 0 < nmse(got[GGMLType.F16], got[GGMLType.F32]) < 1e-5
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="pinning two threads takes two CPUs")
+def test_pinned_threads_stay_on_their_cpus(model: GGUF) -> None:
+    first, second = sorted(os.sched_getaffinity(0))[:2]
+    bus = LocalBus()
+    try:
+        bus.spawn("CPU", 2, ["--cpus", f"{first},{second}"])
+        with loaded(bus, model, 1) as runner:
+            runner.forward([1], 0, [0])
+            tasks = Path(f"/proc/{bus.workers[0].pid}/task").glob("*/status")
+            allowed = [line.split()[1] for t in tasks for line in t.read_text().splitlines() if "Cpus_allowed_list" in line]
+    finally:
+        bus.close()
+    assert allowed.count(str(first)) == 1 and allowed.count(str(second)) == 1 and len(allowed) > 2
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from protocol.errors import ConfigError, DeviceError
 from workers.devices.base import Device
@@ -20,8 +21,8 @@ def accelerators() -> list[str]:
     return device_names()
 
 
-def open_device(name: str, n_threads: int, memory_bytes: int = 0) -> Device:
-    """The device of this name.
+def open_device(name: str, n_threads: int, memory_bytes: int = 0, cpus: Sequence[int] = ()) -> Device:
+    """The device of this name. `cpus`: where its threads stay, one each; it has no more threads than these.
 
     Units: `memory_bytes` caps what it hands out; 0 leaves it to the host.
     Errors: ConfigError for a name that no device has, DeviceError when what it needs is missing, naming it.
@@ -29,7 +30,7 @@ def open_device(name: str, n_threads: int, memory_bytes: int = 0) -> Device:
     if name.upper() == "CPU":
         from workers.devices.cpu import CPUDevice
 
-        return CPUDevice(n_threads, memory_bytes)
+        return CPUDevice(n_threads, memory_bytes, cpus)
     if name.lower() == "reference":
         from workers.devices.reference import ReferenceDevice
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -45,12 +46,12 @@ class CPUDevice(HostDevice):
     name = "CPU"
     kind = "cpu"
 
-    def __init__(self, n_threads: int, memory_bytes: int = 0) -> None:
+    def __init__(self, n_threads: int, memory_bytes: int = 0, cpus: Sequence[int] = ()) -> None:
         super().__init__(memory_bytes)
         self._n_threads = n_threads
         self.profiling = os.environ.get("GGMQ_PROFILE", "0") not in ("", "0")
         self.profiled: dict[str, list[float]] = {}
-        self.team = native.Team(native.load(cpu_model()), n_threads)
+        self.team = native.Team(native.load(cpu_model()), n_threads, cpus)
         self._wide: dict[tuple[int, int], tuple[Array, int]] = {}
 
     def n_threads(self) -> int:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from importlib.metadata import version
 from pathlib import Path
@@ -153,19 +153,28 @@ def _load(folder: Path) -> Native:
 class Team:
     """`n_threads` threads, the caller's among them. Helpers are threads that stay inside compiled code.
 
+    With `cpus` each thread stays on one of them: the caller's, from its first plan on, on the first.
+
     Threads: call from one.
     """
 
-    def __init__(self, native: Native, n_threads: int) -> None:
+    def __init__(self, native: Native, n_threads: int, cpus: Sequence[int] = ()) -> None:
         self.native, self.n_threads = native, n_threads
+        self._cpu = cpus[0] if cpus else -1
         room = np.zeros(CONTROL_BYTES + 64, np.uint8)
         start = -room.ctypes.data % 64
         self._control: npt.NDArray[np.int64] = room[start : start + CONTROL_BYTES].view(np.int64)
         self._address = self._control.ctypes.data
         self.scratch = np.zeros(0, np.uint8)
         rest = (0,) * (N_WORDS - 4)
-        self._helpers = [threading.Thread(target=native, args=(HELP, self._address, t, n_threads, *rest), daemon=True,
-                                          name=f"ggmq-{t}") for t in range(1, n_threads)]  # fmt: skip
+
+        def help_from(t: int) -> None:
+            if cpus:
+                os.sched_setaffinity(0, {cpus[t]})
+            native(HELP, self._address, t, n_threads, *rest)
+
+        self._helpers = [threading.Thread(target=help_from, args=(t,), daemon=True, name=f"ggmq-{t}")
+                         for t in range(1, n_threads)]  # fmt: skip
         for h in self._helpers:
             h.start()
 
@@ -186,6 +195,9 @@ class Team:
 
     def run(self, program: npt.NDArray[np.int64], first: int, last: int, profile: npt.NDArray[Any] | None = None) -> int:
         """Carry out steps first..last. Returns: -1, or the node that a step gave as having data that points outside."""
+        if self._cpu >= 0:  # not before: threads that others start meanwhile, as for sockets, may go elsewhere
+            os.sched_setaffinity(0, {self._cpu})
+            self._cpu = -1
         self._set(PROGRAM, program.ctypes.data)
         self._set(FIRST, first)
         self._set(LAST, last)
