@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.models import EXPERTS, LARGE, Q4_K_M, write_model
+from bench.models import EXPERTS, LARGE, Q4_K_M, Shape, write_model
 
 MIB = 1 << 20
 WHEEL_FACTOR = 1.15
@@ -90,7 +90,7 @@ def theirs(s: Scenario, model: Path, threads: int, cache: Path, python: str) -> 
     return run(command)
 
 
-def measure(s: Scenario, args: argparse.Namespace) -> list[str]:
+def measure(s: Scenario, args: argparse.Namespace) -> list[Row]:
     """Both sides in turn; a table's rows."""
     model = args.folder / f"llama-{'moe-0.55b' if s.experts else '0.85b'}-{s.type.lower()}.gguf"
     write_model(model, s.type, EXPERTS if s.experts else LARGE)
@@ -112,23 +112,76 @@ def measure(s: Scenario, args: argparse.Namespace) -> list[str]:
     for key in s.compare:
         a, b = (statistics.median(r[key] for r in side) for side in results)
         b = b if key.endswith("_s") and not key.endswith("tok_s") else b * factor
-        rows.append(_row(f"{s.name} {s.type}", key, a, b, s.goals[key]))
-    last = results[0][-1]
-    held = last["weights_and_kv_bytes"]
-    rows.append(f"| | worker memory | {last['worker_rss_bytes'] / 1e6:.0f} MB | | weights + KV + "
-                f"{(last['worker_rss_bytes'] - held) / 1e6:.0f} MB | | |")  # fmt: skip
-    rows.append(f"| | wire at the main host, a token | {last['wire_bytes_per_token']:.0f} bytes | | "
-                f"{last['round_trips_per_token']:.2f} round trips | | |")  # fmt: skip
-    return rows
+        rows.append(Row(f"{s.name} {s.type}", key, a, b, s.goals[key], less=key == "load_and_token_s"))
+    return rows + _facts(results[0], LARGE if not s.experts else EXPERTS)
 
 
-def _row(name: str, key: str, a: float, b: float, goal: float) -> str:
-    """A line of the table. Of times the smaller ratio is the better one."""
-    reached = a / b <= goal if key == "load_and_token_s" else a / b >= goal
-    return f"| {name} | {key} | {a:.2f} | {b:.2f} | **{a / b:.2f}** | {goal} | {'yes' if reached else 'no'} |"
+def _facts(ours: list[dict[str, float]], shape: Shape) -> list[Row]:
+    """What a token cost on the wire, and the workers' memory beyond what they hold; of the last round."""
+    last = ours[-1]
+    n, payload = last["workers"], 4 * shape.n_embd
+    extra = (last["worker_rss_bytes"] - last["weights_and_kv_bytes"]) / n / 1e6
+    out = [Row("", "a worker's memory beyond weights and KV, MB", extra, None, 150, less=True),
+           Row("", "round trips a token", last["round_trips_per_token"], None, 1, less=True)]  # fmt: skip
+    if n > 1:
+        activations = last["handed_bytes_per_token"] / payload / (n - 1)
+        rest = last["wire_bytes_per_token"] - payload * (n - 1)
+        out.append(Row("", "times the activations cross the wire", round(activations, 1), None, 1, less=True))
+        out.append(Row("", "other bytes a token on the wire", rest, None, 1024, less=True))
+    return out
 
 
-def stages_against_one(args: argparse.Namespace) -> list[str]:
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: a rate against the peer's, or, without one, a figure by itself.
+
+    Attributes:
+        less: the smaller the better.
+    """
+
+    name: str
+    key: str
+    ours: float
+    theirs: float | None
+    goal: float
+    less: bool = False
+
+    @property
+    def ratio(self) -> float:
+        return self.ours / self.theirs if self.theirs else self.ours
+
+    @property
+    def reached(self) -> bool:
+        return self.ratio <= self.goal if self.less else self.ratio >= self.goal
+
+    def __str__(self) -> str:
+        theirs, ratio = ("", "") if self.theirs is None else (f"{self.theirs:.2f}", f"**{self.ratio:.2f}**")
+        return (f"| {self.name} | {self.key} | {self.ours:.2f} | {theirs} | {ratio} | {self.goal} | "
+                f"{'yes' if self.reached else 'no'} |")  # fmt: skip
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """The ratios as bars, each with its aim. Needs matplotlib."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    compared = [r for r in rows if r.theirs is not None]
+    figure, axes = pyplot.subplots(figsize=(8, 0.4 * len(compared) + 1.2))
+    places = range(len(compared), 0, -1)
+    axes.barh(places, [r.ratio for r in compared], color=["#2a7" if r.reached else "#c52" for r in compared])
+    axes.scatter([r.goal for r in compared], places, marker="|", s=200, color="black", label="aim")
+    axes.axvline(1, color="grey", linewidth=0.8)
+    axes.set_yticks(places, [f"{r.name}: {r.key.removesuffix('_tok_s').removesuffix('_s').replace('_', ' ')}"
+                             for r in compared])  # fmt: skip
+    axes.set_xlabel("ours ÷ the peer's: rates, and of loads the time (less is better)")
+    axes.legend(loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def stages_against_one(args: argparse.Namespace) -> list[Row]:
     """Two workers of one thread against one worker of one thread, both ours."""
     model = args.folder / "llama-0.85b-q4_0.gguf"
     write_model(model)
@@ -139,7 +192,7 @@ def stages_against_one(args: argparse.Namespace) -> list[str]:
                        "json", "--workers", str(n), "-t", "1"]  # fmt: skip
             found.append(run(command)["decode_tok_s"])
     two, one = statistics.median(rates[2]), statistics.median(rates[1])
-    return [_row("2 workers x 1 thread ÷ 1 x 1, both ours", "decode_tok_s", two, one, 0.95)]
+    return [Row("2 workers x 1 thread ÷ 1 x 1, both ours", "decode_tok_s", two, one, 0.95)]
 
 
 def main() -> None:
@@ -149,10 +202,11 @@ def main() -> None:
     p.add_argument("-t", "--threads", type=int, default=2)
     p.add_argument("-r", "--rounds", type=int, default=3)
     p.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "ggmq-bench", help="where the models lie")
+    p.add_argument("--plot", type=Path, metavar="FILE", help="write a picture of the ratios (needs matplotlib)")
     p.add_argument("--peer-python", default=sys.executable, help="a Python that has llama_cpp")
     args = p.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    known: dict[str, Callable[[], list[str]]] = {s.name: lambda s=s: measure(s, args) for s in SCENARIOS}  # type: ignore[misc]
+    known: dict[str, Callable[[], list[Row]]] = {s.name: lambda s=s: measure(s, args) for s in SCENARIOS}  # type: ignore[misc]
     known["stages"] = lambda: stages_against_one(args)
     unknown = [name for name in args.scenarios if name not in known]
     if unknown:
@@ -161,9 +215,13 @@ def main() -> None:
                 if line.startswith("model name")), platform.processor())  # fmt: skip
     print(f"{cpu}, {os.cpu_count()} cores, Python {platform.python_version()}, median of {args.rounds}\n")
     print("| scenario | | ggmq | llama.cpp | ratio | aim | reached |\n|---|---|---|---|---|---|---|")
+    rows = []
     for name in args.scenarios or known:
         for row in known[name]():
             print(row, flush=True)
+            rows.append(row)
+    if args.plot:
+        plot(rows, args.plot)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,8 @@ def parser() -> argparse.ArgumentParser:
         "the cluster key.",
     )
     p.add_argument("-H", "--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
-    p.add_argument("-p", "--port", type=_port, default=DEFAULT_PORT, help=f"port (default {DEFAULT_PORT}; 0 picks one)")
+    p.add_argument("-p", "--port", type=_port, help=f"port (default {DEFAULT_PORT}; 0 picks one); with --broker the one on "
+                   "which other workers hand activations over (default: any)")  # fmt: skip
     p.add_argument("-t", "--threads", type=_positive, default=0, help="CPU threads (default: all cores)")
     p.add_argument("--cpus", type=_cpus, default=[], metavar="0,2-5", help="keep each thread on one of these CPUs")
     p.add_argument("--spin-us", type=_microseconds, default=SPIN_US if default_threads() > 1 else 0, metavar="US",
@@ -139,7 +140,8 @@ def _main(args: argparse.Namespace) -> int:
 
     models = ModelFolder(args.model_dir) if args.model_dir else None
     loop = WorkerLoop(device, cache, SOFTWARE, keys, args.parent_pid, args.name[:256], models,
-                      bytes.fromhex(args.instance), args.insecure, args.spin_us / 1e6)  # fmt: skip
+                      bytes.fromhex(args.instance), args.insecure, args.spin_us / 1e6,
+                      args.port or 0)  # fmt: skip
     if args.join:
         loop.join(args.join)
         endpoint = args.join
@@ -156,7 +158,7 @@ def _main(args: argparse.Namespace) -> int:
 
 def _endpoint(args: argparse.Namespace) -> str:
     host = f"[{args.host}]" if ":" in args.host else args.host
-    return f"tcp://{host}:{args.port}"
+    return f"tcp://{host}:{DEFAULT_PORT if args.port is None else args.port}"
 
 
 def _serve_many(args: argparse.Namespace, names: list[str], keys: object) -> int:

@@ -41,13 +41,14 @@ class WorkerLoop:
         instance: names this process to those who connect to it; devices behind one front have the same.
         dialled: sockets that we connected to a broker; `linked`: those to other workers, by name.
         spin_s: how long it looks for the next compute before it sleeps.
+        peer_port: where other workers reach this one when it dialled its broker; 0: anywhere.
         parent_pid: with it, the process ends when its parent has gone (a launcher that was killed leaves nothing).
     """
 
     def __init__(
         self, device: Device, cache: Cache | None, software: str, keys: KeyPair | None = None, parent_pid: int = 0,
         name: str = "", models: ModelFolder | None = None, instance: bytes = b"", insecure: bool = False,
-        spin_s: float = 0.0,
+        spin_s: float = 0.0, peer_port: int = 0,
     ) -> None:  # fmt: skip
         self.device, self.keys, self.parent_pid, self.name = device, keys, parent_pid, name
         self.state = WorkerState(software)
@@ -63,7 +64,7 @@ class WorkerLoop:
         self.poller = zmq.Poller()
         self.route: dict[bytes, zmq.Socket[Any]] = {}
         self.instance = instance or secrets.token_bytes(16)
-        self.insecure = insecure
+        self.insecure, self.peer_port = insecure, peer_port
         self.spin_s, self.spin_until = spin_s, 0.0
         self.dialled: dict[zmq.Socket[Any], str] = {}
         self.linked: dict[Name, zmq.Socket[Any]] = {}
@@ -110,7 +111,7 @@ class WorkerLoop:
             if address.startswith("ipc://"):
                 endpoint = f"{address}-{self.instance.hex()[:8]}"
             elif self.keys is not None or self.insecure or address.startswith("tcp://127."):
-                endpoint = f"{address}:*"
+                endpoint = f"{address}:{self.peer_port or '*'}"
             else:
                 raise Unavailable("PEER_LISTEN: without a cluster key or --insecure nothing listens here")
             self.peers_only = self._bind(endpoint)
