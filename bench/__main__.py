@@ -176,7 +176,7 @@ def plot(rows: list[Row], path: Path) -> None:
     axes.set_yticks(places, [f"{r.name}: {r.key.removesuffix('_tok_s').removesuffix('_s').replace('_', ' ')}"
                              for r in compared])  # fmt: skip
     axes.set_xlabel("ours ÷ the peer's: rates, and of loads the time (less is better)")
-    axes.legend(loc="lower right")
+    axes.legend(loc="best")
     figure.tight_layout()
     figure.savefig(path)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from protocol.errors import ConfigError
@@ -22,7 +22,7 @@ class KeyPair:
 
     public: bytes
     secret: bytes
-    path: str = ""
+    path: str = field(default="", compare=False)
 
 
 def default_key_file() -> Path:
