@@ -149,7 +149,7 @@ class WorkerLoop:
                 while self.queue and not self.stopping:
                     rid, message = self.queue.popleft()
                     self._carry_out(self._handle(rid, message))
-                    self._receive(0)
+                    self._tick()
                 self._housekeeping()
         finally:
             for line in self.device.profile():
@@ -331,7 +331,8 @@ class WorkerLoop:
                 self._carry_out(self.links.lost(name, f"{e.strerror or e}"))
 
     def _tick(self) -> None:
-        """Between two nodes of a running plan: PINGs and handed activations are answered, everything else waits its turn."""
+        """Between two requests, and between two nodes of a running plan: PINGs and handed activations are answered,
+        everything else waits its turn."""
         self._receive(0)
         self._carry_out(self.links.tick(time.monotonic()))
 

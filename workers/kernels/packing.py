@@ -5,10 +5,29 @@ Units: every argument is an address or a count; strides are bytes.
 
 from __future__ import annotations
 
-from numba import njit
+from typing import Any
+
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
 
 from workers.kernels.formats import BLOCK_BYTES, FIELDS, N_FIELDS
-from workers.kernels.simd import load8, load16, load32, store8, store16, store32
+from workers.kernels.simd import (
+    Emit,
+    i1,
+    i32,
+    i64,
+    load8,
+    load16,
+    load32,
+    store8,
+    store16,
+    store32,
+    v16i,
+    vec,
+)
+
+v16l = vec(i64, 16)
 
 
 @njit(nogil=True)
@@ -32,6 +51,26 @@ def _gathered(packed, row):  # type: ignore[no-untyped-def]
     return word
 
 
+@intrinsic
+def _word_of_rows(typingctx: Any, rows: Any, row_bytes: Any, n_rows: Any, offset: Any, out: Any) -> Any:
+    """Four bytes at `offset` of each of 16 rows, side by side; the last of `n_rows` stands in for those behind it."""
+
+    def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emit(b)
+        rows, row_bytes, n_rows, offset, out = args
+        row = ir.Constant(v16l, list(range(16)))
+        last = e.splat(b.sub(n_rows, e.const(1)))
+        row = b.select(b.icmp_signed("<", row, last), row, last)
+        at = b.add(e.splat(b.add(rows, offset)), b.mul(row, e.splat(row_bytes)))
+        pointers = vec(ir.PointerType(i32), 16)
+        gather = e.function("llvm.masked.gather.v16i32.v16p0", v16i, [pointers, i32, vec(i1, 16), v16i])
+        everything = ir.Constant(vec(i1, 16), [1] * 16)
+        e.store(b.call(gather, [b.inttoptr(at, pointers), e.int32(1), everything, e.ints(0)]), out)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5), codegen
+
+
 @njit(nogil=True)
 def pack_group(kind, rows, row_bytes, n_rows, n_blocks, out):  # type: ignore[no-untyped-def]
     """Up to 16 rows of GGUF's layout as a packed group; the last row stands in for those that are not there."""
@@ -40,12 +79,13 @@ def pack_group(kind, rows, row_bytes, n_rows, n_blocks, out):  # type: ignore[no
         for f in range(N_FIELDS[kind]):
             offset, unit, count, at = FIELDS[kind, f]
             q = out + 16 * (k * size + at)
+            if unit == 4:
+                for i in range(count):
+                    _word_of_rows(rows, row_bytes, n_rows, k * size + offset + 4 * i, q + 64 * i)
+                continue
             for r in range(16):
                 p = rows + min(r, n_rows - 1) * row_bytes + k * size + offset
-                if unit == 4:
-                    for i in range(count):
-                        store32(q + 64 * i + 4 * r, load32(p + 4 * i))
-                elif unit == 2:
+                if unit == 2:
                     for i in range(count):
                         store16(q + 32 * i + 2 * r, load16(p + 2 * i))
                 elif unit == 1:
