@@ -336,7 +336,8 @@ class BrokerState:
         worker.ponged_s, worker.pinged_s = event.now_s, 0.0
         if not message.reply or message.epoch != worker.epoch:
             return []
-        pending = self.pending.pop((link, event.bulk, message.seq), None)
+        key = (link, event.bulk, message.seq)
+        pending = self.pending.pop(key, None)
         if pending is None:
             if message.command == Command.ERROR and not worker.ready and isinstance(message.header, m.Error):
                 return self._lose(link, message.header.message)
@@ -345,9 +346,9 @@ class BrokerState:
             worker.n_computing -= 1
         if pending.pair is not None:
             return self._link_step(pending, message, event.now_s)
-        part_done = message.command != Command.ERROR and pending.relay is not None
-        if part_done and pending.relay is not None and (link, event.bulk, message.seq) != pending.relay.keys[-1]:
-            return []
+        relay = pending.relay
+        if relay is not None and key != relay.keys[-1] and message.command != Command.ERROR:
+            return []  # an earlier stage is done; the client waits for the last one
         return self._replied(pending, message, event.now_s)
 
     def _worker_hello(self, event: FromWorker, h: m.Hello, worker: Worker | None) -> list[Instruction]:

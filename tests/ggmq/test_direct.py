@@ -27,6 +27,7 @@ from tests.support.fixtures import ROOT, nmse
 from tests.support.gguf_factory import tiny_model
 
 pytestmark = pytest.mark.usefixtures("kernels")
+CPUS = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
 TOKENS = [(7 * i + 3) % 50 for i in range(40)]
 
 
@@ -112,13 +113,15 @@ def test_a_worker_of_this_host_and_one_that_listens(model: GGUF, keys: KeyPair) 
 
 def test_workers_that_dial_in_over_tcp(model: GGUF, keys: KeyPair) -> None:
     bus = LocalBus(keys, "tcp://127.0.0.1:*")
+    port = free_port()
     with ExitStack() as stack:
         stack.callback(bus.close)
-        for name in ("a", "b"):
-            options = ("--broker", bus.broker.endpoints[-1], "-d", "CPU", "--keys", keys.path, "--name", name)
+        for name, more in (("a", ()), ("b", ("-p", str(port)))):
+            options = ("--broker", bus.broker.endpoints[-1], "-d", "CPU", "--keys", keys.path, "--name", name, *more)
             stack.enter_context(worker(*options))
             bus.names.append(name)
         check(bus, model, direct=True)
+        socket.create_connection(("127.0.0.1", port), 5).close()
 
 
 def test_two_devices_behind_one_front(model: GGUF, keys: KeyPair) -> None:
@@ -166,9 +169,20 @@ def test_f16_activations_are_half_the_bytes_and_nearly_the_same(model: GGUF) -> 
     assert 0 < nmse(got[GGMLType.F16], got[GGMLType.F32]) < 1e-5
 
 
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="pinning two threads takes two CPUs")
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [(["--cpus", "x"], "CPU numbers"), (["--cpus", "9999"], "may use the CPUs"), (["--spin-us", "-1"], "microseconds"),
+     (["--cpus", str(CPUS[0]), "-t", "2"], "--cpus names 1"), (["--cpus", str(CPUS[0]), "-d", "CPU,CPU"], "one device")],
+)  # fmt: skip
+@pytest.mark.skipif(len(CPUS) < 2, reason="pinning two threads takes a system that can and two CPUs")
+def test_options_that_cannot_be_are_refused(options: list[str], says: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "workers", *options], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(len(CPUS) < 2, reason="pinning two threads takes a system that can and two CPUs")
 def test_pinned_threads_stay_on_their_cpus(model: GGUF) -> None:
-    first, second = sorted(os.sched_getaffinity(0))[:2]
+    first, second = CPUS[:2]
     bus = LocalBus()
     try:
         bus.spawn("CPU", 2, ["--cpus", f"{first},{second}"])
