@@ -68,14 +68,20 @@ class Engine:
         assert sequence is not None  # start comes first
         piece, last = self._schedule(sequence)
         start = time.perf_counter()
-        greedy = sequence.sampler.params.greedy
-        out = self.runner.forward(piece, sequence.n_past, [len(piece) - 1] if last else [0], argmax=greedy)
+        params = sequence.sampler.params
+        top_k = 0 if params.greedy else params.n_candidates(self.runner.arch.hp.n_vocab)
+        out = self.runner.forward(piece, sequence.n_past, [len(piece) - 1] if last else [0], params.greedy, top_k=top_k)
         prefill = len(piece) > 1 or not last or sequence.n_past + 1 < len(sequence.tokens)
         sequence.n_past += len(piece)
         self._count(len(piece), time.perf_counter() - start, prefill)
         if not last:
             return None
-        token = int(out[0]) if greedy else sequence.sampler.pick(out[0], sequence.tokens)
+        if params.greedy:
+            token = int(out[0])
+        elif top_k:
+            token = sequence.sampler.pick(out[0]["logit"], sequence.tokens, out[0]["id"])
+        else:
+            token = sequence.sampler.pick(out[0], sequence.tokens)
         sequence.tokens.append(token)
         return token
 

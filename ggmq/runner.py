@@ -95,12 +95,17 @@ class Entry(NamedTuple):
     slot: int = 0
 
 
+CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32)])
+"""A token that may be taken."""
+
+
 class UnderWay(NamedTuple):
     """A batch that was sent."""
 
     seq: int
     n_outputs: int
     argmax: bool
+    top_k: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +140,7 @@ class Runner:
         self.stages = [_StageOnDevice(a) for a in assignments]
         self.compute_s = 0.0
         self.report = LoadReport()
-        self._graphs: dict[tuple[int, int, int, bool, bool], Compiled] = {}
+        self._graphs: dict[tuple[int, int, int, bool, int, bool], Compiled] = {}
 
     # -- loading -------------------------------------------------------------------------------------------------------
 
@@ -191,7 +196,7 @@ class Runner:
     # -- running -------------------------------------------------------------------------------------------------------
 
     def _compile(self, batch: Batch) -> Compiled:
-        key = (batch.n_tokens, batch.n_kv, batch.n_outputs, batch.argmax, batch.many)
+        key = (batch.n_tokens, batch.n_kv, batch.n_outputs, batch.argmax, batch.top_k, batch.many)
         known = self._graphs.get(key)
         if known is not None:
             return known
@@ -213,24 +218,26 @@ class Runner:
 
     def forward(
         self, tokens: Sequence[int] | npt.NDArray[np.int32], n_past: int, outputs: Sequence[int], argmax: bool = False,
-        slot: int = 0,
+        slot: int = 0, top_k: int = 0,
     ) -> npt.NDArray[Any]:  # fmt: skip
         """Run tokens of one sequence at positions n_past, n_past + 1, ...; their keys and values stay in the cache.
 
         With several stages the tokens go in pieces, so that all stages work at once.
 
         Shapes: returns float32 [len(outputs), n_vocab], the logits after the tokens that `outputs` (indices) names; or
-        with `argmax` int32 [len(outputs)].
+        with `argmax` int32 [len(outputs)], with `top_k` CANDIDATE [len(outputs), top_k], the tokens of the largest logits.
         Errors: what the workers report; FormatError for a token outside the vocabulary or a context that is full.
         """
         size = PIECE if len(self.stages) > 1 else max(1, len(tokens))
         under_way = []
         for at in range(0, max(1, len(tokens)), size):
             entries = [Entry(int(t), n_past + at + i, slot) for i, t in enumerate(tokens[at : at + size])]
-            under_way.append(self.submit(entries, [o - at for o in outputs if at <= o < at + size], argmax))
+            under_way.append(self.submit(entries, [o - at for o in outputs if at <= o < at + size], argmax, top_k))
         return np.concatenate([self.wait(u) for u in under_way])
 
-    def submit(self, entries: Sequence[Entry], outputs: Sequence[int], argmax: bool = False) -> UnderWay:
+    def submit(
+        self, entries: Sequence[Entry], outputs: Sequence[int], argmax: bool = False, top_k: int = 0
+    ) -> UnderWay:
         """Send a batch of tokens of any sequences on its way, and do not wait for it.
 
         `outputs`: indices of the entries whose logits are wanted, none if only the cache is to be filled.
@@ -247,7 +254,7 @@ class Runner:
         many = any(e.slot for e in entries)
         end = max(e.slot * self.n_ctx + e.position for e in entries) + 1
         n_kv = min(self.n_ctx * self.n_slots, -(-end // KV_STEP) * KV_STEP)
-        compiled = self._compile(Batch(n, n_kv, len(outputs), argmax, many, self.activations))
+        compiled = self._compile(Batch(n, n_kv, len(outputs), argmax, top_k, many, self.activations))
         feeds = self._feeds(entries, outputs)
         payloads: list[list[Frame]] = [
             [feeds[name]() for name in names if name != "hidden"] for names in compiled.inputs
@@ -256,7 +263,8 @@ class Runner:
                  for s, digest, payload in list(zip(self.stages, compiled.digests, payloads, strict=True))[1:]]  # fmt: skip
         header = m.GraphCompute(self.client.session, compiled.digests[0], len(payloads[0]), route)
         frames = [f for payload in payloads for f in payload]
-        return UnderWay(self.client.submit(header, frames, self.stages[0].assignment.device), len(outputs), argmax)
+        seq = self.client.submit(header, frames, self.stages[0].assignment.device)
+        return UnderWay(seq, len(outputs), argmax, top_k)
 
     def wait(self, batch: UnderWay) -> npt.NDArray[Any]:
         """What a batch gave. Shapes: as `forward`'s. Errors: what the workers report."""
@@ -266,6 +274,12 @@ class Runner:
         raw = reply.payload[0] if batch.n_outputs else b""
         if batch.argmax:
             return np.frombuffer(raw, np.int32)
+        if batch.top_k:
+            out = np.empty((batch.n_outputs, batch.top_k), CANDIDATE)
+            if batch.n_outputs:
+                out["id"] = np.frombuffer(raw, np.int32).reshape(out.shape)
+                out["logit"] = np.frombuffer(reply.payload[1], np.float32).reshape(out.shape)
+            return out
         return np.frombuffer(raw, np.float32).reshape(batch.n_outputs, self.arch.hp.n_vocab)
 
     def _feeds(self, entries: Sequence[Entry], outputs: Sequence[int]) -> dict[str, Callable[[], Frame]]:

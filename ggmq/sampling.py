@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+MAX_CANDIDATES = 1024
+"""Workers find so many of the largest quickly; of more, all logits come."""
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -29,6 +32,19 @@ class SamplingParams:
         """No logits are needed on the main host: the worker's ARGMAX is the token."""
         return self.temperature <= 0 and self.repeat_penalty == 1.0 and not self.banned
 
+    def n_candidates(self, n_vocab: int) -> int:
+        """Tokens of the largest logits that are enough to pick from as if from all; 0 when it takes all.
+
+        Penalties make tokens less likely, so that as many others as are penalised may take their places.
+        """
+        lowered = len(self.banned)
+        if self.repeat_penalty != 1.0:
+            lowered += self.repeat_last_n
+        wanted = (1 if self.temperature <= 0 else self.top_k) + lowered
+        every = (self.temperature > 0 and self.top_k == 0) or self.repeat_penalty < 1.0
+        every |= self.repeat_penalty != 1.0 and self.repeat_last_n < 0
+        return 0 if every or wanted > min(MAX_CANDIDATES, n_vocab) else wanted
+
 
 class Sampler:
     """One sequence's sampler; the same seed and logits give the same tokens."""
@@ -37,18 +53,26 @@ class Sampler:
         self.params = params
         self._rng = np.random.default_rng(params.seed)
 
-    def pick(self, logits: npt.NDArray[Any], previous: Sequence[int]) -> int:
-        """A token. Shapes: `logits` [n_vocab]; `previous` are the tokens that penalties look at."""
+    def pick(self, logits: npt.NDArray[Any], previous: Sequence[int], ids: npt.NDArray[Any] | None = None) -> int:
+        """A token. `previous`: the tokens that penalties look at. `ids`: which tokens the logits are of, if not all.
+
+        Shapes: `logits` [n_vocab], or as `ids`.
+        """
         p = self.params
+        if ids is None:
+            ids = np.arange(len(logits))
+        else:  # in the order in which all of them would stand
+            order = np.argsort(ids)
+            ids, logits = ids[order], logits[order]
         x = logits.astype(np.float64)
         if p.repeat_penalty != 1.0 and previous and p.repeat_last_n:
             window = previous if p.repeat_last_n < 0 else previous[-p.repeat_last_n :]
-            seen = np.unique(np.asarray(window, np.int64))
+            seen = np.isin(ids, np.asarray(window, np.int64))
             x[seen] = np.where(x[seen] > 0, x[seen] / p.repeat_penalty, x[seen] * p.repeat_penalty)
         if p.banned:
-            x[list(p.banned)] = -np.inf
+            x[np.isin(ids, list(p.banned))] = -np.inf
         if p.temperature <= 0:
-            return int(x.argmax())
+            return int(ids[x.argmax()])
         order = np.argsort(-x, kind="stable")
         if p.top_k > 0:
             order = order[: p.top_k]
@@ -60,8 +84,8 @@ class Sampler:
             probs = _softmax(x[order])
             order = order[probs >= p.min_p * probs[0]]
         probs = _softmax(x[order] / p.temperature)
-        return int(order[np.searchsorted(np.cumsum(probs), self._rng.random() * probs.sum(), side="right").clip(
-            max=len(order) - 1)])  # fmt: skip
+        at = np.searchsorted(np.cumsum(probs), self._rng.random() * probs.sum(), side="right")
+        return int(ids[order[min(at, len(order) - 1)]])
 
 
 def _softmax(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

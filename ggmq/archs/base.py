@@ -193,6 +193,7 @@ class Batch:
     Attributes:
         n_tokens, n_kv, n_outputs: tokens in it, cache cells seen, rows of logits wanted (0: only the cache is filled).
         argmax: token ids instead of logits.
+        top_k: ids and logits of so many tokens instead of all; 0: all.
         many: tokens may be of any sequence: each sees the cells from its sequence's first to its own; else of the one
             whose cells begin at 0.
         hidden: type of the activations that cross from stage to stage, F32 or F16.
@@ -202,6 +203,7 @@ class Batch:
     n_kv: int
     n_outputs: int
     argmax: bool = False
+    top_k: int = 0
     many: bool = False
     hidden: GGMLType = GGMLType.F32
 
@@ -404,6 +406,10 @@ class Arch:
             x = self.head(s, x)
             if batch.argmax:
                 x = s.b.argmax(x)
+            elif batch.top_k:
+                ids = s.b.top_k(x, batch.top_k)
+                values = s.b.get_rows(s.b.reshape(x, 1, *s.b.ne(x)[:2]), ids)
+                return s.b.graph([ids, values]), s.b.input_names
         elif batch.hidden != GGMLType.F32:
             x = s.b.dup(x, batch.hidden)
         elif s.b.tensors[x].view_src >= 0 or s.b.tensors[x].op == "NONE":

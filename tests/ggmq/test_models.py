@@ -88,6 +88,22 @@ def test_a_token_is_one_round_trip_for_the_main_host(three: Client, tmp_path: Pa
         three.drain()
 
 
+@pytest.mark.parametrize("split", [[1], [1, 1, 1]], ids=["1 worker", "3 workers"])
+def test_the_largest_logits_come_with_their_ids(three: Client, tmp_path: Path, split: list[float]) -> None:
+    arch = open_arch(GGUF(tiny_model(tmp_path / "m.gguf", "llama")))
+    runner = Runner(three, arch, 128, plan(arch, three.devices(), 128, split))
+    try:
+        runner.load()
+        whole = runner.forward([1, 2, 3], 0, [0, 2])
+        top = runner.forward([1, 2, 3], 0, [0, 2], top_k=7)
+    finally:
+        three.drain()
+    assert top.shape == (2, 7)
+    for row, logits in zip(top, whole, strict=True):
+        assert set(row["id"]) == set(np.argsort(-logits, kind="stable")[:7])
+        assert np.array_equal(row["logit"], logits[row["id"]])
+
+
 COMPANY = ["tiny", *(n for n in MODELS if any(k in n for k in ("moe", "q4_0", "q6_k", "iq4", "gemma3", "gpt-oss", "gpt2")))]
 
 

@@ -51,3 +51,21 @@ def test_frequencies_follow_the_probabilities() -> None:
     x = np.log(np.array([0.5, 0.3, 0.2]))
     counts = np.bincount([s.pick(x, []) for _ in range(20_000)], minlength=3) / 20_000
     assert np.abs(counts - [0.5, 0.3, 0.2]).max() < 0.02
+
+
+@given(
+    LOGITS, st.builds(
+        SamplingParams, st.sampled_from([0.0, 0.8, 2.0]), st.integers(0, 12), st.floats(0.1, 1), st.floats(0, 0.2),
+        st.sampled_from([1.0, 1.3, 0.7]), st.integers(-1, 4), st.integers(0, 99),
+        st.frozensets(st.integers(0, 1), max_size=2),
+    ), st.lists(st.integers(0, 1), max_size=6),
+)  # fmt: skip
+def test_the_candidates_are_enough(x: np.ndarray, params: SamplingParams, previous: list[int]) -> None:
+    """What is picked from the largest logits, in any order, is what is picked from all."""
+    k = params.n_candidates(len(x))
+    if not k:
+        return
+    ids = np.argsort(-x.astype(np.float64), kind="stable")[:k]
+    ids = np.random.default_rng(0).permutation(ids)
+    some, every = Sampler(params), Sampler(params)
+    assert [some.pick(x[ids], previous, ids) for _ in range(5)] == [every.pick(x, previous) for _ in range(5)]

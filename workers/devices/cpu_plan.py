@@ -165,7 +165,7 @@ class CPUPlan(StepPlan):
         return True
 
     def _bind_top_k(self, n: Node) -> bool:
-        return n.tensor.ne[0] <= 64 and self._rows_reduced(n, layout.TOP_K, n.tensor.ne[0])
+        return n.tensor.ne[0] <= layout.MAX_TOP and self._rows_reduced(n, layout.TOP_K, n.tensor.ne[0])
 
     def _bind_sum_rows(self, n: Node) -> bool:
         return self._rows_reduced(n, layout.SUM_ROWS)

@@ -36,6 +36,9 @@ def product_scratch_bytes(weight_row_bytes: int, n_columns: int) -> int:
 (ADD, SUB, MUL, DIV, SWIGLU, GEGLU, SWIGLU_OAI, SCALE, CLAMP, TANH, SILU, GELU, SIGMOID, STEP, RELU, SAME) = range(16)
 """Kinds of ELEMENTWISE. The first seven take two sources; SCALE, CLAMP and SWIGLU_OAI two parameters."""
 
+MAX_TOP = 1024
+"""Of TOP_K: the largest are kept sorted while a row is read, which is for few of many."""
+
 # -- attention ---------------------------------------------------------------------------------------------------------
 
 BLOCK = 64

@@ -158,18 +158,18 @@ def soft_max(x, x_row, y, y_row, n_rows, n, scale, t, n_threads):  # type: ignor
 def top_k(x, x_row, n_rows, n, y, n_top, t, n_threads):  # type: ignore[no-untyped-def]
     """int32 indices of the largest; of equals the first. As ggml leaves them, the first two have changed places."""
     for r in range(n_rows * t // n_threads, n_rows * (t + 1) // n_threads):
-        a, d = carray(as_floats(x + r * x_row), n), y + 4 * n_top * r
-        for j in range(n_top):
-            best = -1
-            for i in range(n):
-                if best >= 0 and not a[i] > a[best]:
-                    continue
-                taken = False
-                for before in range(j):
-                    taken = taken or load32(d + 4 * before) == i
-                if not taken:
-                    best = i
-            store32(d + 4 * j, best)
+        a, d, found, least = carray(as_floats(x + r * x_row), n), y + 4 * n_top * r, 0, np.float32(0)
+        for i in range(n):
+            v = a[i]
+            if found == n_top and not v > least:
+                continue
+            j = min(found, n_top - 1)
+            while j > 0 and v > a[load32(d + 4 * (j - 1))]:
+                store32(d + 4 * j, load32(d + 4 * (j - 1)))
+                j -= 1
+            store32(d + 4 * j, i)
+            found = min(found + 1, n_top)
+            least = a[load32(d + 4 * (found - 1))]
         if n_top > 1:
             first = load32(d)
             store32(d, load32(d + 4))
