@@ -222,10 +222,16 @@ class WorkerLoop:
             self._cancel(rid, message, message.header)
         elif isinstance(message.header, m.HandOver):
             answer, ready = self.state.handed(rid, message, time.monotonic())
-            self.queue.extend(ready)
+            for waited in ready:
+                self._insert(*waited)
             self._carry_out([answer])
         else:
             self.queue.append((rid, message))
+
+    def _insert(self, rid: bytes, message: Message) -> None:
+        """What waited for activations runs before all that its peer sent after it."""
+        at = (i for i, (r, q) in enumerate(self.queue) if r == rid and q.seq > message.seq)
+        self.queue.insert(next(at, len(self.queue)), (rid, message))
 
     def _over_link(self, name: Name, frames: list[Frame]) -> None:
         try:

@@ -137,6 +137,27 @@ def test_what_is_handed_over_is_checked_like_any_input(
         peer.close()
 
 
+def test_computes_run_in_the_order_in_which_they_were_asked(
+    brokers: tuple[Attacker, Attacker], pair: tuple[Started, Started]
+) -> None:
+    """Whether activations come before their computes, after them or in between: a prompt's pieces build on each other."""
+    _, second = brokers
+    peer = Attacker(pair[1][0], random.randbytes(16), role="peer")
+    rng = random.Random(3)
+    try:
+        for _ in range(300):
+            tickets = [rng.randbytes(16) for _ in range(4)]
+            asked = [second.send(compute(take=t)) for t in tickets]
+            for _ in range(rng.randrange(2000)):
+                pass
+            handed = [peer.send(m.HandOver(t, 1), X.tobytes()) for t in tickets]
+            assert [second.reply().seq for _ in asked] == asked
+            for seq in handed:
+                peer.wait(seq)
+    finally:
+        peer.close()
+
+
 def test_what_waits_for_activations_is_cancelled_or_drained(brokers: tuple[Attacker, Attacker]) -> None:
     _, second = brokers
     waiting = second.send(compute(take=TICKET[:-1] + b"1"))
