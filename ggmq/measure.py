@@ -73,7 +73,9 @@ def measure(runner: Runner, n_prompt: int, n_gen: int, n_depth: int = 0, n_strea
     streams = Streams(runner, tokens, n_past)
     streams.decode(2)
     streams.n_past = n_past
+    asked = _wire(runner)[0]
     wire, handed = _wire(runner)
+    asking = wire - asked  # the question itself crosses the wire
     trips, compute_s = client.n_round_trips, runner.compute_s
     start = time.perf_counter()
     streams.decode(n_gen)
@@ -81,4 +83,4 @@ def measure(runner: Runner, n_prompt: int, n_gen: int, n_depth: int = 0, n_strea
     n = n_gen * n_streams
     trips, compute_s = client.n_round_trips - trips, runner.compute_s - compute_s
     wire, handed = (after - before for after, before in zip(_wire(runner), (wire, handed), strict=True))
-    return Rates(n_prompt / prefill_s, n / decode_s, wire / n, handed / n, trips / n, compute_s / n)
+    return Rates(n_prompt / prefill_s, n / decode_s, (wire - asking) / n, handed / n, trips / n, compute_s / n)
