@@ -161,7 +161,7 @@ class BrokerState:
         entry = self.devices[device]
         worker = self.workers[entry.link]
         if worker.lost or not worker.ready:
-            raise WorkerLost(f"{entry.info.name} of {entry.info.worker}: {worker.lost or 'not connected'}")
+            raise _lost(entry, worker.lost or "it is not connected yet")
         return entry, worker
 
     def _forward(
@@ -451,8 +451,7 @@ class BrokerState:
             pending = self.pending.pop(key)
             if pending.request.command == Command.PING:
                 continue
-            info = self.devices[pending.device].info
-            out += self._fail(pending, WorkerLost(f"worker {info.worker} ({info.name}) was lost: {reason}"))
+            out += self._fail(pending, _lost(self.devices[pending.device], reason))
         return out
 
     # -- time ----------------------------------------------------------------------------------------------------------
@@ -491,3 +490,8 @@ class BrokerState:
 def _link_number(pair: Pair) -> int:
     """What a worker calls its link: the two devices in one number, never 0."""
     return 1 + (pair[0] << 16 | pair[1])
+
+
+def _lost(entry: DeviceEntry, reason: str) -> WorkerLost:
+    """The same words for a request that was under way and for one that comes after."""
+    return WorkerLost(f"worker {entry.info.worker} ({entry.info.name}) was lost: {reason}")
