@@ -25,12 +25,10 @@ from protocol import PROTOCOL_VERSION, limits
 from protocol import messages as m
 from protocol.errors import DeadlineExceeded, ProtocolError, Unavailable, WorkerLost, from_wire
 from protocol.frames import Frame, Message, decode, encode
-from protocol.messages import Command
 
 SOFTWARE = f"ggmq {__version__}"
 CONNECT_S = 10.0
 START_S = 600.0
-COMMANDS: dict[type[m.Header], Command] = {kind: command for command, kind in m.REQUEST.items()}
 
 
 class Client:
@@ -64,7 +62,7 @@ class Client:
     def submit(self, header: m.Header, payload: Sequence[Frame] = (), device: int = 0) -> int:
         """Send a request; returns its seq for `wait`. Many may be in flight."""
         self._seq += 1
-        frames = encode(Message(COMMANDS[type(header)], header, tuple(payload), False, device, 0, self._seq))
+        frames = encode(Message(m.COMMAND_OF[type(header)], header, tuple(payload), False, device, 0, self._seq))
         self._socket.send_multipart(frames, copy=False)
         return self._seq
 

@@ -304,6 +304,7 @@ REQUEST: dict[Command, type[Header]] = {
     Command.STATS: StatsQuery, Command.LINK: Link, Command.PEER_LISTEN: PeerListen, Command.PEER_DIAL: PeerDial,
     Command.HAND_OVER: HandOver,
 }  # fmt: skip
+COMMAND_OF: dict[type[Header], Command] = {kind: command for command, kind in REQUEST.items()}
 ANSWER: dict[Command, type[Header]] = {
     **dict.fromkeys(REQUEST, Ok), Command.HELLO: Hello, Command.DEVICE_INFO: DeviceList,
     Command.SET_TENSOR_HASH: Found, Command.GRAPH_COMPUTE: ComputeDone, Command.PING: Ping, Command.STATS: Stats,

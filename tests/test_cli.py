@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support.fixtures import BUNDLED, ROOT
+from tests.support.fixtures import BUNDLED, ROOT, free_port
 from tests.support.gguf_factory import tiny_model
 
 GGMQ = [sys.executable, "-m", "ggmq"]
@@ -26,12 +25,6 @@ STORY = "Once upon a time, there was a little girl named Lily."
 
 def ggmq(*args: str | Path, stdin: str = "", timeout: float = 120) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*GGMQ, *map(str, args)], input=stdin, capture_output=True, text=True, timeout=timeout, cwd=ROOT)
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 class Worker:

@@ -96,8 +96,7 @@ class Links:
     def _send(self, name: Name, header: m.Header, payload: tuple[Frame, ...] = ()) -> ToPeer:
         link = self.links[name]
         link.seq += 1
-        command = next(c for c, kind in m.REQUEST.items() if kind is type(header))
-        return ToPeer(name, Message(command, header, payload, False, link.dial.device, EPOCH, link.seq))
+        return ToPeer(name, Message(m.COMMAND_OF[type(header)], header, payload, False, link.dial.device, EPOCH, link.seq))
 
     def can_give(self, work: Work) -> None:
         """Errors: Unavailable when the link that a compute names is not up; better known before the work than after."""

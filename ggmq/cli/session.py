@@ -82,14 +82,16 @@ def open_bus(args: argparse.Namespace, n_layers: int, model: Path) -> Iterator[t
         extra = ["--cache"] if args.cache else ["--model-dir", str(model.parent)]
         if n_local + keep_here >= n_cores():  # a worker that looks out for work would take a core from one that has some
             extra += ["--spin-us", "0"]
+
+        def pinned(i: int) -> list[str]:
+            return ["--cpus", cpus_of(i, threads, n_local + keep_here)] if args.pin else []
+
         for i in range(n_local):
             memory = args.worker_mem[i] if args.worker_mem and i < len(args.worker_mem) else 0
-            pinned = ["--cpus", cpus_of(i, threads, n_local + keep_here)] if args.pin else []
-            bus.spawn(args.device, threads, [*extra, *pinned, *(["-m", str(memory)] if memory else [])])
+            bus.spawn(args.device, threads, [*extra, *pinned(i), *(["-m", str(memory)] if memory else [])])
         for endpoint in rpc:
             bus.add_remote(endpoint)
-        pinned = ["--cpus", cpus_of(n_local, threads, n_local + 1)] if args.pin and keep_here else []
-        host = bus.spawn(args.device, threads, [*extra, *pinned]) if keep_here else ""
+        host = bus.spawn(args.device, threads, [*extra, *pinned(n_local)]) if keep_here else ""
         yield bus.start(), bus.names, host
 
 

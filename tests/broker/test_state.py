@@ -37,8 +37,7 @@ def client(state: BrokerState, rid: bytes = CLIENT) -> int:
 
 
 def ask(state: BrokerState, header: m.Header, seq: int, device: int = 0, now: float = 1.0, *payload: bytes) -> list[Any]:
-    command = next(c for c, kind in m.REQUEST.items() if kind is type(header))
-    return state.handle(FromClient(CLIENT, Message(command, header, payload, False, device, 0, seq), now))
+    return state.handle(FromClient(CLIENT, Message(m.COMMAND_OF[type(header)], header, payload, False, device, 0, seq), now))
 
 
 def test_a_route_passes_through_here_and_answers_once() -> None:

@@ -23,7 +23,7 @@ from ggmq.gguf import GGUF
 from ggmq.runner import Runner, plan
 from protocol.dtypes import GGMLType
 from protocol.errors import Unavailable, WorkerLost
-from tests.support.fixtures import ROOT, nmse
+from tests.support.fixtures import ROOT, free_port, nmse
 from tests.support.gguf_factory import tiny_model
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -39,12 +39,6 @@ def worker(*options: str) -> Iterator[subprocess.Popen[bytes]]:
     finally:
         p.terminate()
         p.wait(10)
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,8 +16,8 @@ from protocol import PROTOCOL_VERSION
 from protocol import messages as m
 from protocol.frames import Message, decode, encode
 from protocol.graph import Graph, encode_graph, graph_digest
-from protocol.messages import REQUEST, Command
-from tests.support.fixtures import ROOT
+from protocol.messages import Command
+from tests.support.fixtures import ROOT, free_port
 from tests.support.strategies import leaf
 
 SESSION = 7
@@ -27,9 +26,7 @@ SESSION = 7
 @contextlib.contextmanager
 def listening_worker(*options: str) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
     """A worker with the reference device, its port and its process; it ends with the block."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     p = subprocess.Popen([sys.executable, "-m", "workers", "-p", str(port), "-t", "1", "-d", "reference", "--insecure",
                           *options], cwd=ROOT, stdout=subprocess.DEVNULL)  # fmt: skip
     try:
@@ -68,9 +65,8 @@ class Attacker:
 
     def send(self, header: m.Header, *payload: bytes, **more: Any) -> int:
         self.seq += 1
-        command = next(c for c, kind in REQUEST.items() if kind is type(header))
         fields = {"epoch": self.epoch, "seq": self.seq, **more}
-        self.socket.send_multipart(encode(Message(command, header, payload, **fields)))
+        self.socket.send_multipart(encode(Message(m.COMMAND_OF[type(header)], header, payload, **fields)))
         return self.seq
 
     def ask(self, header: m.Header, *payload: bytes) -> Message:
@@ -112,5 +108,3 @@ class GoodRequest:
         reply = self.a.ask(m.GraphCompute(SESSION, self.digest, 0))
         assert isinstance(reply.header, m.ComputeDone), reply.header
         return bytes(reply.payload[0])
-
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,13 @@ BUNDLED = ROOT / "ggmq" / "data" / "stories.gguf"
 MODELS = sorted(p.name for p in (SHARED / "models").glob("*.gguf"))
 OPS = sorted(p.name for p in (SHARED / "ops").glob("*.msgpack"))
 VOCABULARIES = sorted(p.name for p in (SHARED / "vocab").glob("*.gguf"))
+
+
+def free_port() -> int:
+    """A TCP port of this host that nobody listens on."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
 
 
 def nmse(got: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> float:

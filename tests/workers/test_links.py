@@ -49,6 +49,14 @@ def brokers(pair: tuple[Started, Started]) -> Iterator[tuple[Attacker, Attacker]
             a.close()
 
 
+@pytest.fixture
+def peer(pair: tuple[Started, Started]) -> Iterator[Attacker]:
+    """Another worker's connection to the second one."""
+    p = Attacker(pair[1][0], random.randbytes(16), role="peer")
+    yield p
+    p.close()
+
+
 SQUARE = replace(leaf(0, (32, 2, 1, 1)), op="SQR", src=(0,))
 FRAME = encode_graph(Graph((leaf(0, (32, 2, 1, 1)), SQUARE), (0,), (1,)))
 DIGEST = graph_digest(FRAME)
@@ -104,58 +112,42 @@ def test_only_the_instance_that_was_meant_is_a_peer(
     assert first.code(m.PeerDial(5, "ipc:///tmp/socket", b"", 0)) == "protocol"
 
 
-def test_a_peer_may_hand_over_and_nothing_else(brokers: tuple[Attacker, Attacker], pair: tuple[Started, Started]) -> None:
+def test_a_peer_may_hand_over_and_nothing_else(brokers: tuple[Attacker, Attacker], peer: Attacker) -> None:
     _, second = brokers
-    peer = Attacker(pair[1][0], random.randbytes(16), role="peer")
-    try:
-        for header in (m.AllocBuffer(SESSION, 1, 8), m.Drain(SESSION), m.StatsQuery(), m.GraphCompute(SESSION, DIGEST, 0),
-                       m.PeerListen(), m.PeerDial(1, "tcp://127.0.0.1:1", b"", 0)):  # fmt: skip
-            assert peer.code(header) == "protocol"
-        assert peer.code(m.HandOver(TICKET, 1), X.tobytes()) == "ok"
-        assert peer.code(m.HandOver(TICKET, 1), X.tobytes()) == "protocol"
-        assert second.code(m.HandOver(TICKET, 0)) == "protocol"
-        reply = second.ask(compute(take=TICKET))
-        assert bytes(reply.payload[0]) == (X * X).tobytes()
-    finally:
-        peer.close()
+    for header in (m.AllocBuffer(SESSION, 1, 8), m.Drain(SESSION), m.StatsQuery(), m.GraphCompute(SESSION, DIGEST, 0),
+                   m.PeerListen(), m.PeerDial(1, "tcp://127.0.0.1:1", b"", 0)):  # fmt: skip
+        assert peer.code(header) == "protocol"
+    assert peer.code(m.HandOver(TICKET, 1), X.tobytes()) == "ok"
+    assert peer.code(m.HandOver(TICKET, 1), X.tobytes()) == "protocol"
+    assert second.code(m.HandOver(TICKET, 0)) == "protocol"
+    reply = second.ask(compute(take=TICKET))
+    assert bytes(reply.payload[0]) == (X * X).tobytes()
 
 
-def test_what_is_handed_over_is_checked_like_any_input(
-    brokers: tuple[Attacker, Attacker], pair: tuple[Started, Started]
-) -> None:
+def test_what_is_handed_over_is_checked_like_any_input(brokers: tuple[Attacker, Attacker], peer: Attacker) -> None:
     _, second = brokers
-    peer = Attacker(pair[1][0], random.randbytes(16), role="peer")
-    try:
-        for i, payload in enumerate([(), (b"short",), (X.tobytes(), X.tobytes())]):
-            ticket = TICKET[:-1] + bytes([100 + i])
-            taking = second.send(compute(take=ticket))
-            assert peer.code(m.HandOver(ticket, len(payload)), *payload) == "ok"
-            refused = second.wait(taking).header
-            assert isinstance(refused, m.Error) and refused.code == "handle"
-        assert second.code(compute(take=b"short")) == "handle"
-    finally:
-        peer.close()
+    for i, payload in enumerate([(), (b"short",), (X.tobytes(), X.tobytes())]):
+        ticket = TICKET[:-1] + bytes([100 + i])
+        taking = second.send(compute(take=ticket))
+        assert peer.code(m.HandOver(ticket, len(payload)), *payload) == "ok"
+        refused = second.wait(taking).header
+        assert isinstance(refused, m.Error) and refused.code == "handle"
+    assert second.code(compute(take=b"short")) == "handle"
 
 
-def test_computes_run_in_the_order_in_which_they_were_asked(
-    brokers: tuple[Attacker, Attacker], pair: tuple[Started, Started]
-) -> None:
+def test_computes_run_in_the_order_in_which_they_were_asked(brokers: tuple[Attacker, Attacker], peer: Attacker) -> None:
     """Whether activations come before their computes, after them or in between: a prompt's pieces build on each other."""
     _, second = brokers
-    peer = Attacker(pair[1][0], random.randbytes(16), role="peer")
     rng = random.Random(3)
-    try:
-        for _ in range(300):
-            tickets = [rng.randbytes(16) for _ in range(4)]
-            asked = [second.send(compute(take=t)) for t in tickets]
-            for _ in range(rng.randrange(2000)):
-                pass
-            handed = [peer.send(m.HandOver(t, 1), X.tobytes()) for t in tickets]
-            assert [second.reply().seq for _ in asked] == asked
-            for seq in handed:
-                peer.wait(seq)
-    finally:
-        peer.close()
+    for _ in range(300):
+        tickets = [rng.randbytes(16) for _ in range(4)]
+        asked = [second.send(compute(take=t)) for t in tickets]
+        for _ in range(rng.randrange(2000)):
+            pass
+        handed = [peer.send(m.HandOver(t, 1), X.tobytes()) for t in tickets]
+        assert [second.reply().seq for _ in asked] == asked
+        for seq in handed:
+            peer.wait(seq)
 
 
 def test_what_waits_for_activations_is_cancelled_or_drained(brokers: tuple[Attacker, Attacker]) -> None:

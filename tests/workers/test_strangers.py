@@ -15,8 +15,8 @@ import pytest
 from config.auth import new_keys
 from config.keys import KeyPair, write_keys
 from ggmq.cluster import local_bus
+from tests.support.fixtures import ROOT, free_port
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01" + b"CURVE".ljust(20, b"\0") + bytes(32)
 ANNOUNCES_8_GIB = b"\x06" + struct.pack(">Q", 8 << 30) + bytes(1000)
 
@@ -26,9 +26,7 @@ def guarded(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], int, KeyPai
     """A worker that listens with CURVE, its port and its key."""
     keys = new_keys()
     write_keys(tmp_path / "keys", keys)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "workers", "-p", str(port), "-d", "reference", "--keys", str(tmp_path / "keys")]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as p:
         assert p.stdout is not None

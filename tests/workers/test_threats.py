@@ -17,7 +17,7 @@ from protocol import messages as m
 from protocol.dtypes import GGMLType
 from protocol.frames import Message, decode, encode
 from protocol.graph import Graph, encode_graph, graph_digest
-from protocol.messages import REQUEST, Command
+from protocol.messages import Command
 from tests.support.attacker import SESSION, Attacker, GoodRequest, listening_worker
 from tests.support.strategies import leaf
 from workers.cache import content_hash
@@ -194,8 +194,7 @@ def test_20000_fuzzed_messages_change_nothing(
         (m.CopyTensor(SESSION, 52, 0, 53, 0, 8, 8), ()), (m.GraphPut(SESSION, good.digest), (good.frame,)),
         (m.GraphCompute(SESSION, b"1" * 16, 0), ()), (m.Cancel(SESSION, 3), ()), (m.Ping(1), ()), (m.StatsQuery(), ()),
     ]:  # fmt: skip
-        command = next(c for c, kind in REQUEST.items() if kind is type(header))
-        seeds.append([bytes(f) for f in encode(Message(command, header, payload, epoch=attacker.epoch))])
+        seeds.append([bytes(f) for f in encode(Message(m.COMMAND_OF[type(header)], header, payload, epoch=attacker.epoch))])
     sent = 0
     while sent < 20_000:
         frames = list(rng.choice(seeds))
