@@ -35,7 +35,18 @@ class LinkOpened:
 
 @dataclass(frozen=True, slots=True)
 class LinkLost:
+    """A connection is closed."""
+
     link: Link
+    reason: str
+    now_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerEnded:
+    """A process that was started here is no more."""
+
+    worker: str
     reason: str
     now_s: float
 
@@ -51,7 +62,7 @@ class Tick:
     now_s: float
 
 
-Event = FromClient | FromWorker | LinkOpened | LinkLost | ClientLost | Tick
+Event = FromClient | FromWorker | LinkOpened | LinkLost | WorkerEnded | ClientLost | Tick
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,4 +85,11 @@ class CloseLink:
     link: Link
 
 
-Instruction = ToClient | ToWorker | CloseLink
+@dataclass(frozen=True, slots=True)
+class Redial:
+    """Connect to a worker that listens once more, from the beginning: nothing that was on its way may arrive late."""
+
+    link: Link
+
+
+Instruction = ToClient | ToWorker | CloseLink | Redial

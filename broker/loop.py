@@ -6,6 +6,7 @@ import secrets
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import zmq
@@ -20,25 +21,31 @@ from broker.events import (
     Link,
     LinkLost,
     LinkOpened,
+    Redial,
     Tick,
     ToClient,
+    ToWorker,
+    WorkerEnded,
 )
 from broker.state import BrokerState
-from config.auth import bound_endpoint, new_socket, require_curve
+from config.auth import Listener, new_socket, require_curve
+from config.clock import LivedClock
 from config.keys import KeyPair
 from protocol import limits
 from protocol import messages as m
-from protocol.errors import ConfigError, ProtocolError
+from protocol.errors import GgmqError, ProtocolError
 from protocol.frames import Frame, Message, decode, encode, prefix_of
 from protocol.messages import Command
 
 TICK_S = 0.1
+GONE = "the connection was closed; the worker was stopped or killed"
 
 
 class BrokerLoop:
     """Attributes:
     endpoints: what it listens on, with real ports.
-    Threads: `run` in one thread; `stop` and `connect_worker` before it starts or from any thread (they only queue).
+    children: worker processes that were started here, by the name their devices have: how each one ended, None until then.
+    Threads: `run` in one thread; `listen` and `connect_worker` before it starts, `stop` from any.
     """
 
     def __init__(self, software: str, context: zmq.Context[Any], keys: KeyPair | None = None) -> None:
@@ -46,14 +53,16 @@ class BrokerLoop:
         self.state = BrokerState(software, int(time.time()) & 0x3FFFFFFF, secrets.token_bytes(16),
                                  secrets.randbits(48) << 8, secret=secrets.token_bytes(32))  # fmt: skip
         self.endpoints: list[str] = []
-        self._routers: list[zmq.Socket[Any]] = []
+        self.children: dict[str, Callable[[], int | None]] = {}
+        self.clock = LivedClock()
+        self._listeners: list[Listener] = []
         self._dealers: dict[Link, tuple[zmq.Socket[Any], zmq.Socket[Any]]] = {}
         self._monitors: dict[zmq.Socket[Any], Link] = {}
         self._owner: dict[zmq.Socket[Any], tuple[Link, bool]] = {}
         self._dialled: dict[tuple[int, bytes], tuple[Link, bool]] = {}
         self._rids: dict[tuple[Link, bool], tuple[int, bytes]] = {}
         self._tokens: dict[bytes, Link] = {}
-        self._early: dict[bytes, tuple[tuple[int, bytes], Message]] = {}
+        self._early: dict[bytes, tuple[tuple[int, bytes], Message, float]] = {}
         self._auth: Any = None
         self._stopping = False
         self._poller = zmq.Poller()
@@ -62,18 +71,14 @@ class BrokerLoop:
     def listen(self, endpoint: str) -> str:
         """Bind a ROUTER for clients and for workers that dial in. CURVE on TCP when there are keys."""
         tcp = endpoint.startswith("tcp://")
-        s = new_socket(self.context, zmq.ROUTER, self.keys if tcp else None, server=True)
         if tcp and self.keys is not None and self._auth is None:
             self._auth = require_curve(self.context, self.keys)
-        try:
-            s.bind(endpoint)
-        except zmq.ZMQError as e:
-            raise ConfigError(f"{endpoint}: cannot listen: {e.strerror or e}; is another broker there?") from None
-        self._routers.append(s)
-        self._poller.register(s, zmq.POLLIN)
-        bound = endpoint if endpoint.startswith("inproc") else bound_endpoint(s)
-        self.endpoints.append(bound)
-        return bound
+        listener = Listener(self.context, endpoint, self.keys if tcp else None, "is another broker there?",
+                            limits.MAX_MESSAGE_BYTES)  # fmt: skip
+        self._listeners.append(listener)
+        self._poller.register(listener.socket, zmq.POLLIN)
+        self.endpoints.append(listener.endpoint)
+        return listener.endpoint
 
     def connect_worker(self, endpoint: str) -> None:
         """Connect to a worker that listens, with a control and a bulk channel. Call before `run`."""
@@ -89,7 +94,7 @@ class BrokerLoop:
             self._poller.register(s, zmq.POLLIN)
             sockets.append(s)
         self._dealers[endpoint] = (sockets[0], sockets[1])
-        self._do(self.state.handle(LinkOpened(endpoint, time.monotonic())))
+        self._handle(LinkOpened(endpoint, self.clock.now_s()))
 
     def serve_in_thread(self) -> None:
         self._thread = threading.Thread(target=self.run, name="ggmq-broker", daemon=True)
@@ -107,17 +112,27 @@ class BrokerLoop:
             while not self._stopping:
                 for s, _ in self._poller.poll(int(TICK_S * 1000)):
                     self._drain_socket(s)
-                now = time.monotonic()
+                now = self.clock.now_s()
                 if now >= next_tick:
                     next_tick = now + TICK_S
-                    self._handle(Tick(now))
+                    self._tick(now)
         finally:
             for monitor in self._monitors:
                 monitor.close()
-            for s in [*self._routers, *self._owner]:
+            for s in [*(listener.socket for listener in self._listeners), *self._owner]:
                 s.close()
             if self._auth is not None:
                 self._auth.stop()
+
+    def _tick(self, now: float) -> None:
+        for name, ended in list(self.children.items()):
+            if ended() is not None:
+                del self.children[name]
+                self._handle(WorkerEnded(name, GONE, now))
+        self._handle(Tick(now))
+        for listener in self._listeners:
+            listener.guard()
+        self._early = {t: e for t, e in self._early.items() if now - e[2] < limits.RECONNECT_S}
 
     def _handle(self, event: Event) -> None:
         self._do(self.state.handle(event))
@@ -126,23 +141,29 @@ class BrokerLoop:
         """Take in what has arrived, but not for ever: the other sockets get their turn."""
         for _ in range(64):
             try:
-                frames: list[Frame] = [f.buffer if len(f) > 4096 else f.bytes
-                                       for f in s.recv_multipart(zmq.DONTWAIT, copy=False)]  # fmt: skip
+                raw = s.recv_multipart(zmq.DONTWAIT, copy=False)
             except zmq.ZMQError:
                 return
-            now = time.monotonic()
+            frames: list[Frame] = [f.buffer if len(f) > 4096 else f.bytes for f in raw]
+            now = self.clock.now_s()
             if s in self._monitors:
                 self._monitored(self._monitors[s], now)
-            elif s in self._owner:
+                return  # it may be closed now
+            if s in self._owner:
                 link, bulk = self._owner[s]
                 self._worker_frames(link, bulk, frames, now)
+                if s.closed:
+                    return
             else:
-                self._router_frames(self._routers.index(s), frames, now)
+                index = next(i for i, listener in enumerate(self._listeners) if listener.socket is s)
+                known = (index, bytes(frames[0])) in self._dialled
+                self._listeners[index].heard(raw[-1], limits.MAX_MESSAGE_BYTES if known else limits.MAX_REQUEST_BYTES)
+                self._router_frames(index, frames, now)
 
     def _monitored(self, link: Link, now: float) -> None:
         worker = self.state.workers.get(link)
-        if worker is not None and worker.ready:
-            self._handle(LinkLost(link, "the connection was closed; the worker was stopped or killed", now))
+        if worker is not None and (worker.ready or worker.silent):
+            self._handle(LinkLost(link, GONE, now))
 
     def _worker_frames(self, link: Link, bulk: bool, frames: list[Frame], now: float) -> None:
         try:
@@ -175,9 +196,9 @@ class BrokerLoop:
     def _dialled_in(self, where: tuple[int, bytes], h: m.Hello, message: Message, bulk: bool, now: float) -> None:
         """A worker's HELLO on one of its channels; the two connections may arrive in either order."""
         link = self._tokens.get(h.token) if bulk else f"dial/{where[0]}.{where[1].hex()}"
-        if link is None:
+        if link is None or (bulk and (link, True) in self._rids):  # it comes before, or again before, its control channel
             if len(self._early) < limits.MAX_SESSIONS:
-                self._early[h.token] = (where, message)
+                self._early[h.token] = (where, message, now)
             return
         self._tokens[h.token] = link
         self._dialled[where] = (link, bulk)
@@ -203,31 +224,40 @@ class BrokerLoop:
         for i in instructions:
             if isinstance(i, CloseLink):
                 self._close(i.link)
-                continue
-            if isinstance(i, ToClient):
-                where: tuple[int, bytes] | None = (i.rid[0], i.rid[1:])
-                gone: Event = ClientLost(i.rid, time.monotonic())
+            elif isinstance(i, Redial):
+                self._close(i.link)
+                try:
+                    self.connect_worker(i.link)
+                except GgmqError as e:  # no descriptor left: the state machine asks again
+                    print(f"ggmq broker: {i.link}: {e}", file=sys.stderr)
             else:
-                where = self._rids.get((i.link, i.bulk))
-                gone = LinkLost(i.link, "the connection was closed; the worker was stopped or killed", time.monotonic())
-            frames = encode(i.message)
-            try:
-                if where is not None:
-                    self._routers[where[0]].send_multipart([where[1], *frames], zmq.DONTWAIT, copy=False)
-                elif not isinstance(i, ToClient) and i.link in self._dealers:
-                    self._dealers[i.link][i.bulk].send_multipart(frames, zmq.DONTWAIT, copy=False)
-            except zmq.ZMQError as e:
-                if e.errno in (zmq.EHOSTUNREACH, zmq.EAGAIN):
-                    self._handle(gone)
-                else:
-                    print(f"ggmq broker: cannot send: {e}", file=sys.stderr)
+                self._send(i)
+
+    def _send(self, i: ToClient | ToWorker) -> None:
+        if isinstance(i, ToClient):
+            where: tuple[int, bytes] | None = (i.rid[0], i.rid[1:])
+            gone: Event = ClientLost(i.rid, self.clock.now_s())
+        else:
+            where = self._rids.get((i.link, i.bulk))
+            gone = LinkLost(i.link, GONE, self.clock.now_s())
+        frames = encode(i.message)
+        try:
+            if where is not None:
+                self._listeners[where[0]].socket.send_multipart([where[1], *frames], zmq.DONTWAIT, copy=False)
+            elif not isinstance(i, ToClient) and i.link in self._dealers:
+                self._dealers[i.link][i.bulk].send_multipart(frames, zmq.DONTWAIT, copy=False)
+        except zmq.ZMQError as e:
+            if e.errno in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+                self._handle(gone)
+            else:
+                print(f"ggmq broker: cannot send: {e}", file=sys.stderr)
 
     def _close(self, link: Link) -> None:
+        for monitor in [k for k, v in self._monitors.items() if v == link]:
+            self._poller.unregister(monitor)
+            self._monitors.pop(monitor)
+            monitor.close()
         for s in self._dealers.pop(link, ()):
-            for monitor in [k for k, v in self._monitors.items() if v == link]:
-                self._poller.unregister(monitor)
-                self._monitors.pop(monitor)
-                monitor.close()
             self._poller.unregister(s)
             self._owner.pop(s, None)
             s.close()

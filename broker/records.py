@@ -42,21 +42,25 @@ class Linking:
 class Worker:
     """Attributes:
     ready: has said HELLO under the current epoch, on both channels when it dialled in.
-    hello: what it said on the first of them.
-    first_device: global index of its device 0.
-    pinged_s, ponged_s: when the last unanswered PING left, and when the worker last showed life.
+    silent: why it was asked to say HELLO again, over a connection that is there.
+    lost: why it is of no use: its connection is closed, or it never said HELLO.
+    instance: the token of its process.
+    hello: what it said on the first of its channels, until the other is there too.
+    opened_s, heard_s: when this epoch began, and when the worker last showed life.
+    pinged_s: when the oldest PING left that nothing came after; 0: there is none. `asked_s`: when the last one left.
     """
 
     epoch: int
+    opened_s: float
     ready: bool = False
+    silent: str = ""
     lost: str = ""
-    token: bytes = b""
-    first_device: int = -1
+    instance: bytes = b""
     seq: int = 0
     bulk_seq: int = 0
     pinged_s: float = 0.0
-    ponged_s: float = 0.0
-    n_computing: int = 0
+    asked_s: float = 0.0
+    heard_s: float = 0.0
     hello: m.Hello | None = None
 
 
@@ -87,11 +91,3 @@ class Relay:
 
     pairs: list[Pair]
     keys: list[PendingKey] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class DeviceEntry:
-    link: Link
-    local: int
-    info: m.DeviceInfo
-    allocated: dict[tuple[int, int], int] = field(default_factory=dict)

@@ -4,6 +4,9 @@ A client's request goes to the worker of the device it names under that worker's
 under the client's. A GRAPH_COMPUTE with a route is one round trip for the client: where it asked for links and they are up,
 every stage gets its part at once and the workers hand the activations on by themselves (a Relay); otherwise they are passed
 from stage to stage here. Any loss becomes an ordinary ERROR reply to every request that waited for it.
+
+A worker that answers no PING is silent: it is asked for HELLO under a new epoch, and has its devices and sessions again
+when it says it. One whose connection is closed is lost until it dials in, or is reached, again.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from itertools import pairwise
 
 import msgspec
 
+from broker.devices import DeviceEntry, Devices, State
 from broker.events import (
     ClientLost,
     CloseLink,
@@ -24,11 +28,13 @@ from broker.events import (
     Link,
     LinkLost,
     LinkOpened,
+    Redial,
     Tick,
     ToClient,
     ToWorker,
+    WorkerEnded,
 )
-from broker.records import Client, DeviceEntry, Linking, Pair, Pending, PendingKey, Relay, Worker
+from broker.records import Client, Linking, Pair, Pending, PendingKey, Relay, Worker
 from protocol import PROTOCOL_VERSION, limits
 from protocol import messages as m
 from protocol.errors import (
@@ -45,13 +51,14 @@ from protocol.frames import Frame, Message
 from protocol.messages import BULK, NOT_CLIENTS, Command
 
 CLIENT_PING_S = 5.0
+NO_HELLO = f"no HELLO within {limits.RECONNECT_S:.0f} s; is a ggmq worker listening there, with the same keys?"
 
 
 class BrokerState:
     """Attributes:
-    token: names this broker to the workers that it connects to; two brokers never have the same.
+    token: names this broker to its workers; two brokers never have the same.
     secret: makes the tickets of relays, so that nobody can guess one.
-    devices: global numbering; entries of lost workers stay, so that a number never changes its meaning.
+    now_s: time of the last Tick.
     """
 
     def __init__(
@@ -62,9 +69,9 @@ class BrokerState:
         self.token, self.next_session, self.secret = token, first_session, secret
         self.clients: dict[bytes, Client] = {}
         self.workers: dict[Link, Worker] = {}
-        self.devices: list[DeviceEntry] = []
+        self.devices = Devices()
         self.pending: dict[PendingKey, Pending] = {}
-        self.clients_pinged_s = 0.0
+        self.now_s = self.clients_pinged_s = 0.0
         self.n_refused = self.n_tickets = 0
 
     def handle(self, event: Event) -> list[Instruction]:
@@ -80,7 +87,10 @@ class BrokerState:
             case LinkOpened():
                 return self._open(event.link, event.now_s)
             case LinkLost():
-                return self._lose(event.link, event.reason)
+                return self._closed(event.link, event.reason)
+            case WorkerEnded():
+                links = {e.link for e in self.devices.entries.values() if e.info.worker == event.worker and not e.lost}
+                return [i for link in links for i in self._closed(link, event.reason)]
             case ClientLost():
                 return self._client_lost(event.rid, event.now_s)
             case Tick():
@@ -96,12 +106,11 @@ class BrokerState:
         rid, message = event.rid, event.message
         h = message.header
         if message.reply:
-            return []
+            # a worker that answers a broker that was here before, or that forgot it: it shall say HELLO
+            unknown = rid not in self.clients and message.epoch and message.command != Command.ERROR
+            return [self._refuse(rid, message, ProtocolError("HELLO: this broker does not know you"))] if unknown else []
         if isinstance(h, m.Hello):
-            self.next_session += 1
-            self.clients[rid] = Client(self.next_session)
-            hello = m.Hello(PROTOCOL_VERSION, "broker", session=self.next_session, software=self.software)
-            return [ToClient(rid, message.answer(hello))]
+            return self._client_hello(rid, message, event.now_s)
         client = self.clients.get(rid)
         if client is None:
             raise ProtocolError(f"{message.command.name}: expected HELLO first")
@@ -109,7 +118,7 @@ class BrokerState:
             raise ProtocolError(f"{message.command.name}: not a request of a client")
         match h:
             case m.DeviceQuery():
-                return [ToClient(rid, message.answer(m.DeviceList(self.device_list())))]
+                return [ToClient(rid, message.answer(self.devices.listing(h.first, self._states())))]
             case m.Ping():
                 return [ToClient(rid, message.answer(h))]
         session = getattr(h, "session", client.session)
@@ -139,35 +148,34 @@ class BrokerState:
         client.n_inflight += 1
         return [out]
 
-    def device_list(self) -> list[m.DeviceInfo]:
-        """Every device in the global order, with what was handed out since it said HELLO taken off its free memory.
+    def _client_hello(self, rid: bytes, message: Message, now_s: float) -> list[Instruction]:
+        out = self._client_lost(rid, now_s)  # whoever says it again begins again
+        if len(self.clients) >= limits.MAX_CLIENTS:
+            raise Overloaded(f"HELLO: this broker has {limits.MAX_CLIENTS} clients; try again later")
+        self.next_session += 1
+        self.clients[rid] = Client(self.next_session)
+        hello = m.Hello(PROTOCOL_VERSION, "broker", session=self.next_session, software=self.software)
+        return [*out, ToClient(rid, message.answer(hello))]
 
-        A lost device keeps its place, with no memory, so that indices stay what they were.
-        """
-        out = []
-        for entry in self.devices:
-            worker = self.workers.get(entry.link)
-            if worker is None or worker.lost:
-                out.append(msgspec.structs.replace(entry.info, free_bytes=0, total_bytes=0, description="lost"))
-            else:
-                free = max(0, entry.info.free_bytes - sum(entry.allocated.values()))
-                out.append(msgspec.structs.replace(entry.info, free_bytes=free))
-        return out
+    def _states(self) -> dict[Link, State]:
+        """What the workers that are there do: ready or silent."""
+        late = self.now_s - limits.PING_DEADLINE_S
+        return {link: "silent" if w.silent or (w.pinged_s and w.pinged_s < late) else "ready"
+                for link, w in self.workers.items() if w.ready or w.silent}  # fmt: skip
 
-    def _device(self, device: int, command: Command) -> tuple[DeviceEntry, Worker]:
+    def _device(self, device: int) -> tuple[DeviceEntry, Worker]:
         """A device and its worker. Errors: HandleError, WorkerLost."""
-        if not 0 <= device < len(self.devices):
-            raise HandleError(f"{command.name}: device {device} of {len(self.devices)}")
         entry = self.devices[device]
-        worker = self.workers[entry.link]
-        if worker.lost or not worker.ready:
-            raise _lost(entry, worker.lost or "it is not connected yet")
+        worker = self.workers.get(entry.link)
+        if entry.lost or worker is None or not worker.ready:
+            silent = worker.silent or worker.lost if worker is not None else ""
+            raise _lost(entry, entry.lost or silent or "it is not connected yet")
         return entry, worker
 
     def _forward(
         self, pending: Pending, device: int, command: Command, header: m.Header, payload: list[Frame]
     ) -> ToWorker:
-        entry, worker = self._device(device, command)
+        entry, worker = self._device(device)
         bulk = command in BULK
         if bulk:
             worker.bulk_seq += 1
@@ -175,8 +183,9 @@ class BrokerState:
             worker.seq += 1
         seq = worker.bulk_seq if bulk else worker.seq
         pending.device = device
-        if command == Command.GRAPH_COMPUTE:
-            worker.n_computing += 1
+        session = getattr(header, "session", 0)
+        if session and command != Command.DRAIN:
+            entry.holders.add(session)
         self.pending[(entry.link, bulk, seq)] = pending
         message = Message(command, header, tuple(payload), False, entry.local, worker.epoch, seq)
         return ToWorker(entry.link, bulk, message)
@@ -193,22 +202,28 @@ class BrokerState:
         """Tell a worker that a request of its control channel is of no more use. Its reply ends the request as any does."""
         link, _, seq = key
         pending, worker = self.pending[key], self.workers[link]
-        if worker.lost:
-            return []
         worker.seq += 1
         cancel = m.Cancel(getattr(pending.request.header, "session", 0), seq)
         local = self.devices[pending.device].local
         return [ToWorker(link, False, Message(Command.CANCEL, cancel, (), False, local, worker.epoch, worker.seq))]
 
     def _drain(self, rid: bytes, client: Client, message: Message, now_s: float) -> list[Instruction]:
-        """End a session on every device; the client's reply follows the last of theirs."""
+        """End a session on every device that holds something of it; the client's reply follows the last of theirs.
+
+        A worker that cannot be told now is told when it is back; nobody waits for that.
+        """
         out: list[Instruction] = []
-        for index, entry in enumerate(self.devices):
-            worker = self.workers[entry.link]
+        for index, entry in list(self.devices.entries.items()):
+            if client.session not in entry.holders:
+                continue
+            entry.holders.discard(client.session)
             entry.allocated = {k: v for k, v in entry.allocated.items() if k[0] != client.session}
-            if worker.ready and not worker.lost:
+            try:
                 p = Pending(rid, message, index, now_s + self.deadline_s)
                 out.append(self._forward(p, index, Command.DRAIN, m.Drain(client.session), []))
+            except WorkerLost:
+                entry.ended.add(client.session)
+                self.devices.forget(index)
         if rid and out:
             client.drains[message.seq] = len(out)
             client.n_inflight += 1
@@ -233,7 +248,7 @@ class BrokerState:
         if any(p.rid == rid and p.request.command == Command.GRAPH_COMPUTE for p in self.pending.values()):
             raise ProtocolError("LINK: computes of this session are under way; wait for their replies")
         for device in h.devices:
-            self._device(device, Command.LINK)
+            self._device(device)
         todo = [p for p in pairs if p not in client.linked]
         if any(a == b for a, b in pairs) or not todo:
             return [ToClient(rid, message.answer(m.Found(not todo)))]
@@ -278,7 +293,7 @@ class BrokerState:
         request, relay, frames = first.request, Relay(pairs), list(first.request.payload)
         stages = [m.RouteStep(request.device, h.digest, h.n_payload), *h.route]
         for stage in stages:
-            self._device(stage.device, Command.GRAPH_COMPUTE)
+            self._device(stage.device)
         out: list[Instruction] = []
         take = b""
         for i, stage in enumerate(stages):
@@ -317,10 +332,15 @@ class BrokerState:
 
     def _open(self, link: Link, now_s: float) -> list[Instruction]:
         """Say HELLO to a worker that listens; both channels, one token."""
-        epoch = self._epoch()
-        self.workers[link] = Worker(epoch, token=self.token, ponged_s=now_s)
-        hello = m.Hello(PROTOCOL_VERSION, "broker", self.token, epoch, software=self.software)
-        return [ToWorker(link, False, Message(Command.HELLO, hello, epoch=epoch))]
+        before = self.workers.get(link)
+        worker = self.workers[link] = Worker(self._epoch(), now_s, heard_s=now_s, lost=before.lost if before else "")
+        return [self._say_hello(link, worker)]
+
+    def _say_hello(self, link: Link, worker: Worker) -> ToWorker:
+        """HELLO under the worker's new epoch; `session` tells whether sessions of ours go on there."""
+        goes_on = int(any(e.holders or e.ended for _, e in self.devices.of(link)))
+        hello = m.Hello(PROTOCOL_VERSION, "broker", self.token, worker.epoch, goes_on, self.software)
+        return ToWorker(link, False, Message(Command.HELLO, hello, epoch=worker.epoch))
 
     def _epoch(self) -> int:
         self.next_epoch += 1
@@ -331,19 +351,15 @@ class BrokerState:
         worker = self.workers.get(link)
         if isinstance(message.header, m.Hello):
             return self._worker_hello(event, message.header, worker)
-        if worker is None or worker.lost:
+        if worker is None or not message.reply or message.epoch != worker.epoch:
             return []
-        worker.ponged_s, worker.pinged_s = event.now_s, 0.0
-        if not message.reply or message.epoch != worker.epoch:
-            return []
+        worker.heard_s, worker.pinged_s = event.now_s, 0.0
         key = (link, event.bulk, message.seq)
         pending = self.pending.pop(key, None)
         if pending is None:
             if message.command == Command.ERROR and not worker.ready and isinstance(message.header, m.Error):
-                return self._lose(link, message.header.message)
+                return self._closed(link, message.header.message)
             return []
-        if pending.request.command == Command.GRAPH_COMPUTE:
-            worker.n_computing -= 1
         if pending.pair is not None:
             return self._link_step(pending, message, event.now_s)
         relay = pending.relay
@@ -352,38 +368,59 @@ class BrokerState:
         return self._replied(pending, message, event.now_s)
 
     def _worker_hello(self, event: FromWorker, h: m.Hello, worker: Worker | None) -> list[Instruction]:
-        message, link = event.message, event.link
-        if not message.reply:  # a worker that dials in: it gets its epoch here
-            if not event.bulk:
-                worker = self.workers[link] = Worker(self._epoch(), token=h.token, ponged_s=event.now_s, hello=h)
-            elif worker is None or worker.lost:
-                return []
-            elif worker.hello is not None:  # both channels are there: now it can be given work
-                self._register(link, worker, worker.hello)
-                worker.hello = None
-            role = "broker-bulk" if event.bulk else "broker"
-            hello = m.Hello(PROTOCOL_VERSION, role, h.token, worker.epoch, software=self.software)
-            return [ToWorker(link, event.bulk, message.answer(hello))]
-        if worker is None or worker.ready or message.epoch != worker.epoch:
+        if not event.message.reply:
+            return self._dialled_in(event, h, worker)
+        link = event.link
+        if worker is None or worker.ready or event.message.epoch != worker.epoch:
             return []
-        worker.ponged_s = event.now_s
+        worker.heard_s = event.now_s
         if event.bulk:
             return []
-        self._register(link, worker, h)
-        bulk = m.Hello(PROTOCOL_VERSION, "broker-bulk", worker.token, worker.epoch, software=self.software)
-        return [ToWorker(link, True, Message(Command.HELLO, bulk, epoch=worker.epoch))]
+        bulk = m.Hello(PROTOCOL_VERSION, "broker-bulk", self.token, worker.epoch, software=self.software)
+        say_bulk = ToWorker(link, True, Message(Command.HELLO, bulk, epoch=worker.epoch))
+        return [say_bulk, *self._register(link, worker, h, event.now_s)]
 
-    def _register(self, link: Link, worker: Worker, h: m.Hello) -> None:
-        worker.ready, worker.first_device = True, len(self.devices)
-        name = link.removeprefix("tcp://") if link.startswith("tcp://") else (h.devices[0].host if h.devices else link)
-        for i, info in enumerate(h.devices):
-            named = msgspec.structs.replace(info, worker=info.worker or name[:256])
-            self.devices.append(DeviceEntry(link, i, named))
+    def _dialled_in(self, event: FromWorker, h: m.Hello, worker: Worker | None) -> list[Instruction]:
+        """A worker's own HELLO: it gets its epoch here."""
+        message, link, now_s = event.message, event.link, event.now_s
+        out: list[Instruction] = []
+        if not event.bulk:
+            try:
+                known = self.devices.known(h.token)
+                self.devices.room_for(0 if known else len(h.devices))
+            except Overloaded as e:
+                refusal = message.answer(m.Error(e.code, str(e)), command=Command.ERROR)
+                return [ToWorker(link, False, refusal), CloseLink(link)]
+            for before in {e.link for e in known if e.link != link}:
+                out += self._closed(before, "it dialled in again")
+            out += self._fail_all(link, "it dialled in again")
+            worker = self.workers[link] = Worker(self._epoch(), now_s, heard_s=now_s, hello=h, instance=h.token)
+        elif worker is None:
+            return []
+        role = "broker-bulk" if event.bulk else "broker"
+        goes_on = int(any(e.holders or e.ended for e in self.devices.known(h.token)))
+        hello = m.Hello(PROTOCOL_VERSION, role, self.token, worker.epoch, goes_on, self.software)
+        out.append(ToWorker(link, event.bulk, message.answer(hello)))
+        if event.bulk and worker.hello is not None:  # both channels are there: now it can be given work
+            out += self._register(link, worker, worker.hello, now_s)
+        return out
+
+    def _register(self, link: Link, worker: Worker, h: m.Hello, now_s: float) -> list[Instruction]:
+        """A worker is ready. What ended while it was away is ended there now."""
+        worker.ready, worker.silent, worker.lost, worker.hello, worker.instance = True, "", "", None, h.token
+        worker.pinged_s, worker.heard_s = 0.0, now_s
+        self.devices.register(link, h)
+        out: list[Instruction] = []
+        for index, entry in self.devices.of(link):
+            ended, entry.ended = entry.ended, set()
+            for session in sorted(ended):
+                drain = Message(Command.DRAIN, m.Drain(session))
+                pending = Pending(b"", drain, index, now_s + self.deadline_s)
+                out.append(self._forward(pending, index, Command.DRAIN, m.Drain(session), []))
+        return out
 
     def _replied(self, pending: Pending, reply: Message, now_s: float) -> list[Instruction]:
         request, h = pending.request, reply.header
-        if request.command == Command.PING:
-            return []
         self._account(pending, reply)
         if isinstance(h, m.ComputeDone) and pending.route:
             return self._next_stage(pending, h, reply, now_s)
@@ -409,7 +446,7 @@ class BrokerState:
         if reply.command == Command.ERROR:
             return
         entry = self.devices[pending.device]
-        if isinstance(h, m.AllocBuffer):
+        if isinstance(h, m.AllocBuffer) and h.session in entry.holders:  # it may have ended meanwhile
             entry.allocated[(h.session, h.buffer)] = h.n_bytes
         elif isinstance(h, m.FreeBuffer):
             entry.allocated.pop((h.session, h.buffer), None)
@@ -428,6 +465,8 @@ class BrokerState:
             return self._fail(following, e)
 
     def _fail(self, pending: Pending, error: GgmqError) -> list[Instruction]:
+        if isinstance(pending.request.header, m.Drain):
+            self.devices[pending.device].ended.add(pending.request.header.session)
         client = self.clients.get(pending.rid)
         if client is None:
             return []
@@ -440,51 +479,72 @@ class BrokerState:
         refusal = self._refuse(pending.rid, pending.request, error)
         return [refusal, *self._end_relay(client, pending, refusal.message.header)]
 
-    def _lose(self, link: Link, reason: str) -> list[Instruction]:
-        """A worker is gone: every request that waited for it is answered, and none will be sent again."""
-        worker = self.workers.get(link)
-        if worker is None or worker.lost:
-            return []
-        worker.lost = reason
-        out: list[Instruction] = [CloseLink(link)]
+    def _fail_all(self, link: Link, reason: str) -> list[Instruction]:
+        """Answer every request that waits for a worker; links of its devices are no more."""
+        indices = {i for i, _ in self.devices.of(link)}
+        for client in self.clients.values():
+            client.linked -= {pair for pair in client.linked if indices.intersection(pair)}
+        out: list[Instruction] = []
         for key in [k for k in self.pending if k[0] == link]:
             pending = self.pending.pop(key)
-            if pending.request.command == Command.PING:
-                continue
             out += self._fail(pending, _lost(self.devices[pending.device], reason))
         return out
+
+    def _closed(self, link: Link, reason: str) -> list[Instruction]:
+        """A connection is closed. A worker that listens is dialled again, one that dialled in may come back by itself."""
+        worker = self.workers.get(link)
+        if worker is None:
+            return []
+        worker.ready, worker.silent, worker.lost = False, "", reason
+        out = self._fail_all(link, reason)
+        if link.startswith("tcp://"):
+            return [*out, Redial(link)]
+        del self.workers[link]
+        for index, entry in self.devices.of(link):
+            entry.lost = reason
+            self.devices.forget(index)
+        return [*out, CloseLink(link)]
+
+    def _fall_silent(self, link: Link, worker: Worker, now_s: float) -> list[Instruction]:
+        """Nothing of this epoch counts any more; when the worker answers again it is under the next one."""
+        worker.silent = f"no answer to PING for {now_s - worker.pinged_s:.1f} s"
+        out = self._fail_all(link, worker.silent)
+        worker.ready, worker.epoch = False, self._epoch()
+        return [*out, self._say_hello(link, worker)]
 
     # -- time ----------------------------------------------------------------------------------------------------------
 
     def _tick(self, now_s: float) -> list[Instruction]:
+        self.now_s = now_s
         out: list[Instruction] = []
         for link, worker in list(self.workers.items()):
-            if worker.lost:
+            if not worker.ready and not worker.silent:
+                if now_s - worker.opened_s > limits.RECONNECT_S:
+                    out += self._closed(link, worker.lost or NO_HELLO)
                 continue
-            if not worker.ready:
-                if now_s - worker.ponged_s > 2 * limits.HANDSHAKE_IVL_S:
-                    out += self._lose(link, f"no HELLO within {2 * limits.HANDSHAKE_IVL_S:.0f} s; is a ggmq worker "
-                                            "listening there, with the same keys?")  # fmt: skip
-                continue
-            deadline = limits.COMPUTE_STALL_S if worker.n_computing else limits.PING_DEADLINE_S
-            if worker.pinged_s and now_s - worker.pinged_s > deadline:
-                out += self._lose(link, f"no answer to PING for {now_s - worker.pinged_s:.1f} s")
-            elif not worker.pinged_s and now_s - worker.ponged_s >= limits.PING_INTERVAL_S:
-                worker.pinged_s = now_s
-                worker.seq += 1
-                ping = Message(Command.PING, m.Ping(worker.seq), (), False, 0, worker.epoch, worker.seq)
-                key = (link, False, worker.seq)
-                self.pending[key] = Pending(b"", ping, worker.first_device, now_s + self.deadline_s)
-                out.append(ToWorker(link, False, ping))
+            waited_s = now_s - worker.pinged_s if worker.pinged_s and worker.ready else 0.0
+            if waited_s > limits.PING_DEADLINE_S and (waited_s > limits.COMPUTE_STALL_S or not self._computes(link)):
+                out += self._fall_silent(link, worker, now_s)
+            interval_s = limits.PING_INTERVAL_S if worker.ready else limits.PROBE_S
+            if now_s - max(worker.heard_s, worker.asked_s) >= interval_s:
+                out.append(self._ping(link, worker, now_s))
         for key in [k for k, p in self.pending.items() if now_s > p.deadline_s]:
             pending = self.pending.pop(key)
-            if pending.request.command != Command.PING:
-                name = pending.request.command.name
-                out += self._fail(pending, DeadlineExceeded(f"{name}: no reply within {self.deadline_s:.0f} s"))
+            name = pending.request.command.name
+            out += self._fail(pending, DeadlineExceeded(f"{name}: no reply within {self.deadline_s:.0f} s"))
         if now_s - self.clients_pinged_s > CLIENT_PING_S:
             self.clients_pinged_s = now_s
             out += [ToClient(rid, Message(Command.PING, m.Ping(0))) for rid in self.clients]
         return out
+
+    def _computes(self, link: Link) -> bool:
+        return any(k[0] == link and p.request.command == Command.GRAPH_COMPUTE for k, p in self.pending.items())
+
+    def _ping(self, link: Link, worker: Worker, now_s: float) -> ToWorker:
+        """Sent while others are unanswered too: where a connection is closed, that is when it shows."""
+        worker.pinged_s, worker.asked_s = worker.pinged_s or now_s, now_s
+        worker.seq += 1
+        return ToWorker(link, False, Message(Command.PING, m.Ping(worker.seq), (), False, 0, worker.epoch, worker.seq))
 
 
 def _link_number(pair: Pair) -> int:

@@ -5,9 +5,16 @@ Broker and workers share it, which is why it lies with the keys.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
 import secrets
+import shutil
 import socket
+import stat
+import struct
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import zmq
@@ -15,7 +22,7 @@ import zmq.auth.thread
 
 from config.keys import KeyPair
 from protocol import limits
-from protocol.errors import Unavailable
+from protocol.errors import ConfigError, Unavailable
 
 
 class Allowed:
@@ -29,8 +36,14 @@ class Allowed:
 
 
 def new_socket(context: zmq.Context[Any], kind: int, keys: KeyPair | None, server: bool) -> zmq.Socket[Any]:
-    """A socket with every limit set; with CURVE when there are keys, enforced on the server's side."""
-    s = context.socket(kind)
+    """A socket with every limit set; with CURVE when there are keys, enforced on the server's side.
+
+    Errors: Unavailable when this process may open no more.
+    """
+    try:
+        s = context.socket(kind)
+    except zmq.ZMQError as e:
+        raise Unavailable(f"cannot open a socket: {e.strerror or e}; raise the limit of open files (ulimit -n)") from None
     for name, value in limits.SOCKET_OPTIONS.items():
         s.setsockopt(getattr(zmq, name), value)
     if keys is not None:
@@ -79,9 +92,144 @@ def require_curve(context: zmq.Context[Any], keys: KeyPair) -> zmq.auth.thread.T
     return auth
 
 
+class Listener:
+    """A bound ROUTER that strangers cannot wear out.
+
+    libzmq takes any number of connections, and any number of frames for one message. So from time to time `guard` looks at
+    the connections themselves: it cuts off who has sent too much without completing a message, and, when file descriptors
+    are about to run out, whoever has said nothing yet.
+
+    Attributes:
+        endpoint: what it is bound to, with its real port.
+        n_cut: connections that were cut off.
+    Errors: ConfigError where it cannot be bound.
+    Threads: use from one.
+    """
+
+    def __init__(
+        self, context: zmq.Context[Any], endpoint: str, keys: KeyPair | None, advice: str,
+        max_bytes: int = limits.MAX_REQUEST_BYTES,
+    ) -> None:  # fmt: skip
+        self.socket = new_socket(context, zmq.ROUTER, keys, server=True)
+        self.socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)
+        try:
+            self.socket.bind(endpoint)
+        except zmq.ZMQError as e:
+            self.socket.close()
+            raise ConfigError(f"{endpoint}: cannot listen: {e.strerror or e}; {advice}") from None
+        self.endpoint = endpoint if endpoint.startswith("inproc") else bound_endpoint(self.socket)
+        self.n_cut = 0
+        self._port = int(self.endpoint.rsplit(":", 1)[1]) if self.endpoint.startswith("tcp://") else 0
+        self._heard: dict[int, int] = {}
+        self._known: dict[tuple[int, int], tuple[int, int]] = {}
+
+    def heard(self, frame: zmq.Frame, whole_bytes: int = limits.MAX_REQUEST_BYTES) -> None:
+        """A message came complete: one of its frames tells over which connection. The next there may have `whole_bytes`."""
+        if self._port:
+            self._heard[int(frame.get(zmq.SRCFD))] = whole_bytes
+
+    def guard(self) -> None:
+        """Look at every connection. Takes some microseconds for each file descriptor of the process; call it often, after
+        everything that has come was read."""
+        if not self._port:
+            return
+        descriptors = open_descriptors()
+        scarce = len(descriptors) > descriptor_limit() - limits.RESERVED_DESCRIPTORS
+        read_all = not self.socket.poll(0)
+        known: dict[tuple[int, int], tuple[int, int]] = {}
+        for fd in descriptors:
+            with contextlib.suppress(OSError):
+                status = os.fstat(fd)
+                if not stat.S_ISSOCK(status.st_mode):
+                    continue
+                s = socket.socket(fileno=fd)
+                try:
+                    received = self._received_bytes(s)
+                    key = (fd, status.st_ino)
+                    before = (received, self._heard[fd]) if fd in self._heard else self._known.get(key)
+                    if before is not None:
+                        known[key] = before
+                    since, whole = before or (0, limits.MAX_REQUEST_BYTES)
+                    if (scarce and before is None) or (read_all and received - since > whole):
+                        self.n_cut += 1
+                        s.shutdown(socket.SHUT_RDWR)
+                finally:
+                    s.detach()
+        self._known = known
+        self._heard.clear()
+
+    def _received_bytes(self, s: socket.socket) -> int:
+        """What came over one of our connections. Errors: OSError when it is none of them."""
+        if s.family not in (socket.AF_INET, socket.AF_INET6) or s.getsockname()[1] != self._port:
+            raise OSError("another socket of this process")
+        s.getpeername()  # the listening one has none
+        return int(struct.unpack_from("<Q", s.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 192), TCPI_BYTES_RECEIVED)[0])
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+TCPI_BYTES_RECEIVED = 128
+"""Offset of that field in Linux' struct tcp_info (RFC 4898's tcpEStatsAppHCThruOctetsReceived)."""
+
+
+def open_descriptors() -> list[int]:
+    """File descriptors of this process; none where the system does not tell."""
+    try:
+        return [int(name) for name in os.listdir("/proc/self/fd")]
+    except OSError:
+        return []
+
+
+def descriptor_limit() -> int:
+    """How many there may be."""
+    try:
+        import resource
+
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    except (ImportError, OSError):
+        return 1 << 30
+    return soft if soft != resource.RLIM_INFINITY else 1 << 30
+
+
+def raise_descriptor_limit() -> None:
+    """Let this process have as many descriptors as its host allows it, up to some thousands."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = 1 << 16 if hard == resource.RLIM_INFINITY else min(hard, 1 << 16)
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def socket_folder() -> tempfile.TemporaryDirectory[str]:
-    """A private folder for ipc sockets, whose paths may have little more than 100 bytes."""
-    return tempfile.TemporaryDirectory(prefix="ggmq-", dir="/tmp" if len(tempfile.gettempdir()) > 70 else None)
+    """A private folder for ipc sockets, whose paths may have little more than 100 bytes. Its name tells whose it is: those
+    of processes that were killed are removed here."""
+    parent = "/tmp" if len(tempfile.gettempdir()) > 70 else tempfile.gettempdir()
+    for path in Path(parent).glob("ggmq-*-*"):
+        owner = re.fullmatch(r"ggmq-(\d+)-\w+", path.name)
+        with contextlib.suppress(OSError):
+            if owner is not None and path.stat().st_uid == os.getuid() and not _runs(int(owner[1])):
+                shutil.rmtree(path, ignore_errors=True)
+    return tempfile.TemporaryDirectory(prefix=f"ggmq-{os.getpid()}-", dir=parent)
+
+
+def remove_socket_folder(endpoint: str) -> None:
+    """What the process that made an ipc endpoint's folder would have done, had it not been killed."""
+    folder = Path(endpoint.removeprefix("ipc://")).parent
+    if endpoint.startswith("ipc://") and folder.name.startswith("ggmq-"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def new_keys() -> KeyPair:

@@ -19,16 +19,18 @@ import zmq
 
 from broker.loop import BrokerLoop
 from config.auth import new_socket, socket_folder
+from config.clock import LivedClock
 from config.keys import KeyPair
 from ggmq import __version__
 from protocol import PROTOCOL_VERSION, limits
 from protocol import messages as m
-from protocol.errors import DeadlineExceeded, ProtocolError, Unavailable, WorkerLost, from_wire
+from protocol.errors import DeadlineExceeded, GgmqError, ProtocolError, Unavailable, WorkerLost, from_wire
 from protocol.frames import Frame, Message, decode, encode
 
 SOFTWARE = f"ggmq {__version__}"
 CONNECT_S = 10.0
 START_S = 600.0
+END_S = 3.0
 
 
 class Client:
@@ -36,6 +38,7 @@ class Client:
 
     Attributes:
         session: number that the broker gave; it goes into every handle.
+        lost: why the broker is of no more use; empty while it is there.
         n_round_trips: replies that were waited for.
     Threads: use from one.
     """
@@ -43,9 +46,19 @@ class Client:
     def __init__(self, context: zmq.Context[Any], endpoint: str, keys: KeyPair | None = None) -> None:
         self.endpoint = endpoint
         self._socket = new_socket(context, zmq.DEALER, keys if endpoint.startswith("tcp") else None, server=False)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._monitor: zmq.Socket[Any] | None = None
+        if not endpoint.startswith("inproc"):
+            self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+            self._poller.register(self._monitor, zmq.POLLIN)
         self._socket.connect(endpoint)
         self._seq = 0
+        self._waiting: set[int] = set()
         self._replies: dict[int, Message] = {}
+        self._clock = LivedClock()
+        self._heard_s = self._asked_s = self._clock.now_s()
+        self.session, self.lost = 0, ""
         self.n_round_trips = 0
         self.on_wait: Callable[[], None] | None = None
         try:
@@ -57,40 +70,81 @@ class Client:
         self.session = hello.session
 
     def close(self) -> None:
+        if self._monitor is not None:
+            self._socket.disable_monitor()
+            self._monitor.close(linger=0)
         self._socket.close(linger=0)
 
     def submit(self, header: m.Header, payload: Sequence[Frame] = (), device: int = 0) -> int:
         """Send a request; returns its seq for `wait`. Many may be in flight."""
         self._seq += 1
         frames = encode(Message(m.COMMAND_OF[type(header)], header, tuple(payload), False, device, 0, self._seq))
-        self._socket.send_multipart(frames, copy=False)
+        if not self._waiting:  # while nothing was asked nothing was to be heard
+            self._heard_s = self._clock.now_s()
+        self._waiting.add(self._seq)
+        if not self.lost:
+            self._socket.send_multipart(frames, copy=False)
         return self._seq
 
     def wait(self, seq: int, timeout_s: float = limits.REQUEST_DEADLINE_S + 5) -> Message:
         """The reply to a request.
 
-        Errors: the error that the reply carries; DeadlineExceeded when none comes.
+        Errors: the error that the reply carries; Unavailable when the broker has gone, DeadlineExceeded when none comes.
         """
-        due = time.monotonic() + timeout_s
+        due = self._clock.now_s() + timeout_s
         while seq not in self._replies:
-            left = due - time.monotonic()
-            if left <= 0:
+            now = self._clock.now_s()
+            if self.lost:
+                raise Unavailable(f"{self.endpoint}: {self.lost}")
+            if now >= due:
                 raise DeadlineExceeded(f"{self.endpoint}: no reply within {timeout_s:.0f} s; is a ggmq broker there, "
                                        "with the same keys?")  # fmt: skip
-            if self._socket.poll(int(min(left, 0.5) * 1000) + 1):
+            ready = dict(self._poller.poll(int(min(due - now, 0.5) * 1000) + 1))
+            if self._socket in ready:
                 self._take(self._socket.recv_multipart(copy=False))
+            elif self._monitor is not None and self._monitor in ready:
+                self._monitor.recv_multipart()
+                if self.session:  # before, it may have been anything: ZeroMQ tries again
+                    self.lost = "the broker closed the connection; it was stopped or killed"
+            else:
+                self._look_after()
             if self.on_wait is not None:
                 self.on_wait()
+        self._waiting.discard(seq)
         reply = self._replies.pop(seq)
         self.n_round_trips += 1
         if isinstance(reply.header, m.Error):
             raise from_wire(reply.header.code, reply.header.message)
         return reply
 
+    def _look_after(self) -> None:
+        """Nothing comes: ask whether the broker is there, and give up on one that has said nothing for a long time."""
+        now = self._clock.now_s()
+        if self.session and now - self._heard_s > limits.RETURN_S:
+            self.lost = f"the broker has answered nothing for {limits.RETURN_S:.0f} s"
+        elif self.session and now - max(self._heard_s, self._asked_s) > limits.PROBE_S:
+            self._asked_s = now
+            self._waiting.discard(self.submit(m.Ping(0)))
+
+    def cancel(self) -> None:
+        """Cancel every request that is under way."""
+        for seq in sorted(self._waiting - set(self._replies)):
+            self._waiting.discard(self.submit(m.Cancel(self.session, seq)))
+
+    def settle(self) -> None:
+        """Wait until nothing is under way, whatever comes of it. Errors: Unavailable when the broker has gone."""
+        for seq in sorted(self._waiting):
+            with contextlib.suppress(GgmqError):
+                self.wait(seq)
+            self._waiting.discard(seq)
+        if self.lost:
+            raise Unavailable(f"{self.endpoint}: {self.lost}")
+
     def _take(self, raw: list[zmq.Frame]) -> None:
         frames: list[Frame] = [f.buffer for f in raw]
         message = decode(frames)
-        if message.reply:
+        self._heard_s = self._clock.now_s()
+        if message.reply and message.seq in self._waiting:
             self._replies[message.seq] = message
 
     def request(
@@ -100,20 +154,24 @@ class Client:
         """Send and wait."""
         return self.wait(self.submit(header, payload, device), timeout_s)
 
-    def devices(self) -> list[m.DeviceInfo]:
-        """Every device of the bus, in the broker's numbering."""
-        header = self.request(m.DeviceQuery()).header
-        assert isinstance(header, m.DeviceList)
-        return header.devices
+    def devices(self) -> list[m.ListedDevice]:
+        """Every device of the bus; its place in the list is its number."""
+        out: list[m.ListedDevice] = []
+        while True:
+            header = self.request(m.DeviceQuery(len(out))).header
+            assert isinstance(header, m.DeviceList)  # the decoder gives DEVICE_INFO's reply this type
+            out += header.devices
+            if len(out) >= header.n_devices or not header.devices:
+                return out
 
     def stats(self, device: int) -> m.Stats:
         header = self.request(m.StatsQuery(), device=device).header
         assert isinstance(header, m.Stats)
         return header
 
-    def drain(self) -> None:
+    def drain(self, timeout_s: float = limits.REQUEST_DEADLINE_S + 5) -> None:
         """Free everything of this session, everywhere."""
-        self.request(m.Drain(self.session))
+        self.request(m.Drain(self.session), timeout_s=timeout_s)
 
 
 class LocalBus:
@@ -156,6 +214,7 @@ class LocalBus:
         path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)
         # a session of its own: Ctrl-C in the terminal reaches this process, which ends its workers itself
         self.workers.append(subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, start_new_session=True))
+        self.broker.children[name] = self.workers[-1].poll
         self.names.append(name)
         return name
 
@@ -166,7 +225,8 @@ class LocalBus:
         self._clients.append(client)
         due = time.monotonic() + START_S
         while True:
-            there = {d.worker for d in client.devices()}
+            ready = [d for d in client.devices() if d.state == "ready"]
+            there = {d.worker for d in ready} | {d.address for d in ready}  # one that listens may have a name of its own
             missing = [name for name in self.names if name not in there]
             if not missing:
                 return client
@@ -185,11 +245,13 @@ class LocalBus:
     def close(self) -> None:
         """End the workers that were started here, then the broker. Idempotent."""
         for p in self.workers:
-            with contextlib.suppress(ProcessLookupError):
-                p.send_signal(signal.SIGTERM)
+            for s in (signal.SIGTERM, signal.SIGCONT):  # one that is suspended ends too
+                with contextlib.suppress(ProcessLookupError):
+                    p.send_signal(s)
+        due = time.monotonic() + END_S
         for p in self.workers:
             try:
-                p.wait(3)
+                p.wait(max(0.0, due - time.monotonic()))
             except subprocess.TimeoutExpired:
                 p.kill()
                 p.wait()

@@ -6,9 +6,9 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from ggmq.runner import Runner
+from ggmq.runner import MAX_TRIES, Runner
 from ggmq.sampling import Sampler, SamplingParams
-from protocol.errors import FormatError
+from protocol.errors import FormatError, Unavailable
 
 
 @dataclass(slots=True)
@@ -41,12 +41,14 @@ class Engine:
     Attributes:
         n_batch: tokens of a prompt that go through the stages at once.
         end_ids: tokens after which a sequence is over.
+        n_failed: steps in a row that a worker's silence ended.
     """
 
     runner: Runner
     end_ids: frozenset[int] = frozenset()
     n_batch: int = 512
     timings: Timings = field(default_factory=Timings)
+    n_failed: int = 0
     _sequence: Conversation | None = None
 
     def start(self, tokens: Sequence[int], params: SamplingParams) -> None:
@@ -63,14 +65,19 @@ class Engine:
         self._sequence = Conversation(list(tokens), Sampler(params), kept)
 
     def step(self) -> int | None:
-        """Schedule, run, sample, emit: the next token, or None while the prompt is still being read."""
+        """Schedule, run, sample, emit: the next token, or None while the prompt is still being read, or read again."""
         sequence = self._sequence
         assert sequence is not None  # start comes first
         piece, last = self._schedule(sequence)
         start = time.perf_counter()
         params = sequence.sampler.params
         top_k = 0 if params.greedy else params.n_candidates(self.runner.arch.hp.n_vocab)
-        out = self.runner.forward(piece, sequence.n_past, [len(piece) - 1] if last else [0], params.greedy, top_k=top_k)
+        try:
+            out = self.runner.forward(piece, sequence.n_past, [len(piece) - 1] if last else [0], params.greedy, top_k=top_k)
+        except Unavailable as e:
+            self._recover(sequence, e)
+            return None
+        self.n_failed = 0
         prefill = len(piece) > 1 or not last or sequence.n_past + 1 < len(sequence.tokens)
         sequence.n_past += len(piece)
         self._count(len(piece), time.perf_counter() - start, prefill)
@@ -84,6 +91,15 @@ class Engine:
             token = sequence.sampler.pick(out[0], sequence.tokens)
         sequence.tokens.append(token)
         return token
+
+    def _recover(self, sequence: Conversation, error: Unavailable) -> None:
+        """Have the stages ready for the same step again; from the first token on where they lost what they had. The tokens
+        are those that would have come. Errors: what the runner cannot recover from."""
+        self.n_failed += 1
+        if self.n_failed > MAX_TRIES:
+            raise error
+        if not self.runner.recover(error):
+            sequence.n_past = 0
 
     def _schedule(self, sequence: Conversation) -> tuple[list[int], bool]:
         """The next piece of the sequence, and whether it is the last before a new token."""

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from broker.placement import Assignment, DeviceMemory, ModelSizes, place
+from config.clock import LivedClock
 from ggmq.archs.base import Arch, Batch, KVCache, Placed, Stage
 from ggmq.cluster import Client
 from ggmq.gguf import TensorInfo
@@ -25,7 +26,7 @@ from ggmq.manifest import tensor_hashes
 from protocol import limits
 from protocol import messages as m
 from protocol.dtypes import GGMLType
-from protocol.errors import FormatError
+from protocol.errors import DeadlineExceeded, FormatError, HandleError, Overloaded, Unavailable
 from protocol.frames import Frame
 from protocol.graph import encode_graph, graph_digest
 
@@ -38,6 +39,8 @@ PIECE = 64
 """Tokens of a prompt that move on together when there are several stages."""
 MAX_GRAPHS = 128
 HASH_WINDOW = 64
+MAX_TRIES = 3
+"""So often in a row something is tried again that a worker's silence had ended."""
 
 Progress = Callable[[str, int, int], None]
 """Called with a phase, units done and units in all."""
@@ -59,7 +62,7 @@ def _aligned(tensors: Sequence[TensorInfo]) -> int:
     return sum(-(-t.n_bytes // ALIGN) * ALIGN for t in tensors)
 
 
-def device_memory(infos: Sequence[m.DeviceInfo]) -> list[DeviceMemory]:
+def device_memory(infos: Sequence[m.ListedDevice]) -> list[DeviceMemory]:
     """Devices as placement sees them; lost ones are left out."""
     return [DeviceMemory(i, f"{d.worker} {d.name}".strip(), d.free_bytes, d.host, d.shares_memory)
             for i, d in enumerate(infos) if d.total_bytes]  # fmt: skip
@@ -126,6 +129,7 @@ class Runner:
         direct: activations go from worker to worker; otherwise they pass through the broker.
         compute_s: time that workers spent computing, summed over stages.
         load_s: how long `load` took.
+        note: told what a user should know while something is waited for.
     Threads: use from one.
     """
 
@@ -140,13 +144,33 @@ class Runner:
         self.stages = [_StageOnDevice(a) for a in assignments]
         self.compute_s = 0.0
         self.report = LoadReport()
+        self.note: Callable[[str], None] = lambda text: None
         self._graphs: dict[tuple[int, int, int, bool, int, bool], Compiled] = {}
 
     # -- loading -------------------------------------------------------------------------------------------------------
 
     def load(self, progress: Progress | None = None) -> LoadReport:
-        """Allocate, then fill every weight by hash, all devices side by side."""
+        """Allocate on every stage's device and fill: what a worker has by hash is not sent. Begins again when a worker was
+        silent for a while.
+
+        Errors: what the workers report.
+        """
         start = time.perf_counter()
+        for n_left in reversed(range(MAX_TRIES)):
+            try:
+                self._load(progress)
+                break
+            except Unavailable as e:
+                if not n_left:
+                    raise
+                self._await(e)
+                self.client.drain()
+        self.load_s = time.perf_counter() - start
+        return self.report
+
+    def _load(self, progress: Progress | None) -> None:
+        self.report = LoadReport()
+        self._graphs.clear()
         hashed = 0
         total = self.arch.gguf.n_bytes
 
@@ -173,15 +197,74 @@ class Runner:
             session, device = self.client.session, s.assignment.device
             pending.append(self.client.submit(m.AllocBuffer(session, 2 * i + 1, max(at, 1), "weights"), device=device))
             pending.append(self.client.submit(m.AllocBuffer(session, 2 * i + 2, max(kv_at, 1), "kv"), device=device))
-        link = self.client.submit(m.Link(self.client.session, [s.assignment.device for s in self.stages]))
+        link = self._ask_links()
         for seq in pending:
             self.client.wait(seq)
         self._upload(hashes, progress)
-        linked = self.client.wait(link).header
+        self._learn_links(link)
+
+    def _ask_links(self) -> int:
+        return self.client.submit(m.Link(self.client.session, [s.assignment.device for s in self.stages]))
+
+    def _learn_links(self, asked: int) -> None:
+        linked = self.client.wait(asked).header
         assert isinstance(linked, m.Found)  # the decoder gives LINK's reply this type
         self.direct = linked.found
-        self.load_s = time.perf_counter() - start
-        return self.report
+
+    def recover(self, error: Unavailable) -> bool:
+        """Wait for a worker that was silent, and make everything as it was.
+
+        Returns: whether the stages hold what they held. If not, the weights are loaded again and the KV cache is empty.
+        Errors: `error`, or what came after it, when a worker is gone for good or does not come back.
+        """
+        for _ in range(MAX_TRIES):
+            self._await(error)
+            try:
+                if not self._held():
+                    self.client.drain()
+                    self._load(None)
+                    return False
+                self._learn_links(self._ask_links())
+                return True
+            except Unavailable as e:
+                error = e
+        raise error
+
+    def _held(self) -> bool:
+        """Whether every stage still has its buffers: a worker that was started again has not."""
+        asked = [self.client.submit(m.GetTensor(self.client.session, 2 * i + 2, 0, 1), device=s.assignment.device)
+                 for i, s in enumerate(self.stages)]  # fmt: skip
+        held = True
+        for seq in asked:
+            try:
+                self.client.wait(seq)
+            except HandleError:
+                held = False
+        return held
+
+    def _await(self, error: Unavailable) -> None:
+        """Until all devices of the stages are ready. Errors: `error` when one is lost, or silent for too long."""
+        if isinstance(error, (Overloaded, DeadlineExceeded)) or self.client.lost:
+            raise error
+        self.client.cancel()
+        clock, said = LivedClock(), False
+        due = clock.now_s() + limits.RETURN_S
+        while True:
+            infos = self.client.devices()
+            states = {infos[s.assignment.device].state if s.assignment.device < len(infos) else "none" for s in self.stages}
+            if states == {"ready"}:
+                self.client.settle()
+                return
+            if states != {"silent"} and states != {"silent", "ready"}:
+                raise error
+            if clock.now_s() > due:
+                raise error
+            if not said:
+                silent = [d for s in self.stages if (d := infos[s.assignment.device]).state == "silent"]
+                names = ", ".join(f"{d.worker} ({d.name})" for d in silent)
+                self.note(f"worker {names} answers nothing; waiting for it, {limits.RETURN_S:.0f} s at most")
+                said = True
+            time.sleep(0.05)
 
     def _upload(self, hashes: dict[str, bytes], progress: Progress | None) -> None:
         total = sum(p.info.n_bytes for s in self.stages for p in s.placed.values())
@@ -364,7 +447,7 @@ class _Upload:
 
 
 def plan(
-    arch: Arch, infos: Sequence[m.DeviceInfo], n_ctx: int, split: Sequence[float] | None = None,
+    arch: Arch, infos: Sequence[m.ListedDevice], n_ctx: int, split: Sequence[float] | None = None,
     ngl: int | None = None, host: str = "", order: Sequence[str] = (),
 ) -> list[Assignment]:  # fmt: skip
     """Where the layers go. With `ngl` below the layer count the first layers stay on the worker named `host`.
@@ -375,7 +458,7 @@ def plan(
     """
     sizes = model_sizes(arch, n_ctx)
     rank = {name: i for i, name in enumerate(order)}
-    memory = sorted(device_memory(infos), key=lambda d: (rank.get(infos[d.index].worker, len(rank)), d.index))
+    memory = sorted(device_memory(infos), key=lambda d: (_rank(infos[d.index], rank), d.index))
     n = arch.hp.n_layer
     mine = [d for d in memory if host and infos[d.index].worker == host]
     others = [d for d in memory if d not in mine]
@@ -389,6 +472,11 @@ def plan(
         return out
     rest = place(ModelSizes(sizes.layers[keep:], sizes.kv[keep:], 0, sizes.tail), others, split)
     return out + [_shift(a, keep, False, a.last) for a in rest]
+
+
+def _rank(info: m.ListedDevice, rank: dict[str, int]) -> int:
+    """Where a worker stands in the order: by its name, or by the address where it listens."""
+    return min(rank.get(info.worker, len(rank)), rank.get(info.address, len(rank)))
 
 
 def _shift(a: Assignment, by: int, first: bool, last: bool) -> Assignment:

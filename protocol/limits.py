@@ -5,7 +5,7 @@ Units: `_bytes` and `_s` in the names; `n_*` are counts. A message over a bound 
 
 from __future__ import annotations
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """Goes up when a header, a record or the op table changes; HELLO refuses another version."""
 
 MAX_HEADER_BYTES = 64 * 1024
@@ -17,7 +17,9 @@ MAX_FRAMES = 64
 MAX_CHUNK_BYTES = 1 << 20
 """Weights travel in chunks of this size, so that a token never waits behind a large message."""
 MAX_MESSAGE_BYTES = 1 << 30
-"""ZMQ_MAXMSGSIZE of every socket: one frame may hold the logits of a long prompt piece, and no more."""
+"""ZMQ_MAXMSGSIZE of sockets that we connect: one frame may hold the logits of a long prompt piece, and no more."""
+MAX_REQUEST_BYTES = 1 << 26
+"""All frames of a message to a socket that listens, and what a connection may have sent of one that is not complete."""
 
 MAX_SRC = 10
 MAX_OP_PARAMS = 16
@@ -34,11 +36,22 @@ CREDIT_CHUNKS = 8
 """Chunks of one upload that may be in flight to one device."""
 MAX_INFLIGHT_PER_CLIENT = 1024
 
+MAX_CLIENTS = 4096
+MAX_DEVICES = 4096
+MAX_LIST_BYTES = 32 * 1024
+"""A page of a list: what is longer is asked for page by page."""
+
 PING_INTERVAL_S = 0.25
 PING_DEADLINE_S = 1.5
-"""A worker that answers no PING for this long while it is idle is lost."""
+"""A worker that answers no PING for this long is silent; if it was idle, what waits for it is answered."""
 COMPUTE_STALL_S = 60.0
 """The same while a graph runs: a single large node may keep the compute loop from answering."""
+RETURN_S = 60.0
+"""For this long a model's owner waits for a silent worker, or for a broker that answers nothing."""
+RECONNECT_S = 6.0
+"""A worker that listens and has not said HELLO within this long is dialled afresh."""
+REDIAL_S = 0.5
+"""So often a worker that dials in tries, when its broker has gone."""
 HANDSHAKE_IVL_S = 3.0
 REQUEST_DEADLINE_S = 300.0
 
@@ -52,7 +65,13 @@ HAND_OVER_S = 5.0
 LINK_PING_S = 5.0
 
 PEER_SILENCE_S = 20.0
-"""A worker frees what a peer holds when the peer has sent nothing, not even a PING, for this long."""
+"""A peer that has sent nothing, not even a PING, for this long makes room when a worker's memory is short."""
+PEER_KEPT_S = 300.0
+"""A worker frees what such a peer holds after this long in any case: it was suspended, or its host is gone."""
+PEER_CLOSED_S = 5.0
+"""The same for a peer whose connection is closed: in this time a broken network may heal."""
+PROBE_S = 1.0
+"""A connection over which nothing came for this long is tried."""
 
 SOCKET_OPTIONS: dict[str, int] = {
     "LINGER": 0,
@@ -61,7 +80,16 @@ SOCKET_OPTIONS: dict[str, int] = {
     "SNDHWM": 4096,
     "RCVHWM": 4096,
     "TCP_KEEPALIVE": 1,
+    "TCP_KEEPALIVE_IDLE": 10,
+    "TCP_KEEPALIVE_INTVL": 5,
+    "TCP_KEEPALIVE_CNT": 3,
 }
-"""ZeroMQ options of every socket, by ZeroMQ's names. The size limit holds before authentication too."""
+"""ZeroMQ options of every socket, by ZeroMQ's names. The size limit holds before authentication too. A host that is gone
+is known to be so after half a minute; a process that only sleeps keeps its connections."""
+
+RESERVED_DESCRIPTORS = 64
+"""File descriptors that listening sockets leave for the process itself."""
+SHUT_S = 4.0
+"""For this long a socket stops listening when descriptors run out: who says nothing is gone by then (HANDSHAKE_IVL)."""
 
 ZAP_DOMAIN = "ggmq"

@@ -73,7 +73,8 @@ class Hello(Header, frozen=True):
     """First message of every connection, both ways.
 
     `role` is broker, worker, client, or the first two with `-bulk` for the second channel of the same `token`; peer is
-    another worker, which hands over activations.
+    another worker, which hands over activations. A `token` names a process: a broker that says HELLO again under a new
+    epoch finds its sessions as they were.
     """
 
     version: U64
@@ -86,11 +87,27 @@ class Hello(Header, frozen=True):
 
 
 class DeviceQuery(Header, frozen=True):
-    pass
+    """`first`: the index from which on they are wanted."""
+
+    first: U64 = 0
+
+
+class ListedDevice(DeviceInfo, frozen=True):
+    """A device as the broker knows it.
+
+    `state`: ready; silent (its worker is there and answers nothing); lost (its worker's connection is closed); none (an
+    index that no device has). `address`: where its worker listens, host:port.
+    """
+
+    state: Short = "ready"
+    address: Short = ""
 
 
 class DeviceList(Header, frozen=True):
-    devices: Annotated[list[DeviceInfo], Meta(max_length=1024)] = []
+    """Devices from the index that was asked for on, as many as fit, of `n_devices` in all."""
+
+    devices: Annotated[list[ListedDevice], Meta(max_length=1024)] = []
+    n_devices: U64 = 0
 
 
 class AllocBuffer(Header, frozen=True):

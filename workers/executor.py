@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from protocol import messages as m
@@ -20,6 +20,7 @@ class Executor:
     """Attributes:
     buffers: by session, then by the client's id.
     plans: by (session, graph digest); the oldest is recompiled when it comes again.
+    make_room: frees what is kept for peers that are asleep; whether there was any.
     """
 
     def __init__(
@@ -28,6 +29,7 @@ class Executor:
         self.device, self.state, self.links, self.cache, self.models = device, state, links, cache, models
         self.buffers: dict[Key, dict[int, Buffer]] = {}
         self.plans: dict[tuple[Key, bytes], Plan] = {}
+        self.make_room: Callable[[], bool] = lambda: False
 
     def execute(self, work: Work, tick: Tick) -> Sequence[LinkInstruction]:
         """Do it, and say what to send. Every failure becomes an ordinary error reply."""
@@ -45,7 +47,7 @@ class Executor:
         except Exception as e:
             return self.state.failed(work, InternalError(f"{work.request.command.name}: {type(e).__name__}: {e}"))
         if gives and isinstance(header, m.ComputeDone):
-            return self.links.give(work, header, tuple(payload), time.monotonic())
+            return self.links.give(work, header, tuple(payload))
         return self.state.done(work, header, payload)
 
     def _do(self, work: Work, tick: Tick) -> tuple[m.Header, Sequence[bytes | memoryview]]:
@@ -53,7 +55,7 @@ class Executor:
         mine = self.buffers.setdefault(key, {}) if work.verb != "stats" else {}
         match h:
             case m.AllocBuffer():
-                mine[h.buffer] = self.device.alloc(h.n_bytes)
+                mine[h.buffer] = self._alloc(h.n_bytes)
             case m.FreeBuffer():
                 self._forget_plans(key, h.buffer)
                 self.device.free(mine.pop(h.buffer))
@@ -81,6 +83,14 @@ class Executor:
             case _:
                 raise ProtocolError(f"{work.request.command.name}: nothing for a device to do")
         return m.Ok(), ()
+
+    def _alloc(self, n_bytes: int) -> Buffer:
+        try:
+            return self.device.alloc(n_bytes)
+        except OutOfMemory:
+            if not self.make_room():
+                raise
+            return self.device.alloc(n_bytes)
 
     def _find(self, buffer: Buffer, h: m.SetTensorHash) -> bool:
         """Fill a weight from what is here already."""

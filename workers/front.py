@@ -17,16 +17,17 @@ from typing import Any
 import msgspec
 import zmq
 
-from config.auth import bound_endpoint, new_socket, require_curve, socket_folder
+from config.auth import Listener, new_socket, raise_descriptor_limit, require_curve, socket_folder
 from config.keys import KeyPair
 from protocol import messages as m
-from protocol.errors import ConfigError, GgmqError, ProtocolError, WorkerLost
+from protocol.errors import GgmqError, ProtocolError, WorkerLost
 from protocol.frames import PREFIX, Frame, Message, decode, encode, prefix_of
 from protocol.messages import Command
 
 TO_ALL = frozenset({Command.HELLO, Command.PING, Command.DRAIN})
 START_S = 600.0
 """Device processes may compile kernels before they say HELLO."""
+GUARD_S = 0.1
 
 
 @dataclass(slots=True)
@@ -41,12 +42,8 @@ class Front:
     def __init__(self, endpoint: str, keys: KeyPair | None) -> None:
         self.context: zmq.Context[Any] = zmq.Context()
         self.auth = require_curve(self.context, keys) if keys is not None else None
-        self.public = new_socket(self.context, zmq.ROUTER, keys, server=True)
-        try:
-            self.public.bind(endpoint)
-        except zmq.ZMQError as e:
-            raise ConfigError(f"{endpoint}: cannot listen: {e.strerror or e}; choose another port with -p") from None
-        self.endpoint = bound_endpoint(self.public)
+        self.listener = Listener(self.context, endpoint, keys, "choose another port with -p")
+        self.public, self.endpoint = self.listener.socket, self.listener.endpoint
         self.folder = socket_folder()
         self.inner = new_socket(self.context, zmq.ROUTER, None, server=True)
         self.inner_endpoint = f"ipc://{Path(self.folder.name) / 'front'}"
@@ -55,6 +52,7 @@ class Front:
         self.order: list[bytes] = []
         self.infos: dict[bytes, m.DeviceInfo] = {}
         self.gathering: dict[tuple[bytes, Command, int], Gathering] = {}
+        self.guarded_s = 0.0
         self.stopping = False
 
     def start(self, commands: list[list[str]]) -> list[m.DeviceInfo]:
@@ -77,22 +75,36 @@ class Front:
         return [self.infos[rid] for rid in self.order]
 
     def run(self) -> None:
+        raise_descriptor_limit()
+        poller = zmq.Poller()
+        for s in (self.public, self.inner):
+            poller.register(s, zmq.POLLIN)
         try:
             while not self.stopping:
-                ready = zmq.select([self.public, self.inner], [], [], 0.2)[0]
-                for s in ready:
+                for s, _ in poller.poll(100):
                     for _ in range(64):
                         try:
                             frames = s.recv_multipart(zmq.DONTWAIT, copy=False)
                         except zmq.Again:
                             break
-                        (self._from_outside if s is self.public else self._from_device)(frames)
+                        if s is self.public:
+                            self.listener.heard(frames[-1])
+                            self._from_outside(frames)
+                        else:
+                            self._from_device(frames)
+                self._guard()
                 for child in self.children:
                     if child.poll() is not None and not self.stopping:
                         print(f"ggmq worker: a device process ended with code {child.returncode}", file=sys.stderr)
                         self.stopping = True
         finally:
             self.close()
+
+    def _guard(self) -> None:
+        now = time.monotonic()
+        if now - self.guarded_s >= GUARD_S:
+            self.guarded_s = now
+            self.listener.guard()
 
     def close(self) -> None:
         for child in self.children:
@@ -135,9 +147,9 @@ class Front:
 
     def _from_device(self, frames: list[zmq.Frame]) -> None:
         child, rid = frames[0].bytes, frames[1].bytes
-        command, _, _, _, seq = prefix_of(frames[2].buffer)
+        command, reply, _, _, seq = prefix_of(frames[2].buffer)
         pending = [k for k in self.gathering if k[0] == rid and k[2] == seq and child in self.gathering[k].waiting]
-        if not pending or command not in (*TO_ALL, Command.ERROR):
+        if not reply or not pending or command not in (*TO_ALL, Command.ERROR):
             self._send(rid, [f.buffer for f in frames[2:]])
             return
         gathering = self.gathering[pending[0]]
@@ -165,5 +177,7 @@ class Front:
     def _send(self, rid: bytes, frames: list[Frame]) -> None:
         try:
             self.public.send_multipart([rid, *frames], zmq.DONTWAIT, copy=False)
-        except zmq.ZMQError:
-            pass  # the peer has gone; its replies go with it
+        except zmq.ZMQError as e:
+            if e.errno == zmq.EHOSTUNREACH:  # the peer has gone; a device process hears it as a message without frames
+                for child in self.order:
+                    self.inner.send_multipart([child, rid], copy=False)

@@ -65,11 +65,13 @@ class _Link:
 class Links:
     """Attributes:
     state: answers the computes whose outputs were handed over.
+    now_s: time of the last tick.
     """
 
     def __init__(self, state: WorkerState) -> None:
         self.state = state
         self.links: dict[Name, _Link] = {}
+        self.now_s = 0.0
 
     def dial(self, rid: bytes, message: Message, token: bytes, now_s: float) -> Sequence[LinkInstruction]:
         """PEER_DIAL of a broker. `token` names this end to the other; it is new for each link.
@@ -107,7 +109,7 @@ class Links:
             raise Unavailable(f"GRAPH_COMPUTE: link {h.give.link} to the next worker is down; activations can go through "
                               "the broker")  # fmt: skip
 
-    def give(self, work: Work, done: m.ComputeDone, payload: tuple[Frame, ...], now_s: float) -> Sequence[LinkInstruction]:
+    def give(self, work: Work, done: m.ComputeDone, payload: tuple[Frame, ...]) -> Sequence[LinkInstruction]:
         """Hand a compute's outputs over; its reply follows the acknowledgement."""
         h = work.request.header
         assert isinstance(h, m.GraphCompute) and h.give is not None  # the caller saw it
@@ -117,7 +119,7 @@ class Links:
         except Unavailable as e:
             return self.state.failed(work, e)
         out = self._send(name, m.HandOver(h.give.ticket, len(payload), done.compute_s, done.n_nodes), payload)
-        self.links[name].given[out.message.seq] = (work, done, now_s + limits.HAND_OVER_S)
+        self.links[name].given[out.message.seq] = (work, done, self.now_s + limits.HAND_OVER_S)
         return [out]
 
     def received(self, name: Name, message: Message, now_s: float) -> Sequence[LinkInstruction]:
@@ -153,6 +155,7 @@ class Links:
 
     def tick(self, now_s: float) -> Sequence[LinkInstruction]:
         """Deadlines, and PINGs that keep an idle link known at its other end."""
+        self.now_s = now_s
         out: list[LinkInstruction] = []
         for name, link in list(self.links.items()):
             late = [due for _, _, due in link.given.values() if now_s > due]

@@ -11,13 +11,22 @@ import secrets
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 import zmq
 
-from config.auth import bound_endpoint, local_address, new_socket, require_curve
+from config.auth import (
+    Listener,
+    local_address,
+    new_socket,
+    raise_descriptor_limit,
+    remove_socket_folder,
+    require_curve,
+)
+from config.clock import LivedClock
 from config.keys import KeyPair
 from protocol import PROTOCOL_VERSION, limits
 from protocol import messages as m
@@ -30,8 +39,28 @@ from workers.executor import Executor
 from workers.links import Dial, HangUp, LinkInstruction, Links, Name, ToPeer
 from workers.state import Send, Work, WorkerState
 
-BROKER = b""
-REDIAL_S = 1.0
+HOUSEKEEPING_S = 0.1
+
+
+@dataclass(slots=True)
+class _Dialled:
+    """A broker that we connect to.
+
+    Attributes:
+        control, bulk: routing ids that we give to its two channels.
+        monitor: tells when the connection is closed.
+        token: names the broker that answered.
+        redial_s: when to connect anew; 0: no need.
+        said: what was last printed of it.
+    """
+
+    endpoint: str
+    control: bytes = b""
+    bulk: bytes = b""
+    monitor: zmq.Socket[Any] | None = None
+    token: bytes = b""
+    redial_s: float = 0.0
+    said: str = ""
 
 
 class WorkerLoop:
@@ -39,7 +68,7 @@ class WorkerLoop:
 
     Attributes:
         instance: names this process to those who connect to it; devices behind one front have the same.
-        dialled: sockets that we connected to a broker; `linked`: those to other workers, by name.
+        broker: the one that we dialled, if we did; `linked`: sockets to other workers, by name.
         spin_s: how long it looks for the next compute before it sleeps.
         peer_port: where other workers reach this one when it dialled its broker; 0: anywhere.
         parent_pid: with it, the process ends when its parent has gone (a launcher that was killed leaves nothing).
@@ -63,76 +92,122 @@ class WorkerLoop:
         self.sockets: list[zmq.Socket[Any]] = []
         self.poller = zmq.Poller()
         self.route: dict[bytes, zmq.Socket[Any]] = {}
+        self.clock = LivedClock()
+        self.kept_s = self.probed_s = self.guarded_s = 0.0
         self.instance = instance or secrets.token_bytes(16)
         self.insecure, self.peer_port = insecure, peer_port
         self.spin_s, self.spin_until = spin_s, 0.0
-        self.dialled: dict[zmq.Socket[Any], str] = {}
+        self.broker: _Dialled | None = None
+        self.channels: dict[zmq.Socket[Any], bytes] = {}
+        self.n_channels = 0
+        self.joined = ""
         self.linked: dict[Name, zmq.Socket[Any]] = {}
+        self.listeners: dict[zmq.Socket[Any], Listener] = {}
         self.peers_only: zmq.Socket[Any] | None = None
         self.peer_endpoint = ""
+        self.executor.make_room = self._make_room
 
     # -- ways to be reached --------------------------------------------------------------------------------------------
 
     def listen(self, endpoint: str) -> str:
         """Bind a ROUTER; returns the endpoint with its real port. Errors: ConfigError when it cannot be bound."""
-        s = self._bind(endpoint)
-        self._add(s)
-        return bound_endpoint(s)
+        return self._bind(endpoint).endpoint
 
     def _add(self, s: zmq.Socket[Any]) -> None:
         self.sockets.append(s)
         self.poller.register(s, zmq.POLLIN)
 
+    def _remove(self, s: zmq.Socket[Any]) -> None:
+        self.sockets.remove(s)
+        self.poller.unregister(s)
+        s.close()
+
     def _keys_for(self, endpoint: str) -> KeyPair | None:
         """A path of this host is guarded by its folder's mode."""
         return self.keys if endpoint.startswith("tcp://") else None
 
-    def _bind(self, endpoint: str) -> zmq.Socket[Any]:
+    def _bind(self, endpoint: str) -> Listener:
         keys = self._keys_for(endpoint)
         if keys is not None and self.auth is None:
             self.auth = require_curve(self.context, keys)
-        s = new_socket(self.context, zmq.ROUTER, keys, server=True)
-        try:
-            s.bind(endpoint)
-        except zmq.ZMQError as e:
-            s.close()
-            raise ConfigError(f"{endpoint}: cannot listen: {e.strerror or e}; is another worker on this port? "
-                              "Choose another with -p") from None  # fmt: skip
-        return s
+        advice = "is another worker on this port? Choose another with -p"
+        listener = Listener(self.context, endpoint, keys, advice)
+        self.listeners[listener.socket] = listener
+        self._add(listener.socket)
+        return listener
 
     def _listen_for_peers(self) -> str:
         """Where other workers reach this one; empty: where its broker does.
 
         Errors: Unavailable when it dialled a broker over a network without keys, and was not told that this is safe.
         """
-        if self.dialled and self.peers_only is None:
-            broker = next(iter(self.dialled.values()))
-            address = local_address(broker)
+        if self.broker is not None and self.peers_only is None:
+            address = local_address(self.broker.endpoint)
             if address.startswith("ipc://"):
                 endpoint = f"{address}-{self.instance.hex()[:8]}"
             elif self.keys is not None or self.insecure or address.startswith("tcp://127."):
                 endpoint = f"{address}:{self.peer_port or '*'}"
             else:
                 raise Unavailable("PEER_LISTEN: without a cluster key or --insecure nothing listens here")
-            self.peers_only = self._bind(endpoint)
-            self._add(self.peers_only)
-            self.peer_endpoint = bound_endpoint(self.peers_only)
+            listener = self._bind(endpoint)
+            self.peers_only, self.peer_endpoint = listener.socket, listener.endpoint
         return self.peer_endpoint
 
     def dial(self, endpoint: str) -> None:
-        """Connect to a broker, control and bulk, and say HELLO."""
-        for role in ("worker", "worker-bulk"):
-            s = new_socket(self.context, zmq.DEALER, self._keys_for(endpoint), server=False)
+        """Connect to a broker, control and bulk, and say HELLO; again whenever it has gone.
+
+        Errors: ConfigError for an endpoint that is none, Unavailable when no socket can be opened.
+        """
+        self.broker = self.broker or _Dialled(endpoint)
+        self.broker.control = self._channel(endpoint, "worker")
+        self.broker.bulk = self._channel(endpoint, "worker-bulk")
+        self.broker.redial_s = 0.0
+
+    def _channel(self, endpoint: str, role: str) -> bytes:
+        s = new_socket(self.context, zmq.DEALER, self._keys_for(endpoint), server=False)
+        if role == "worker" and self.broker is not None:
+            self.broker.monitor = s.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+            self._add(self.broker.monitor)
+        self._add(s)
+        try:
             s.connect(endpoint)
-            self._add(s)
-            self.dialled[s] = endpoint
-            s.send_multipart(encode(Message(Command.HELLO, self._hello(role))))
+        except zmq.ZMQError as e:
+            raise ConfigError(f"--broker {endpoint}: expected an endpoint such as tcp://HOST:5555; {e}") from None
+        self.n_channels += 1
+        rid = self.channels[s] = b"dial" + self.n_channels.to_bytes(8)
+        s.send_multipart(encode(Message(Command.HELLO, self._hello(role))))
+        return rid
+
+    def _hang_up(self, reason: str, now_s: float, wait_s: float = limits.REDIAL_S) -> None:
+        """The broker that we dialled has gone, or does not know us: connect anew, so that nothing old is on its way."""
+        broker = self.broker
+        if broker is None or broker.redial_s:
+            return
+        if reason != broker.said:
+            print(f"worker: broker {broker.endpoint}: {reason}; dialling again", file=sys.stderr, flush=True)
+        broker.said, broker.redial_s = reason, now_s + wait_s
+        self.state.closed(broker.token, now_s)
+        for s in [*self.channels, *([broker.monitor] if broker.monitor is not None else [])]:
+            self._remove(s)
+        self.channels.clear()
+        broker.monitor = None
+
+    def _redial(self, now_s: float) -> None:
+        broker = self.broker
+        if broker is None or not broker.redial_s or now_s < broker.redial_s:
+            return
+        try:
+            self.dial(broker.endpoint)
+        except GgmqError as e:
+            broker.redial_s = 0.0
+            self._hang_up(str(e), now_s)
 
     def join(self, endpoint: str) -> None:
         """Connect to this worker's own front, which names the peer of each message."""
         s = new_socket(self.context, zmq.DEALER, None, server=False)
         s.connect(endpoint)
         self._add(s)
+        self.joined = endpoint
         s.send_multipart([b"", *encode(Message(Command.HELLO, self._hello("worker")))])
 
     def _hello(self, role: str) -> m.Hello:
@@ -150,6 +225,7 @@ class WorkerLoop:
                     rid, message = self.queue.popleft()
                     self._carry_out(self._handle(rid, message))
                     self._tick()
+                    self._housekeeping()
                 self._housekeeping()
         finally:
             for line in self.device.profile():
@@ -159,28 +235,54 @@ class WorkerLoop:
             for s in self.sockets:
                 s.close()
             self.context.destroy(linger=0)
+            if self.parent_pid and os.getppid() != self.parent_pid:
+                remove_socket_folder(self.joined or (self.broker.endpoint if self.broker is not None else ""))
 
     def _await(self) -> None:
-        """Until something is to be done, a second at most. After a compute the next one is likely near: it is looked for
+        """Until something is to be done, but not for long. After a compute the next one is likely near: it is looked for
         without sleeping, since to wake a sleeping core takes longer than all else that a token waits for."""
         while not self.queue and time.monotonic() < self.spin_until:
             self._receive(0)
         if not self.queue:
-            self._receive(1000)
+            self._receive(int(1000 * HOUSEKEEPING_S))
 
     def stop(self) -> None:
         self.stopping = True
 
     def _housekeeping(self) -> None:
+        """What time brings. Only between requests: sessions may be freed here."""
+        now = self.clock.now_s()
+        if now - self.kept_s < HOUSEKEEPING_S:
+            return
+        self.kept_s = now
         if self.parent_pid and os.getppid() != self.parent_pid:
             self.stop()
-        now = time.monotonic()
-        known = set(self.state.peers)
-        for key in self.state.silent(now):
-            self._free(key)
-        for token in known - set(self.state.peers):
-            self._carry_out(self.links.drop(token))
+        self._probe(now)
+        self._forget(self.state.gone(now))
+        self._redial(now)
         self._carry_out(self.links.tick(now))
+        waiting = {rid for rid, _ in self.queue}
+        self.route = {rid: s for rid, s in self.route.items() if rid in self.state.routes or rid in waiting}
+
+    def _probe(self, now: float, at_once: bool = False) -> None:
+        """Send something to brokers that say nothing: where a connection is closed, that is when it shows."""
+        if now - self.probed_s < limits.PROBE_S and not at_once:
+            return
+        self.probed_s = now
+        for peer in [p for p in self.state.peers.values() if not p.hands and now - p.seen_s >= limits.PROBE_S]:
+            self._send(Send(peer.rid, Message(Command.PING, m.Ping(0), (), False, 0, peer.epoch)))
+
+    def _forget(self, tokens: Collection[bytes]) -> None:
+        for key in self.state.forget(tokens):
+            self._free(key)
+        for token in tokens:
+            self._carry_out(self.links.drop(token))
+
+    def _make_room(self) -> bool:
+        """Free what belongs to brokers that are asleep. Returns: whether there was any."""
+        before = len(self.state.sessions)
+        self._forget(self.state.asleep(self.clock.now_s()))
+        return len(self.state.sessions) < before
 
     def _free(self, key: tuple[bytes, int]) -> None:
         self.executor.free_session(key)
@@ -190,10 +292,20 @@ class WorkerLoop:
         """Take in all that has arrived, controls before bulk; what is refused is answered here."""
         for s, _ in self.poller.poll(timeout_ms):
             while not s.closed and s.getsockopt(zmq.EVENTS) & zmq.POLLIN:
-                frames: list[Frame] = [f.buffer if len(f) > 4096 else f.bytes for f in s.recv_multipart(copy=False)]
-                self._arrived(s, frames)
+                raw = s.recv_multipart(copy=False)
+                if self.broker is not None and s is self.broker.monitor:
+                    self._hang_up("it closed the connection, or was stopped or killed", self.clock.now_s())
+                    break
+                if s in self.listeners:
+                    self.listeners[s].heard(raw[-1])
+                self._arrived(s, [f.buffer if len(f) > 4096 else f.bytes for f in raw])
                 if len(self.queue) >= limits.MAX_INFLIGHT_PER_CLIENT:
-                    return
+                    break
+        now = time.monotonic()
+        if now - self.guarded_s >= HOUSEKEEPING_S:
+            self.guarded_s = now
+            for listener in self.listeners.values():
+                listener.guard()
 
     def _arrived(self, s: zmq.Socket[Any], frames: list[Frame]) -> None:
         self.state.wire_in_bytes += sum(len(f) for f in frames)
@@ -201,7 +313,10 @@ class WorkerLoop:
         if name is not None:
             self._over_link(name, frames)
             return
-        rid = BROKER + bytes([self.sockets.index(s)]) if s in self.dialled else bytes(frames.pop(0))
+        rid = self.channels[s] if s in self.channels else bytes(frames.pop(0))
+        if not frames:  # our front: this peer is no longer connected to it
+            self.state.closed(self.state.routes.get(rid, b""), self.clock.now_s())
+            return
         self.route[rid] = s
         try:
             message = decode(frames)
@@ -210,18 +325,18 @@ class WorkerLoop:
             return
         if self.debug:
             print(f"ggmq worker: {message.command.name} seq {message.seq} {message.header}"[:400], file=sys.stderr)
-        if message.reply and message.command == Command.ERROR and s in self.dialled:
-            # a broker that was started again does not know us: introduce ourselves
-            s.send_multipart(encode(Message(Command.HELLO, self._hello("worker"))))
+        if message.reply and isinstance(message.header, m.Error) and s in self.channels:
+            # a broker that was started again, or that lost sight of us, does not know us
+            self._hang_up(message.header.message, self.clock.now_s())
             return
-        if not self.state.admit(rid, message, time.monotonic()):
+        if not self.state.admit(rid, message, self.clock.now_s()):
             return
         if message.command == Command.PING:
             self._carry_out(self.state.handle(rid, message))
         elif isinstance(message.header, m.Cancel):
             self._cancel(rid, message, message.header)
         elif isinstance(message.header, m.HandOver):
-            answer, ready = self.state.handed(rid, message, time.monotonic())
+            answer, ready = self.state.handed(rid, message, self.clock.now_s())
             for waited in ready:
                 self._insert(*waited)
             self._carry_out([answer])
@@ -239,7 +354,7 @@ class WorkerLoop:
         except ProtocolError as e:
             self._carry_out(self.links.lost(name, f"it broke the protocol: {e}"))
             return
-        self._carry_out(self.links.received(name, message, time.monotonic()))
+        self._carry_out(self.links.received(name, message, self.clock.now_s()))
 
     def _refuse_frames(self, rid: bytes, frames: list[Frame], error: ProtocolError) -> None:
         """Answer what could not be decoded, if it says which message it was."""
@@ -265,7 +380,9 @@ class WorkerLoop:
             raise Cancelled("GRAPH_COMPUTE was cancelled")
 
     def _handle(self, rid: bytes, message: Message) -> Sequence[LinkInstruction]:
-        h, now = message.header, time.monotonic()
+        h, now = message.header, self.clock.now_s()
+        if not self.state.current(rid, message):
+            return []
         try:
             if isinstance(h, m.PeerDial):
                 return self._dial_peer(rid, message, h, now)
@@ -277,25 +394,43 @@ class WorkerLoop:
             if self.route.get(rid) is self.peers_only and self.peers_only is not None and h.role != "peer":
                 raise ProtocolError(f"HELLO: only other workers connect here, got the role {h.role!r}")
             if message.reply:
-                # the broker's answer on a channel that we dialled carries the epoch; either channel's may come first
-                h = m.Hello(h.version, "broker", b"broker", h.epoch)
+                return self._welcomed(rid, h, now)
+            if h.token not in self.state.peers:  # what nobody can ask for any more is free for a new broker
+                self._probe(now, at_once=True)
+                self._forget({token for token, p in self.state.peers.items() if p.closed_s})
             for key in self.state.hello(rid, h, now):
                 self._free(key)
         except GgmqError as e:
             return [self.state.refuse(rid, message, e)]
-        return [] if message.reply else [Send(rid, message.answer(self._hello("worker")))]
+        return [Send(rid, message.answer(self._hello("worker")))]
+
+    def _welcomed(self, rid: bytes, h: m.Hello, now: float) -> Sequence[LinkInstruction]:
+        """A broker's answer on a channel that we dialled carries the epoch; either channel's may come first."""
+        broker = self.broker
+        if broker is None or rid not in (broker.control, broker.bulk):
+            return []
+        if broker.token and h.token != broker.token and broker.token in self.state.peers:
+            held = bool(self.state.sessions)
+            self._forget({broker.token})
+            if held:  # our HELLO said how much memory is free: now there is more
+                broker.token = h.token
+                self._hang_up("another one is there now", now, 0.0)
+                return []
+        broker.token, broker.said = h.token, ""
+        for key in self.state.hello(rid, m.Hello(h.version, "broker", h.token, h.epoch, h.session), now):
+            self._free(key)
+        return []
 
     def _dial_peer(self, rid: bytes, message: Message, h: m.PeerDial, now: float) -> Sequence[LinkInstruction]:
-        if h.endpoint.startswith("ipc://") and not any(e.startswith("ipc://") for e in self.dialled.values()):
+        if h.endpoint.startswith("ipc://") and not (self.broker is not None and self.broker.endpoint.startswith("ipc://")):
             raise ProtocolError("PEER_DIAL: a worker connects to a path of its host only for a broker of its host")
         return self.links.dial(rid, message, secrets.token_bytes(16), now)
 
     def _carry_out(self, instructions: Sequence[LinkInstruction]) -> None:
         for instruction in instructions:
             if isinstance(instruction, Work):
-                if instruction.verb == "compute":
-                    h = instruction.request.header
-                    self.running = (instruction.rid, getattr(h, "session", 0), instruction.request.seq)
+                h = instruction.request.header
+                self.running = (instruction.rid, getattr(h, "session", 0), instruction.request.seq)
                 try:
                     answers = self.executor.execute(instruction, self._tick)
                 finally:
@@ -312,20 +447,18 @@ class WorkerLoop:
         name = instruction.name
         s = self.linked.get(name)
         if isinstance(instruction, Dial):
-            keys = self._keys_for(instruction.endpoint)
-            s = self.linked[name] = new_socket(self.context, zmq.DEALER, keys, server=False)
-            self._add(s)
             try:
+                s = new_socket(self.context, zmq.DEALER, self._keys_for(instruction.endpoint), server=False)
+                self.linked[name] = s
+                self._add(s)
                 s.connect(instruction.endpoint)
-            except zmq.ZMQError as e:
-                self._carry_out(self.links.lost(name, f"{e.strerror or e}"))
+            except (Unavailable, zmq.ZMQError) as e:
+                self._carry_out(self.links.lost(name, str(e)))
         elif s is None:
             return
         elif isinstance(instruction, HangUp):
             del self.linked[name]
-            self.sockets.remove(s)
-            self.poller.unregister(s)
-            s.close()
+            self._remove(s)
         else:
             frames = encode(instruction.message)
             n = sum(len(f) for f in frames)
@@ -338,29 +471,33 @@ class WorkerLoop:
 
     def _tick(self) -> None:
         """Between two requests, and between two nodes of a running plan: PINGs and handed activations are answered,
-        everything else waits its turn."""
+        everything else waits its turn. Errors: Cancelled when the process is to end."""
         self._receive(0)
-        self._carry_out(self.links.tick(time.monotonic()))
+        self._carry_out(self.links.tick(self.clock.now_s()))
+        if self.stopping and self.running is not None:
+            raise Cancelled("the worker is being stopped")
 
     def _send(self, instruction: Send) -> None:
         s = self.route.get(instruction.rid)
-        if s is None:
+        if s is None or s.closed:
             return
         frames = encode(instruction.message)
         self.state.wire_out_bytes += sum(len(f) for f in frames)
-        if s not in self.dialled:
+        if s not in self.channels:
             frames.insert(0, instruction.rid)
         try:
             s.send_multipart(frames, flags=zmq.DONTWAIT, copy=False)
-        except zmq.ZMQError:
+        except zmq.ZMQError as e:
             # the peer has gone, or reads nothing: its replies are lost with it, the others are served
-            self.route.pop(instruction.rid, None)
+            if e.errno == zmq.EHOSTUNREACH:
+                self.state.closed(self.state.routes.get(instruction.rid, b""), self.clock.now_s())
 
 
 def serve(loop: WorkerLoop, on_stop: Callable[[], None] | None = None) -> None:
     """Run until SIGTERM, SIGINT or the parent's end."""
     import signal
 
+    raise_descriptor_limit()
     for s in (signal.SIGTERM, signal.SIGINT):
         signal.signal(s, lambda *_: loop.stop())
     try:

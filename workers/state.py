@@ -6,7 +6,7 @@ carries out the Work that comes back and reports with `done`. Ids and times are 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from protocol import limits
@@ -61,12 +61,23 @@ class Session:
 
 @dataclass(slots=True)
 class Peer:
-    """`hands`: another worker, which may hand activations over and nothing else."""
+    """Attributes:
+    rid: its control channel.
+    seen_s, closed_s: when it last said something, and since when its connection is closed (0: it is not).
+    hands: another worker, which may hand activations over and nothing else.
+    """
 
     epoch: int
+    rid: bytes
     seen_s: float
     hands: bool = False
+    closed_s: float = 0.0
     last_seq: dict[bytes, int] = field(default_factory=dict)
+
+    def gone(self, now_s: float) -> bool:
+        """Whether nobody waits for it any longer."""
+        kept_s = limits.PEER_SILENCE_S if self.hands else limits.PEER_KEPT_S
+        return now_s - self.seen_s > kept_s or (self.closed_s > 0 and now_s - self.closed_s > limits.PEER_CLOSED_S)
 
 
 class WorkerState:
@@ -93,15 +104,21 @@ class WorkerState:
         peer = self.peers.get(self.routes.get(rid, b""))
         if peer is None:
             return True
-        peer.seen_s = now_s
+        peer.seen_s, peer.closed_s = now_s, 0.0
         if message.epoch != peer.epoch or message.seq <= peer.last_seq.get(rid, -1) or message.reply:
             self.n_fenced += 1
             return False
         peer.last_seq[rid] = message.seq
         return True
 
+    def current(self, rid: bytes, message: Message) -> bool:
+        """Whether a message that was admitted is still of its peer's epoch: nobody waits for what is not."""
+        peer = self.peers.get(self.routes.get(rid, b""))
+        return peer is None or message.command == Command.HELLO or message.epoch == peer.epoch
+
     def hello(self, rid: bytes, header: m.Hello, now_s: float) -> list[Key]:
-        """Bind a routing id to its peer. Returns: sessions of an earlier epoch, which must be freed."""
+        """Bind a routing id to its peer. Under a new epoch nothing of the one before is answered any more; sessions go on if
+        the peer says that it knows some. Returns: sessions that must be freed."""
         stale: list[Key] = []
         peer = self.peers.get(header.token)
         if header.role.endswith("-bulk"):
@@ -110,20 +127,38 @@ class WorkerState:
         elif peer is None or peer.epoch != header.epoch:
             if peer is not None and header.epoch < peer.epoch:
                 raise ProtocolError(f"HELLO: epoch {header.epoch} has passed; the peer is at {peer.epoch}")
-            stale = [key for key in self.sessions if key[0] == header.token]
-            peer = self.peers[header.token] = Peer(header.epoch, now_s, header.role == "peer")
+            mine = [key for key in self.sessions if key[0] == header.token]
+            stale = [] if header.session else mine
+            for key in mine:
+                self.sessions[key].uploads.clear()
+                self.arrivals.unpark(*key)
+            self.routes = {r: token for r, token in self.routes.items() if token != header.token}
+            peer = self.peers[header.token] = Peer(header.epoch, rid, now_s, header.role == "peer")
         peer.last_seq[rid] = -1
         self.routes[rid] = header.token
         return stale
 
-    def silent(self, now_s: float) -> list[Key]:
-        """Forget peers that have been silent too long. Returns: their sessions, which must be freed."""
-        gone = {token for token, p in self.peers.items() if now_s - p.seen_s > limits.PEER_SILENCE_S}
-        for token in gone:
-            del self.peers[token]
-        self.routes = {rid: token for rid, token in self.routes.items() if token not in gone}
+    def closed(self, token: bytes, now_s: float) -> None:
+        """A peer's connection is closed. It may come back under a new epoch."""
+        peer = self.peers.get(token)
+        if peer is not None and not peer.closed_s:
+            peer.closed_s = now_s
+
+    def forget(self, tokens: Collection[bytes]) -> list[Key]:
+        """Forget peers. Returns: their sessions, which must be freed."""
+        for token in tokens:
+            self.peers.pop(token, None)
+        self.routes = {rid: token for rid, token in self.routes.items() if token not in tokens}
+        return [key for key in self.sessions if key[0] in tokens]
+
+    def gone(self, now_s: float) -> set[bytes]:
+        """Peers that nobody waits for any longer."""
         self.arrivals.expire(now_s)
-        return [key for key in self.sessions if key[0] in gone]
+        return {token for token, p in self.peers.items() if p.gone(now_s)}
+
+    def asleep(self, now_s: float) -> set[bytes]:
+        """Peers whose sessions make room for others when memory is short."""
+        return {token for token, p in self.peers.items() if p.closed_s or now_s - p.seen_s > limits.PEER_SILENCE_S}
 
     # -- requests ------------------------------------------------------------------------------------------------------
 

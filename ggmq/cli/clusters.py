@@ -86,9 +86,9 @@ def _order(cluster: ClusterFile) -> list[str]:
 # -- plan --------------------------------------------------------------------------------------------------------------
 
 
-def _infos(cluster: ClusterFile) -> list[m.DeviceInfo]:
+def _infos(cluster: ClusterFile) -> list[m.ListedDevice]:
     """The devices of a cluster that is not up, as their hosts describe them."""
-    out: list[m.DeviceInfo] = []
+    out: list[m.ListedDevice] = []
     for w in cluster.workers:
         if w.launcher == "none":
             with local_bus(_keys(cluster)) as bus:
@@ -103,7 +103,7 @@ def _infos(cluster: ClusterFile) -> list[m.DeviceInfo]:
             if w.memory_mib:
                 total = free = w.memory_mib * MIB
             host = w.host if w.launcher == "ssh" else os.uname().nodename
-            out.append(m.DeviceInfo(device, device.lower(), "", host, total, free, w.threads, not w.memory_mib, w.name))
+            out.append(m.ListedDevice(device, device.lower(), "", host, total, free, w.threads, not w.memory_mib, w.name))
     return out
 
 
@@ -118,7 +118,7 @@ def _plan(args: argparse.Namespace) -> int:
     return 0
 
 
-def _print_stages(infos: Sequence[m.DeviceInfo], assignments: Sequence[Assignment]) -> None:
+def _print_stages(infos: Sequence[m.ListedDevice], assignments: Sequence[Assignment]) -> None:
     rows = [("stage", "device", "layers", "weights MiB", "KV MiB", "free MiB")]
     for i, a in enumerate(assignments):
         d = infos[a.device]

@@ -18,12 +18,14 @@ from ggmq.cli.progress import progress_bars
 from ggmq.cluster import Client, connect, local_bus
 from ggmq.gguf import GGUF
 from ggmq.runner import Runner, default_n_ctx, n_cells, plan
+from protocol import limits
 from protocol import messages as m
 from protocol.dtypes import GGMLType
-from protocol.errors import ConfigError
+from protocol.errors import ConfigError, GgmqError
 
 MIB = 1 << 20
 DEFAULT_WORKERS = 2
+DRAIN_S = 0.5
 
 
 @dataclass(slots=True)
@@ -33,7 +35,7 @@ class Session:
     client: Client
     arch: Arch
     runner: Runner
-    infos: list[m.DeviceInfo]
+    infos: list[m.ListedDevice]
     load_s: float
 
 
@@ -47,17 +49,38 @@ def open_session(args: argparse.Namespace, g: GGUF, n_ctx: int = 0, n_slots: int
     arch = open_arch(g)
     n_ctx = n_ctx or default_n_ctx(arch, args.ctx_size)
     with open_bus(args, arch.hp.n_layer, g.path.absolute()) as (client, order, host):
-        infos = client.devices()
+        infos = settled(client)
         cells = n_cells(n_ctx, n_slots)
         assignments = plan(arch, infos, cells, args.tensor_split, args.ngl, host, order)
         runner = Runner(client, arch, cells // n_slots, assignments, n_slots, GGMLType[args.activations.upper()])
-        with progress_bars() as show:
-            runner.load(show)
+        runner.note = note
         try:
+            with progress_bars() as show:
+                runner.load(show)
             yield Session(client, arch, runner, infos, time.perf_counter() - start)
         finally:
-            with contextlib.suppress(Exception):
-                client.drain()
+            with contextlib.suppress(GgmqError):  # whoever cannot be told now hears it from the broker
+                client.drain(DRAIN_S)
+
+
+def note(text: str) -> None:
+    """Something that a user should know while it lasts."""
+    print(f"note    {text}", file=sys.stderr, flush=True)
+
+
+def settled(client: Client) -> list[m.ListedDevice]:
+    """The devices of the bus, once at least one of them is ready or none is likely to be soon."""
+    due = time.monotonic() + limits.RETURN_S
+    said = False
+    while True:
+        infos = client.devices()
+        states = {d.state for d in infos}
+        if "ready" in states or "silent" not in states or time.monotonic() > due:
+            return infos
+        if not said:
+            note(f"no worker answers; waiting for them, {limits.RETURN_S:.0f} s at most")
+            said = True
+        time.sleep(0.1)
 
 
 @contextlib.contextmanager
@@ -106,7 +129,7 @@ def print_summary(s: Session) -> None:
         print("layers  " + stage_line(s.infos, stage.assignment), file=sys.stderr)
 
 
-def stage_line(infos: Sequence[m.DeviceInfo], a: Assignment) -> str:
+def stage_line(infos: Sequence[m.ListedDevice], a: Assignment) -> str:
     """Where some layers are: `0-7 (+ embedding) on host CPU, 1.6 MiB weights, 0.5 MiB KV`."""
     d = infos[a.device]
     ends = [name for name, there in (("embedding", a.first), ("output", a.last)) if there]

@@ -4,16 +4,29 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from broker.events import ClientLost, CloseLink, FromClient, FromWorker, LinkLost, LinkOpened, Tick, ToClient, ToWorker
+from broker.events import (
+    ClientLost,
+    CloseLink,
+    FromClient,
+    FromWorker,
+    LinkLost,
+    LinkOpened,
+    Redial,
+    Tick,
+    ToClient,
+    ToWorker,
+    WorkerEnded,
+)
 from broker.state import BrokerState
 from protocol import PROTOCOL_VERSION, limits
 from protocol import messages as m
-from protocol.frames import Message
+from protocol.frames import Message, decode, encode
 from protocol.messages import Command
 
 DEVICE = m.DeviceInfo("CPU", "cpu", total_bytes=100, free_bytes=100)
@@ -196,7 +209,11 @@ def test_a_late_reply_of_an_earlier_epoch_is_dropped() -> None:
     assert state.handle(FromWorker(A, again, 1.0)) == []
 
 
-def test_a_silent_worker_is_lost_and_a_busy_one_is_not() -> None:
+def hellos(out: list[Any]) -> dict[str, Message]:
+    return {i.link: i.message for i in out if isinstance(i, ToWorker) and i.message.command == Command.HELLO}
+
+
+def test_a_silent_worker_is_asked_again_and_a_busy_one_is_not() -> None:
     state = BrokerState("t", 10)
     hello(state, A)
     hello(state, B)
@@ -204,11 +221,129 @@ def test_a_silent_worker_is_lost_and_a_busy_one_is_not() -> None:
     ask(state, m.GraphCompute(session, b"1" * 16, 0), 1, 0, 0.0)
     state.handle(Tick(1.0))
     out = state.handle(Tick(1.0 + limits.PING_DEADLINE_S + 0.1))
-    assert CloseLink(B) in out and CloseLink(A) not in out
+    assert list(hellos(out)) == [B]
+    assert [d.state for d in devices(state)] == ["silent", "silent"], "a busy one is known to say nothing too"
     out = state.handle(Tick(1.0 + limits.COMPUTE_STALL_S + 0.1))
-    assert CloseLink(A) in out
+    assert A in hellos(out)
     (answer,) = [i for i in out if isinstance(i, ToClient) and i.message.seq == 1]
     assert answer.message.header.code == "worker_lost"
+
+
+def devices(state: BrokerState) -> list[m.ListedDevice]:
+    (answer,) = state.handle(FromClient(CLIENT, Message(Command.DEVICE_INFO, m.DeviceQuery(), seq=99), state.now_s))
+    return answer.message.header.devices
+
+
+def test_a_worker_that_answers_again_has_its_devices_and_sessions_under_a_new_epoch() -> None:
+    state = BrokerState("t", 10)
+    hello(state, A)
+    session = client(state)
+    (sent,) = ask(state, m.AllocBuffer(session, 1, 60), 1)
+    state.handle(FromWorker(A, sent.message.answer(m.Ok()), 1.0))
+    (sent,) = ask(state, m.StatsQuery(), 2)
+    state.handle(Tick(2.0))
+    out = state.handle(Tick(4.0))
+    again = hellos(out)[A]
+    assert again.epoch > sent.message.epoch and again.header.session == 1, "sessions go on"
+    (refused,) = ask(state, m.StatsQuery(), 3)
+    assert refused.message.header.code == "worker_lost"
+    assert state.handle(FromWorker(A, sent.message.answer(m.Stats()), 4.0)) == [], "a late reply counts for nothing"
+    state.handle(FromWorker(A, again.answer(m.Hello(PROTOCOL_VERSION, "worker", devices=[DEVICE])), 4.5))
+    assert [(d.state, d.free_bytes) for d in devices(state)] == [("ready", 100)]
+    (sent,) = ask(state, m.StatsQuery(), 4)
+    assert sent.message.epoch == again.epoch
+
+
+def test_what_ends_while_a_worker_is_away_is_ended_when_it_is_back() -> None:
+    state = BrokerState("t", 10)
+    hello(state, A)
+    session = client(state)
+    ask(state, m.AllocBuffer(session, 1, 60), 1)
+    state.handle(Tick(2.0))
+    out = state.handle(Tick(4.0))
+    assert [i.message.header for i in ask(state, m.Drain(session), 2) if isinstance(i, ToClient)] == [m.Ok()]
+    back = hellos(out)[A].answer(m.Hello(PROTOCOL_VERSION, "worker", devices=[DEVICE]))
+    out = state.handle(FromWorker(A, back, 5.0))
+    assert [i.message.header for i in out if i.message.command == Command.DRAIN] == [m.Drain(session)]
+
+
+def dialled(state: BrokerState, link: str, instance: bytes, now: float = 0.0) -> list[Any]:
+    """A worker dials in on both channels."""
+    hello = m.Hello(PROTOCOL_VERSION, "worker", instance, devices=[DEVICE])
+    out = state.handle(FromWorker(link, Message(Command.HELLO, hello), now))
+    bulk = m.Hello(PROTOCOL_VERSION, "worker-bulk", instance)
+    return [*out, *state.handle(FromWorker(link, Message(Command.HELLO, bulk), now, True))]
+
+
+def test_a_worker_that_dials_in_again_gets_its_number_back_while_somebody_holds_it() -> None:
+    state = BrokerState("t", 10)
+    session = client(state)
+    for i in (1, 2):
+        dialled(state, f"dial/{i}", bytes([i]) * 16)
+    ask(state, m.AllocBuffer(session, 1, 1), 1, 1)
+    state.handle(LinkLost("dial/1", "gone", 1.0))
+    state.handle(LinkLost("dial/2", "gone", 1.0))
+    assert [d.state for d in devices(state)] == ["none", "lost"]
+    dialled(state, "dial/3", b"3" * 16)
+    out = dialled(state, "dial/4", bytes([2]) * 16)
+    assert [d.state for d in devices(state)] == ["ready", "ready"]
+    assert out[0].message.header.session == 1 and state.devices[1].link == "dial/4"
+    dialled(state, "dial/5", bytes([2]) * 16)
+    assert CloseLink("dial/4") not in out and state.devices[1].link == "dial/5" and "dial/4" not in state.workers
+
+
+def test_lives_of_workers_leave_nothing_behind() -> None:
+    state = BrokerState("t", 10)
+    client(state)
+    for i in range(3000):
+        dialled(state, f"dial/{i}", i.to_bytes(16), float(i))
+        state.handle(LinkLost(f"dial/{i}", "killed", float(i)))
+    assert devices(state) == [] and not state.workers and not state.pending
+
+
+def test_a_long_list_of_devices_comes_in_pages() -> None:
+    state = BrokerState("t", 10)
+    client(state)
+    for i in range(limits.MAX_DEVICES + 5):
+        out = dialled(state, f"dial/{i}", i.to_bytes(16))
+    assert [i.message.header.code for i in out if isinstance(i, ToWorker)][:1] == ["overloaded"]
+    got: list[m.ListedDevice] = []
+    while True:
+        query = Message(Command.DEVICE_INFO, m.DeviceQuery(len(got)), seq=1)
+        (answer,) = state.handle(FromClient(CLIENT, query, 0.0))
+        page = decode(encode(answer.message)).header
+        assert isinstance(page, m.DeviceList) and page.devices
+        got += page.devices
+        if len(got) == page.n_devices:
+            break
+    assert len(got) == limits.MAX_DEVICES
+
+
+def test_a_worker_that_listens_is_dialled_again() -> None:
+    state = BrokerState("t", 10)
+    hello(state, A)
+    session = client(state)
+    ask(state, m.AllocBuffer(session, 1, 1), 1)
+    out = state.handle(LinkLost(A, "gone", 1.0))
+    assert Redial(A) in out
+    assert [d.state for d in devices(state)] == ["lost"]
+    state.handle(Tick(2.0))
+    hello(state, A, 3.0)
+    assert [d.state for d in devices(state)] == ["ready"]
+    out = state.handle(LinkOpened(B, 3.0))
+    assert Redial(B) in state.handle(Tick(3.1 + limits.RECONNECT_S)), "and one that was never there is tried again"
+
+
+def test_a_child_that_ended_is_lost_at_once_whatever_it_was_doing() -> None:
+    state = BrokerState("t", 10)
+    session = client(state)
+    hello = m.Hello(PROTOCOL_VERSION, "worker", b"i" * 16, devices=[msgspec.structs.replace(DEVICE, worker="local0")])
+    for bulk, header in ((False, hello), (True, m.Hello(PROTOCOL_VERSION, "worker-bulk", b"i" * 16))):
+        state.handle(FromWorker("dial/1", Message(Command.HELLO, header), 0.0, bulk))
+    ask(state, m.GraphCompute(session, b"1" * 16, 0), 1)
+    state.handle(Tick(1.0))
+    answer, closed = state.handle(WorkerEnded("local0", "killed", 1.1))
+    assert answer.message.header.code == "worker_lost" and closed == CloseLink("dial/1")
 
 
 def test_too_many_requests_in_flight_are_refused() -> None:
@@ -231,7 +366,7 @@ class Bus(RuleBasedStateMachine):
         self.now, self.seq, self.epochs = 0.0, 0, 0
         self.owed: set[int] = set()
         self.wire: list[ToWorker] = []
-        self.up = {A: False, B: False}
+        self.asked: dict[str, ToWorker] = {}
         self.session = client(self.state)
         for link in (A, B):
             self.connect(link)
@@ -242,13 +377,22 @@ class Bus(RuleBasedStateMachine):
                 assert i.message.seq in self.owed, "answered twice, or never asked"
                 self.owed.remove(i.message.seq)
             elif isinstance(i, ToWorker):
-                self.wire.append(i)
-            elif isinstance(i, CloseLink):
-                self.up[i.link] = False
+                if i.message.command == Command.HELLO:
+                    self.asked |= {} if i.bulk else {i.link: i}
+                else:
+                    self.wire.append(i)
+            elif isinstance(i, Redial):
+                self.asked.pop(i.link, None)
+                self.take(self.state.handle(LinkOpened(i.link, self.now)))
 
     def connect(self, link: str) -> None:
         hello(self.state, link, self.now)
-        self.up[link] = True
+
+    @rule(link=st.sampled_from([A, B]), instance=st.sampled_from([b"", b"same", b"other"]))
+    def answer_hello(self, link: str, instance: bytes) -> None:
+        if link in self.asked:
+            answer = m.Hello(PROTOCOL_VERSION, "worker", instance, devices=[DEVICE])
+            self.take(self.state.handle(FromWorker(link, self.asked.pop(link).message.answer(answer), self.now)))
 
     @rule(device=st.integers(0, 3), kind=st.integers(0, 5))
     def ask(self, device: int, kind: int) -> None:
@@ -293,7 +437,7 @@ class Bus(RuleBasedStateMachine):
         if hasattr(self, "state"):
             for link in (A, B):
                 self.take(self.state.handle(LinkLost(link, "end", self.now)))
-            assert not self.owed
+            assert not self.owed and not any(e.allocated for e in self.state.devices.entries.values() if not e.holders)
             self.state.handle(ClientLost(CLIENT, self.now))
             assert not self.state.pending
 
