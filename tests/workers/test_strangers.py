@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import socket
 import struct
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +18,11 @@ import pytest
 from config.auth import new_keys
 from config.keys import KeyPair, write_keys
 from ggmq.cluster import local_bus
+from protocol import messages as m
+from tests.support.attacker import SESSION, GoodRequest, listening_worker
+from tests.support.attacker import Attacker as RawPeer
 from tests.support.fixtures import ROOT, free_port
+from tests.support.processes import WORKER, n_descriptors, rss_bytes, started, until
 
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01" + b"CURVE".ljust(20, b"\0") + bytes(32)
 ANNOUNCES_8_GIB = b"\x06" + struct.pack(">Q", 8 << 30) + bytes(1000)
@@ -37,11 +44,6 @@ def guarded(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], int, KeyPai
             yield p, port, keys
         finally:
             p.terminate()
-
-
-def rss_bytes(pid: int) -> int:
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
 
 
 @pytest.mark.parametrize("says", [b"", GREETING + ANNOUNCES_8_GIB], ids=["silent", "announces 8 GiB"])
@@ -87,3 +89,109 @@ def test_no_file_descriptor_left(guarded: tuple[subprocess.Popen[str], int, KeyP
     with local_bus(keys) as bus:
         bus.add_remote(f"127.0.0.1:{port}")
         assert bus.start().stats(0).device == "reference", "a new client is served once the crowd has gone"
+
+
+class Crowd:
+    """Connections that say nothing, opened again as they are closed, until the block ends."""
+
+    def __init__(self, port: int, n: int) -> None:
+        self.port, self.n, self.stopping = port, n, False
+        self.thread = threading.Thread(target=self.stay)
+
+    def stay(self) -> None:
+        held: list[socket.socket] = []
+        while not self.stopping:
+            while len(held) < self.n and not self.stopping:
+                try:
+                    s = socket.create_connection(("127.0.0.1", self.port), 0.2)
+                    s.setblocking(False)
+                    held.append(s)
+                except OSError:
+                    break
+            for s in list(held):
+                with contextlib.suppress(BlockingIOError):
+                    try:
+                        over = s.recv(64, socket.MSG_PEEK) == b""
+                    except ConnectionError:
+                        over = True
+                    if over:
+                        s.close()
+                        held.remove(s)
+            time.sleep(0.01)
+        for s in held:
+            s.close()
+
+    def __enter__(self) -> Crowd:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stopping = True
+        self.thread.join(20)
+
+
+def few_descriptors() -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+
+
+def test_more_strangers_than_descriptors_and_clients_are_served(tmp_path: Path) -> None:
+    """Each client has its workers linked, for which they open sockets of their own."""
+    keys = new_keys()
+    write_keys(tmp_path / "keys", keys)
+    ports = [free_port(), free_port()]
+    command = [*WORKER, "-d", "reference", "--keys", str(tmp_path / "keys"), "-p"]
+    with started([*command, str(ports[0])], preexec_fn=few_descriptors) as first, started([*command, str(ports[1])]):
+        with local_bus(keys) as bus:
+            bus.add_remote(f"127.0.0.1:{ports[0]}")
+            bus.start()
+        with Crowd(ports[0], 600):
+            until(lambda: n_descriptors(first.pid) > 150)
+            for _ in range(10):
+                with local_bus(keys) as bus:
+                    for port in ports:
+                        bus.add_remote(f"127.0.0.1:{port}")
+                    client = bus.start()
+                    linked = client.request(m.Link(client.session, [0, 1])).header
+                    assert isinstance(linked, m.Found)
+                    for _ in range(5):
+                        assert client.stats(0).device == "reference"
+                assert first.poll() is None, "strangers ended the worker"
+        until(lambda: n_descriptors(first.pid) < 100)
+
+
+NULL_GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
+READY = b"\x04\x1b\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER"
+
+
+def endless_message(port: int, frame: bytes, n_bytes: int) -> int:
+    """Send frames of one message that never ends (ZMTP 3.0), until they add up or we are cut off. Returns: bytes sent."""
+    header = b"\x03" + struct.pack(">Q", len(frame)) if len(frame) > 255 else bytes([1, len(frame)])
+    block = (header + frame) * max(1, (1 << 20) // (len(frame) + len(header)))
+    sent = 0
+    with socket.create_connection(("127.0.0.1", port), 10) as s:
+        s.sendall(NULL_GREETING + READY)
+        s.settimeout(20)
+        try:
+            while sent < n_bytes:
+                s.sendall(block)
+                sent += len(block)
+        except OSError:
+            pass
+    return sent
+
+
+@pytest.mark.parametrize("frame", [bytes(1 << 20), bytes(64), b""], ids=["1 MiB frames", "64 byte frames", "empty frames"])
+def test_a_message_that_never_ends_is_cut_off(frame: bytes) -> None:
+    with listening_worker() as (port, worker):
+        served = RawPeer(port, b"served" * 2)
+        try:
+            good = GoodRequest(served)
+            assert good.answer() == good.expected
+            before = rss_bytes(worker.pid)
+            n = 3 << 30
+            assert endless_message(port, frame, n if frame else n // 40) < n, "nobody cut it off"
+            assert served.ask(m.GraphCompute(SESSION, good.digest, 0)).payload[0] == good.expected
+            until(lambda: rss_bytes(worker.pid) - before < 64 << 20)
+            assert worker.poll() is None
+        finally:
+            served.close()
