@@ -18,8 +18,9 @@ MAX_CHUNK_BYTES = 1 << 20
 """Weights travel in chunks of this size, so that a token never waits behind a large message."""
 MAX_MESSAGE_BYTES = 1 << 30
 """ZMQ_MAXMSGSIZE of sockets that we connect: one frame may hold the logits of a long prompt piece, and no more."""
-MAX_REQUEST_BYTES = 1 << 26
-"""All frames of a message to a socket that listens, and what a connection may have sent of one that is not complete."""
+MAX_REQUEST_BYTES = 1 << 24
+"""All frames of a message to a worker that listens, and what a connection may have sent of one that is not complete:
+activations of a piece of a prompt are the largest. ZeroMQ keeps 64 bytes for each frame, however short."""
 
 MAX_SRC = 10
 MAX_OP_PARAMS = 16

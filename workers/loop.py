@@ -40,6 +40,7 @@ from workers.links import Dial, HangUp, LinkInstruction, Links, Name, ToPeer
 from workers.state import Send, Work, WorkerState
 
 HOUSEKEEPING_S = 0.1
+GUARD_S = 0.05
 
 
 @dataclass(slots=True)
@@ -244,7 +245,7 @@ class WorkerLoop:
         while not self.queue and time.monotonic() < self.spin_until:
             self._receive(0)
         if not self.queue:
-            self._receive(int(1000 * HOUSEKEEPING_S))
+            self._receive(int(1000 * GUARD_S))
 
     def stop(self) -> None:
         self.stopping = True
@@ -302,7 +303,7 @@ class WorkerLoop:
                 if len(self.queue) >= limits.MAX_INFLIGHT_PER_CLIENT:
                     break
         now = time.monotonic()
-        if now - self.guarded_s >= HOUSEKEEPING_S:
+        if now - self.guarded_s >= GUARD_S:
             self.guarded_s = now
             for listener in self.listeners.values():
                 listener.guard()
