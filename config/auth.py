@@ -6,6 +6,7 @@ Broker and workers share it, which is why it lies with the keys.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import re
 import secrets
@@ -118,7 +119,7 @@ class Listener:
             self.socket.close()
             raise ConfigError(f"{endpoint}: cannot listen: {e.strerror or e}; {advice}") from None
         self.endpoint = endpoint if endpoint.startswith("inproc") else bound_endpoint(self.socket)
-        self.n_cut = 0
+        self.n_cut = self._n_trims = 0
         self._port = int(self.endpoint.rsplit(":", 1)[1]) if self.endpoint.startswith("tcp://") else 0
         self._heard: dict[int, int] = {}
         self._known: dict[tuple[int, int], tuple[int, int]] = {}
@@ -150,13 +151,18 @@ class Listener:
                     if before is not None:
                         known[key] = before
                     since, whole = before or (0, limits.MAX_REQUEST_BYTES)
-                    if (scarce and before is None) or (read_all and received - since > whole):
+                    too_much = read_all and received - since > whole
+                    if too_much or (scarce and before is None):
                         self.n_cut += 1
+                        self._n_trims = N_TRIMS if too_much else self._n_trims
                         s.shutdown(socket.SHUT_RDWR)
                 finally:
                     s.detach()
         self._known = known
         self._heard.clear()
+        if self._n_trims:  # libzmq drops what it had of the message in its own time
+            self._n_trims -= 1
+            give_back_free_memory()
 
     def _received_bytes(self, s: socket.socket) -> int:
         """What came over one of our connections. Errors: OSError when it is none of them."""
@@ -169,6 +175,14 @@ class Listener:
         self.socket.close()
 
 
+def give_back_free_memory() -> None:
+    """Have the C library return to the system what was freed; nothing where it has no such function (glibc has)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+N_TRIMS = 20
+"""Looks after a cut at which free memory is given back: a second or two."""
 TCPI_BYTES_RECEIVED = 128
 """Offset of that field in Linux' struct tcp_info (RFC 4898's tcpEStatsAppHCThruOctetsReceived)."""
 
