@@ -8,10 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ggmq.chat import ChatTemplate
 from ggmq.gguf import GGUF
 from ggmq.tokenizer import StreamDecoder, Vocabulary
-from protocol.errors import FormatError
 from tests.support.fixtures import BUNDLED, SHARED, VOCABULARIES
 
 BUNDLED_VOCABULARY = Vocabulary(GGUF(BUNDLED))
@@ -63,16 +61,3 @@ def test_special_tokens_are_added_parsed_and_left_alone() -> None:
     assert end not in v.encode("a<|endoftext|>b", add_special=False, parse_special=False)
     assert v.decode([end]) == "" and v.decode([end], special=True) == "<|endoftext|>"
     assert end in v.end_ids
-
-
-def test_chat_templates_run_in_a_sandbox(shared: Path) -> None:
-    v = vocabulary("ggml-vocab-qwen2.gguf")
-    text = ChatTemplate(v).render([{"role": "user", "content": "Hi"}])
-    assert text == ("<|im_start|>system\nYou are a helpful assistant<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
-                    "<|im_start|>assistant\n")  # fmt: skip
-    for bad in ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "{% for", "{{ raise_exception('no') }}",
-                "{{ messages.append(1) }}", "{{ 1 / 0 }}"):  # fmt: skip
-        v2 = vocabulary("ggml-vocab-gpt-2.gguf")
-        v2.chat_template = bad
-        with pytest.raises(FormatError, match="chat_template"):
-            ChatTemplate(v2).render([{"role": "user", "content": "Hi"}])
