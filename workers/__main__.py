@@ -11,7 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from config.keys import default_key_file, find_keys
+from config.auth import find_keys
+from config.keys import default_key_file
 from protocol.errors import ConfigError, GgmqError
 from workers.cache import DEFAULT_QUOTA_BYTES, Cache, ModelFolder, cache_folder
 from workers.devices import accelerators, open_device

@@ -15,7 +15,8 @@ import msgspec
 
 from broker.placement import SCRATCH_BYTES, Assignment
 from config import launch
-from config.keys import KeyPair, find_keys
+from config.auth import find_keys
+from config.keys import KeyPair
 from config.load import load_cluster
 from config.schema import ClusterFile
 from ggmq.archs import open_arch

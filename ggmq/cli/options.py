@@ -8,7 +8,8 @@ import os
 import re
 from pathlib import Path
 
-from config.keys import KeyPair, default_key_file, find_keys
+from config.auth import find_keys
+from config.keys import KeyPair, default_key_file
 from ggmq.hub import download
 from protocol.errors import ConfigError
 
