@@ -27,8 +27,8 @@ MAX_OUTPUT_CHARS = 4_000_000
 MAX_MEMORY_BYTES = 512 << 20
 MAX_RENDER_S = 5.0
 START_S = 60.0
-_ANSWER_BYTES = 6 * MAX_OUTPUT_CHARS + 4096
-"""What an answer may have in JSON, where a character of 16 bits has six."""
+_ANSWER_BYTES = 12 * MAX_OUTPUT_CHARS + 4096
+"""What an answer may have in JSON, where a character has up to twelve."""
 
 
 class ChatTemplate:

@@ -19,7 +19,7 @@ from ggmq.cluster import Client
 from protocol import messages as m
 from protocol.errors import OutOfMemory
 from tests.support.fixtures import BUNDLED, ROOT, free_port
-from tests.support.gguf_factory import tiny_model
+from tests.support.gguf_factory import text, tiny_model
 
 GGMQ = [sys.executable, "-m", "ggmq"]
 WORKER = [sys.executable, "-m", "workers"]
@@ -401,3 +401,15 @@ def test_files_that_the_system_refuses_are_named(tmp_path: Path) -> None:
 def test_a_refusal_says_its_place_once(bus: Client, device: str) -> None:
     with pytest.raises(OutOfMemory, match=rf"^local0 {device}: a buffer needs \d+ bytes, \d+ are free$"):
         bus.request(m.AllocBuffer(bus.session, 77, 1 << 45))
+
+
+def test_a_vocabulary_that_is_no_utf8_is_bytes_as_they_are(tmp_path: Path) -> None:
+    old, new = text("\u0120was"), text(b"\xff\xfe\x9b\xff\xff")
+    path = tmp_path / "m.gguf"
+    path.write_bytes(BUNDLED.read_bytes().replace(old, new))
+    r = ggmq("run", "-m", path, "-p", "Once upon a time", "-n", "6", "--temp", "0", "--device", "reference")
+    assert r.returncode == 0 and "\ufffd" in r.stdout, r.stdout + r.stderr
+    tokens = ggmq("tokenize", "-m", path, stdin="He was here")
+    assert tokens.returncode == 0 and "'Once'" not in tokens.stdout, tokens.stderr
+    info = ggmq("info", path)
+    assert info.returncode == 0 and "tokenizer.ggml.tokens: [str]" in info.stdout, info.stderr

@@ -42,6 +42,7 @@ def test_ordinary_text_stays_as_it_is(raw: str) -> None:
 
 def test_control_characters_are_written_out() -> None:
     assert safe_line(EVIL) == SHOWN and safe_line("x\n\ty") == r"x\n\ty"
+    assert safe_line(b"\xff\x9b".decode("utf-8", "surrogateescape") + "\ud800") == r"\xff\x9b\ud800"
 
 
 def run(*args: str | Path, module: str = "ggmq", stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:

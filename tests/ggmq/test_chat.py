@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from ggmq.gguf import GGUF
 from ggmq.tokenizer import Vocabulary
 from protocol.errors import FormatError
 from tests.support.fixtures import BUNDLED, ROOT
+from tests.support.gguf_factory import STRING, key, text
 
 HI = [{"role": "user", "content": "Hi"}]
 ENDLESS = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
@@ -66,6 +68,14 @@ def test_a_template_that_fails_says_what_it_did(monkeypatch: pytest.MonkeyPatch,
         monkeypatch.setattr(chat, "MAX_RENDER_S", 0.5)
     with pytest.raises(FormatError, match=r"^stories\.gguf: tokenizer\.chat_template.*" + words):
         template(source).render(HI)
+
+
+def test_output_is_counted_to_the_character(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat, "MAX_OUTPUT_CHARS", 100)
+    t = template("{% for i in range(10) %}{{ messages[0].content }}{% endfor %}")
+    assert t.render([{"role": "user", "content": "\U0001f600" * 10}]) == "\U0001f600" * 100
+    with pytest.raises(FormatError, match="made more than 100 characters"):
+        t.render([{"role": "user", "content": "x" * 11}])
 
 
 def test_strings_that_double_are_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,6 +130,57 @@ def test_ctrl_c_and_a_kill_end_a_rendering_at_once(sig: signal.Signals) -> None:
     while _cpu_ticks(child) >= 0 and time.monotonic() < due:
         time.sleep(0.02)
     assert _cpu_ticks(child) == -1 and left < 250  # by itself it would have gone on to its bound of 6 s
+
+
+def with_template(path: Path, source: str) -> Path:
+    """The bundled model with a chat template, as a key whose length keeps the alignment of all that follows."""
+    raw = BUNDLED.read_bytes()
+    n_kv = struct.unpack_from("<Q", raw, 16)[0]
+    source += " " * (-len(key("tokenizer.chat_template", STRING, text(source))) % 32)
+    added = key("tokenizer.chat_template", STRING, text(source))
+    path.write_bytes(raw[:16] + struct.pack("<Q", n_kv + 1) + added + raw[24:])
+    return path
+
+
+RUN = [sys.executable, "-m", "ggmq", "run", "-n", "2", "--temp", "0", "--workers", "1", "--device", "reference"]
+
+
+def test_a_chat_ends_with_what_its_template_did(tmp_path: Path) -> None:
+    for source, code, words in (("{{ messages[-1].content }}", 0, "decode"), ("{{ 'x' * 10 ** 9 }}", 1, "needs more than")):
+        model = with_template(tmp_path / "m.gguf", source)
+        r = subprocess.run([*RUN, "-m", str(model)], cwd=ROOT, input="Once upon\n", capture_output=True, text=True,
+                           timeout=60)  # fmt: skip
+        assert r.returncode == code and words in r.stderr, r.stderr
+        assert "bug" not in r.stderr and "Traceback" not in r.stderr
+
+
+def test_ctrl_c_ends_a_chat_whose_template_does_not(tmp_path: Path) -> None:
+    model = with_template(tmp_path / "m.gguf", ENDLESS)
+    p = subprocess.Popen([*RUN, "-m", str(model)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                         stderr=subprocess.PIPE, text=True)  # fmt: skip
+    assert p.stdin is not None
+    p.stdin.write("Hi\n")
+    p.stdin.flush()
+    due = time.monotonic() + 60
+    while not (renderers := [c for c in _children(p.pid) if "rendering.py" in _command(c) and _cpu_ticks(c) > 20]):
+        assert time.monotonic() < due and p.poll() is None
+        time.sleep(0.02)
+    p.send_signal(signal.SIGINT)
+    _, err = p.communicate(timeout=30)
+    assert p.returncode == 130 and "interrupted" in err, err
+    assert _cpu_ticks(renderers[0]) == -1
+
+
+def _children(pid: int) -> list[int]:
+    out = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
+    return [int(line) for line in out.stdout.split()]
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""
 
 
 def _cpu_ticks(pid: int) -> int:
