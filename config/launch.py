@@ -21,7 +21,7 @@ from pathlib import Path
 
 from msgspec import Struct, ValidationError, convert, to_builtins
 
-from config.schema import ClusterFile, WorkerSection
+from config.schema import ClusterFile, WorkerSection, expanded
 from protocol.errors import ConfigError, Unavailable
 
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
@@ -115,7 +115,7 @@ def worker_options(cluster: ClusterFile, w: WorkerSection, device: str) -> list[
         out.append("--insecure")
     elif w.keys or cluster.security.keys:
         keys = w.keys or cluster.security.keys
-        out += ["--keys", keys if w.launcher == "ssh" else str(Path(keys).expanduser())]
+        out += ["--keys", keys if w.launcher == "ssh" else str(expanded(keys))]
     return out
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os.path
+from pathlib import Path
 from typing import Annotated, Literal
 
 from msgspec import Meta, Struct, field
@@ -64,3 +66,8 @@ class ClusterFile(Strict, frozen=True):
     security: SecuritySection = SecuritySection()
     model: ModelSection = ModelSection()
     split: SplitSection = SplitSection()
+
+
+def expanded(path: str) -> Path:
+    """A path of the file. The `~` of a user who is not there stays, and names no file."""
+    return Path(os.path.expanduser(path))

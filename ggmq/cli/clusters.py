@@ -18,7 +18,7 @@ from config import launch
 from config.auth import find_keys
 from config.keys import KeyPair
 from config.load import load_cluster
-from config.schema import ClusterFile
+from config.schema import ClusterFile, expanded
 from config.terminal import print_line, safe_line, safe_text
 from ggmq.archs import open_arch
 from ggmq.cli.options import BUNDLED, add_security, endpoints, host_memory, require_file
@@ -58,14 +58,14 @@ def add(commands: Any) -> None:
 
 
 def _keys(cluster: ClusterFile) -> KeyPair | None:
-    named = Path(cluster.security.keys).expanduser() if cluster.security.keys else None
+    named = expanded(cluster.security.keys) if cluster.security.keys else None
     return find_keys(named, cluster.security.insecure)
 
 
 def _model(cluster: ClusterFile, file: Path) -> Path:
     if not cluster.model.path:
         return BUNDLED
-    path = Path(cluster.model.path).expanduser()
+    path = expanded(cluster.model.path)
     path = path if path.is_absolute() else file.parent / path
     return require_file(path)
 
@@ -77,7 +77,7 @@ def apply_cluster(args: argparse.Namespace, file: Path) -> None:
         raise ConfigError(f"{file}: cluster {cluster.name} is not up; run `ggmq up {file}`")
     args.broker = cluster.broker.listen
     args.worker_order = _order(cluster)
-    args.keys = Path(cluster.security.keys).expanduser() if cluster.security.keys else args.keys
+    args.keys = expanded(cluster.security.keys) if cluster.security.keys else args.keys
     args.insecure = args.insecure or cluster.security.insecure
     if args.model is None and not args.hf_repo:
         args.model = _model(cluster, file)
@@ -201,7 +201,7 @@ def _start_all(cluster: ClusterFile, state: launch.ClusterState, keys: KeyPair |
     if cluster.security.insecure:
         command.append("--insecure")
     elif cluster.security.keys:
-        command += ["--keys", str(Path(cluster.security.keys).expanduser())]
+        command += ["--keys", str(expanded(cluster.security.keys))]
 
     def started(p: launch.Process) -> None:
         state.processes.append(p)
@@ -297,7 +297,7 @@ def _status(args: argparse.Namespace) -> int:
             bad += not running
             print_line(f"  {p.name}: {'running' if running else 'NOT RUNNING'}, process {p.pid}"
                   f"{' on ' + p.host if p.host else ''}, log {p.log}")  # fmt: skip
-        keys = find_keys(Path(state.keys).expanduser() if state.keys else None, state.insecure)
+        keys = find_keys(expanded(state.keys) if state.keys else None, state.insecure)
         try:
             _print_broker(state.endpoint, keys, Path(state.file))
         except GgmqError as e:

@@ -78,3 +78,12 @@ def test_an_offline_plan_takes_this_hosts_memory_and_names_what_nobody_can_tell(
         path.write_text(f"workers:\n  - {worker.replace('name', 'memory_mib: 500, name')}\n")
         r = ggmq("plan", path, "--offline", timeout=30)
         assert r.returncode == 0 and "0-3, output" in r.stdout, r.stderr
+
+
+def test_a_home_that_is_not_there_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    for section, words in (("security: {keys: ~nobody-here/k}", "~nobody-here/k: cannot read the cluster key"),
+                           ("model: {path: ~nobody-here/m.gguf}", "~nobody-here/m.gguf: no such file")):  # fmt: skip
+        path.write_text(f"broker: {{listen: 'tcp://127.0.0.1:{free_port()}'}}\nworkers: [{{name: a}}]\n{section}\n")
+        r = ggmq("up" if "keys" in section else "plan", path, *(["--offline"] if "model" in section else []))
+        assert r.returncode == 2 and words in r.stderr, r.stderr

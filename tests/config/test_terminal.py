@@ -7,6 +7,7 @@ import pty
 import struct
 import subprocess
 import sys
+import time
 import unicodedata
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from config.terminal import safe_line, safe_text
-from tests.support.fixtures import ROOT
+from tests.support.fixtures import ROOT, free_port
 from tests.support.gguf_factory import STRING, TENSORS, U32, file, key, tensor, text
 
 BIDI = {chr(c) for c in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
@@ -132,3 +133,21 @@ def test_text_that_is_no_utf8_becomes_the_replacement_character() -> None:
     assert r.returncode == 0 and r.stdout.startswith("caf\ufffd".encode()), r.stderr
     r = run("run", *command, stdin=b"caf\xe9\n")
     assert r.returncode == 0 and b"bug" not in r.stderr, r.stderr
+
+
+def test_the_name_of_a_worker_is_shown() -> None:
+    endpoint = f"tcp://127.0.0.1:{free_port()}"
+    command = [sys.executable, "-m"]
+    broker = subprocess.Popen([*command, "ggmq", "broker", "--listen", endpoint], cwd=ROOT, stdout=subprocess.DEVNULL)
+    worker = subprocess.Popen([*command, "workers", "--broker", endpoint, "-d", "reference", "--name", "attic\x1b[31m\n"],
+                              cwd=ROOT, stdout=subprocess.DEVNULL)  # fmt: skip
+    try:
+        due = time.monotonic() + 60
+        while b"attic" not in (status := run("status", "--broker", endpoint)).stdout:
+            assert time.monotonic() < due, status.stderr
+        assert_shown(status.stdout)
+        assert rb"attic\x1b[31m\n reference" in status.stdout
+    finally:
+        for p in (worker, broker):
+            p.terminate()
+            p.wait(10)
