@@ -21,7 +21,7 @@ from typing import Any
 import zmq
 import zmq.auth.thread
 
-from config.keys import KeyPair
+from config.keys import KeyPair, default_key_file, read_keys
 from protocol import limits
 from protocol.errors import ConfigError, Unavailable
 
@@ -250,3 +250,21 @@ def new_keys() -> KeyPair:
     """A fresh pair from libzmq's generator."""
     public, secret = zmq.curve_keypair()
     return KeyPair(public, secret)
+
+
+def find_keys(path: Path | None, insecure: bool) -> KeyPair | None:
+    """The keys to use: the file named, else the default file if there is one, else none. None when `insecure`.
+
+    Errors: ConfigError when the file holds no pair, or two keys that do not belong together.
+    """
+    if insecure:
+        return None
+    if path is None:
+        path = default_key_file()
+        if not path.exists():
+            return None
+    keys = read_keys(path)
+    if zmq.curve_public(keys.secret) != keys.public:
+        raise ConfigError(f"{path}: expected the public key that belongs to the secret one, got another; "
+                          "copy the file again from the main host")  # fmt: skip
+    return keys

@@ -21,11 +21,12 @@ from pathlib import Path
 
 from msgspec import Struct, ValidationError, convert, to_builtins
 
-from config.schema import ClusterFile, WorkerSection
+from config.schema import ClusterFile, WorkerSection, expanded
 from protocol.errors import ConfigError, Unavailable
 
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
 SSH_S = 60.0
+LIST_S = 120.0
 END_S = 5.0
 
 
@@ -67,18 +68,28 @@ def read_state(path: Path) -> ClusterState | None:
         return convert(json.loads(path.read_text()), ClusterState)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, ValidationError) as e:
+    except OSError as e:
+        raise ConfigError(f"{path}: the cluster's state cannot be read: {e.strerror or e}; "
+                          "XDG_STATE_HOME says where it lies") from None  # fmt: skip
+    except (ValueError, ValidationError) as e:
         raise ConfigError(f"{path}: the cluster's state cannot be read: {e}; end its processes by hand, remove it") from None
 
 
 def write_state(state: ClusterState) -> None:
-    """Written beside and renamed, after every process that starts: a crash of `up` loses track of none."""
+    """Written beside and renamed, after every process that starts: a crash of `up` loses track of none.
+
+    Errors: ConfigError when it cannot be written.
+    """
     path = state_path(state.name)
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    fd, name = tempfile.mkstemp(dir=path.parent, prefix=".part-")
-    with open(fd, "w") as f:
-        json.dump(to_builtins(state), f, indent=1)
-    os.replace(name, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        fd, name = tempfile.mkstemp(dir=path.parent, prefix=".part-")
+        with open(fd, "w") as f:
+            json.dump(to_builtins(state), f, indent=1)
+        os.replace(name, path)
+    except OSError as e:
+        raise ConfigError(f"{path}: cannot keep the cluster's state: {e.strerror or e}; "
+                          "XDG_STATE_HOME says where it lies") from None  # fmt: skip
 
 
 def all_states() -> list[ClusterState]:
@@ -104,26 +115,48 @@ def worker_options(cluster: ClusterFile, w: WorkerSection, device: str) -> list[
         out.append("--insecure")
     elif w.keys or cluster.security.keys:
         keys = w.keys or cluster.security.keys
-        out += ["--keys", keys if w.launcher == "ssh" else str(Path(keys).expanduser())]
+        out += ["--keys", keys if w.launcher == "ssh" else str(expanded(keys))]
     return out
 
 
-def local_command(command: str) -> list[str]:
-    """What starts a worker here; the plain word `worker` is this installation's own."""
-    return [sys.executable, "-m", "workers"] if command == "worker" else shlex.split(command)
+def local_command(w: WorkerSection) -> list[str]:
+    """What starts a worker here; the plain word `worker` is this installation's own. Errors: ConfigError."""
+    if w.command == "worker":
+        return [sys.executable, "-m", "workers"]
+    try:
+        words = shlex.split(w.command)
+    except ValueError as e:
+        raise ConfigError(f"worker {w.name}: command: expected words as a shell has them, got {w.command!r}: {e}") from None
+    if not words:
+        raise ConfigError(f"worker {w.name}: command: expected what starts a worker, got nothing; leave the key out")
+    return words
+
+
+def _our_environment() -> dict[str, str]:
+    """The environment of a process that is to find this installation's packages."""
+    root = str(Path(__file__).resolve().parent.parent)
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)}
+
+
+def _cannot_start(where: str, command: list[str], e: OSError) -> ConfigError:
+    return ConfigError(f"{where}: cannot start {shlex.join(command)}: {e.filename or command[0]}: {e.strerror or e}; "
+                       "the key `command` of the cluster file says what starts a worker")  # fmt: skip
 
 
 def start_local(name: str, command: list[str], tag: str, log: Path) -> Process:
     """Start a process of this host that outlives us, its output in a log. Errors: ConfigError when it cannot start."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    root = str(Path(__file__).resolve().parent.parent)
-    path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)
     try:
-        with open(log, "ab") as out:
-            p = subprocess.Popen([*command, "--tag", tag], stdin=subprocess.DEVNULL, stdout=out, stderr=out,
-                                 start_new_session=True, env={**os.environ, "PYTHONPATH": path})  # fmt: skip
+        log.parent.mkdir(parents=True, exist_ok=True)
+        out = open(log, "ab")  # noqa: SIM115, the block below closes it
     except OSError as e:
-        raise ConfigError(f"{name}: cannot start {shlex.join(command)}: {e.strerror or e}") from None
+        raise ConfigError(f"{log}: cannot write the log of {name}: {e.strerror or e}; "
+                          "XDG_STATE_HOME says where logs lie") from None  # fmt: skip
+    with out:
+        try:
+            p = subprocess.Popen([*command, "--tag", tag], stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+                                 start_new_session=True, env=_our_environment())  # fmt: skip
+        except OSError as e:
+            raise _cannot_start(name, command, e) from None
     return Process(name, tag, p.pid, str(log))
 
 
@@ -131,7 +164,7 @@ def ssh(host: str, options: list[str], command: str) -> str:
     """Run a shell command on a host. Errors: Unavailable with what ssh said."""
     try:
         done = subprocess.run([*SSH, *options, "--", host, command], capture_output=True, text=True, timeout=SSH_S,
-                              stdin=subprocess.DEVNULL, check=False)  # fmt: skip
+                              errors="replace", stdin=subprocess.DEVNULL, check=False)  # fmt: skip
     except FileNotFoundError:
         raise ConfigError("launcher ssh: the program ssh is not installed on this host") from None
     except subprocess.TimeoutExpired:
@@ -200,14 +233,21 @@ def log_tail(p: Process, n_lines: int = 5) -> str:
 
 
 def list_devices(w: WorkerSection) -> list[tuple[str, int, int]]:
-    """Name, total and free bytes of a launcher's devices, as its worker lists them."""
+    """Name, total and free bytes of a launcher's devices, as its worker lists them.
+
+    Runs the cluster file's `command`, by ssh too. Errors: ConfigError when it cannot be started, Unavailable when it fails.
+    """
     if w.launcher == "ssh":
         out = ssh(w.host, w.ssh_options, f"{w.command} --device")
     else:
-        root = str(Path(__file__).resolve().parent.parent)
-        path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)
-        done = subprocess.run([*local_command(w.command), "--device"], capture_output=True, text=True, check=False,
-                              env={**os.environ, "PYTHONPATH": path})  # fmt: skip
+        command = [*local_command(w), "--device"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, timeout=LIST_S,
+                                  stdin=subprocess.DEVNULL, env=_our_environment())  # fmt: skip
+        except OSError as e:
+            raise _cannot_start(f"worker {w.name}", command, e) from None
+        except subprocess.TimeoutExpired:
+            raise Unavailable(f"{w.name}: `{w.command} --device` gave no answer within {LIST_S:.0f} s") from None
         if done.returncode:
             raise Unavailable(f"{w.name}: `{w.command} --device` failed: {done.stderr.strip()[-300:]}")
         out = done.stdout

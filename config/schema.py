@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os.path
+from pathlib import Path
 from typing import Annotated, Literal
 
 from msgspec import Meta, Struct, field
 
 Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
+Line = Annotated[str, Meta(max_length=4096, pattern=r"^[^\x00-\x1f\x7f]*$")]
 Count = Annotated[int, Meta(ge=0, le=1 << 24)]
 
 
@@ -24,12 +27,12 @@ class BrokerSection(Strict, frozen=True):
 class SecuritySection(Strict, frozen=True):
     """`keys`: the cluster key file; empty takes the default file, if there is one."""
 
-    keys: str = ""
+    keys: Line = ""
     insecure: bool = False
 
 
 class ModelSection(Strict, frozen=True):
-    path: str = ""
+    path: Line = ""
     context: Count = 0
 
 
@@ -47,9 +50,9 @@ class WorkerSection(Strict, frozen=True):
     memory_mib: Count = 0
     cache: bool = False
     port: Annotated[int, Meta(ge=1, le=65535)] = 50052
-    command: Annotated[str, Meta(max_length=4096)] = "worker"
-    keys: str = ""
-    ssh_options: Annotated[list[Annotated[str, Meta(max_length=512)]], Meta(max_length=32)] = []
+    command: Line = "worker"
+    keys: Line = ""
+    ssh_options: Annotated[list[Line], Meta(max_length=32)] = []
 
 
 class SplitSection(Strict, frozen=True):
@@ -63,3 +66,8 @@ class ClusterFile(Strict, frozen=True):
     security: SecuritySection = SecuritySection()
     model: ModelSection = ModelSection()
     split: SplitSection = SplitSection()
+
+
+def expanded(path: str) -> Path:
+    """A path of the file. The `~` of a user who is not there stays, and names no file."""
+    return Path(os.path.expanduser(path))

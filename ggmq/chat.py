@@ -1,50 +1,158 @@
-"""Chat templates: the model's own Jinja2 template in a sandbox, ChatML where it has none."""
+"""Chat templates: the model's own Jinja2 template in a sandbox and in a process of its own, ChatML where it has none."""
 
 from __future__ import annotations
 
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+import weakref
 from collections.abc import Sequence
-from datetime import datetime
-from typing import NoReturn
-
-import jinja2
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from pathlib import Path
+from typing import Any
 
 from ggmq.tokenizer import Vocabulary
-from protocol.errors import FormatError
+from protocol.errors import FormatError, Unavailable
 
 Message = dict[str, str]
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+MAX_TEMPLATE_CHARS = 1 << 20
 MAX_OUTPUT_CHARS = 4_000_000
-
-
-def _raise(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
+MAX_MEMORY_BYTES = 512 << 20
+MAX_RENDER_S = 5.0
+START_S = 60.0
+_ANSWER_BYTES = 12 * MAX_OUTPUT_CHARS + 4096
+"""What an answer may have in JSON, where a character has up to twelve."""
 
 
 class ChatTemplate:
-    """Errors: FormatError when the model's template cannot be parsed or refuses the messages."""
+    """A template is parsed and rendered within MAX_RENDER_S, MAX_OUTPUT_CHARS and MAX_MEMORY_BYTES, by a process that is
+    kept for the next conversation, started again after a failure, and ended with this object.
+
+    Errors: FormatError when the model's template cannot be parsed, refuses the messages, or leaves those bounds.
+    Threads: use from one.
+    """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
-        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        env.globals["raise_exception"] = _raise
-        env.globals["strftime_now"] = lambda f: datetime.now().strftime(f)
         self._tokens = {name: vocabulary.tokens[i] if i is not None else ""
                         for name, i in (("bos_token", vocabulary.bos), ("eos_token", vocabulary.eos))}  # fmt: skip
-        self._name = vocabulary.name
-        try:
-            self._template = env.from_string(vocabulary.chat_template or CHATML)
-        except jinja2.TemplateError as e:
-            raise FormatError(f"{self._name}: tokenizer.chat_template: {e}") from None
+        self._where = f"{vocabulary.name}: tokenizer.chat_template"
+        self._source = vocabulary.chat_template or CHATML
+        if len(self._source) > MAX_TEMPLATE_CHARS:
+            raise FormatError(f"{self._where}: expected at most {MAX_TEMPLATE_CHARS} characters, got {len(self._source)}")
+        self._process: subprocess.Popen[bytes] | None = None
+        self._end: weakref.finalize[..., Any] | None = None
+        self._start()
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The prompt for a conversation. Messages have `role` and `content`."""
+        if self._process is None:
+            self._start()
+        request = {"messages": list(messages), "add_generation_prompt": add_generation_prompt, **self._tokens}
+        return self._ask(request, "refuses the conversation")
+
+    def _start(self) -> None:
+        """Start the process and have it parse the template."""
+        command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("rendering.py"))]
+        # a session of its own: Ctrl-C comes to us, and we end it
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                   bufsize=0, start_new_session=True)  # fmt: skip
+        self._process, self._end = process, weakref.finalize(self, _end, process)
+        setup = {"path": [p for p in sys.path if p], "template": self._source, "max_output_chars": MAX_OUTPUT_CHARS,
+                 "max_memory_bytes": MAX_MEMORY_BYTES, "max_cpu_s": int(MAX_RENDER_S) + 1}  # fmt: skip
         try:
-            text = self._template.render(messages=list(messages), add_generation_prompt=add_generation_prompt,
-                                         **self._tokens)  # fmt: skip
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as e:
-            raise FormatError(f"{self._name}: tokenizer.chat_template refuses the conversation: {e}") from None
-        return text[:MAX_OUTPUT_CHARS]
+            _send(process, setup)
+            ready = "ready" in _receive(process, START_S)
+        except (BrokenPipeError, TimeoutError, ValueError):
+            ready = False
+        except BaseException:
+            self._stop()
+            raise
+        if not ready:
+            self._stop()
+            raise Unavailable(f"{self._where}: the process that renders it did not start: {' '.join(command)}")
+        self._ask(None, "cannot be parsed")
+
+    def _ask(self, request: dict[str, Any] | None, refused: str) -> str:
+        """The answer to a request, or, for None, to the one that the process began with. After a failure it is gone."""
+        process = self._process
+        assert process is not None  # _start comes first
+        try:
+            if request is not None:
+                _send(process, request)
+            answer = _receive(process, MAX_RENDER_S)
+        except TimeoutError:
+            answer = {"failed": "time"}
+        except (BrokenPipeError, ValueError):  # it ended without a word, or with half of one
+            answer = {"failed": _cause(process)}
+        except BaseException:  # Ctrl-C ends the template, not just the waiting
+            self._stop()
+            raise
+        failed, text = answer.get("failed"), answer.get("text", "")
+        if failed is None:
+            return str(text)
+        if failed != "refused" or request is None:
+            self._stop()
+        story = {
+            "time": f"took longer than {MAX_RENDER_S:g} s",
+            "output": f"made more than {MAX_OUTPUT_CHARS} characters",
+            "memory": f"needs more than {MAX_MEMORY_BYTES >> 20} MiB of memory",
+            "depth": "nests too deep",
+            "refused": f"{refused}: {text}",
+        }.get(failed, f"ended the process that rendered it: {failed}")
+        raise FormatError(f"{self._where} {story}; give a prompt with -p, or use a model with another template")
+
+    def _stop(self) -> None:
+        if self._end is not None:
+            self._end()
+        self._process = None
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    for pipe in (process.stdin, process.stdout):
+        assert pipe is not None  # both were asked for
+        pipe.close()
+    process.wait()
+
+
+def _cause(process: subprocess.Popen[bytes]) -> str:
+    """What ended the process: the bound of processor time, or something else."""
+    try:
+        code = process.wait(1.0)
+    except subprocess.TimeoutExpired:
+        return "it answered with something else"
+    return "time" if code == -signal.SIGXCPU else f"code {code}"
+
+
+def _send(process: subprocess.Popen[bytes], request: dict[str, Any]) -> None:
+    """Between two answers the process does nothing but read, so this does not wait for a template."""
+    assert process.stdin is not None  # a pipe was asked for
+    left = memoryview(json.dumps(request).encode("ascii") + b"\n")
+    while left:
+        left = left[process.stdin.write(left) :]
+
+
+def _receive(process: subprocess.Popen[bytes], within_s: float) -> dict[str, Any]:
+    """The next answer. Errors: TimeoutError; ValueError when the process ended, or said something that is no answer."""
+    assert process.stdout is not None  # a pipe was asked for
+    due, line = time.monotonic() + within_s, bytearray()
+    poll = select.poll()
+    poll.register(process.stdout, select.POLLIN)
+    while not line.endswith(b"\n"):
+        if not poll.poll(max(0.0, due - time.monotonic()) * 1000):
+            raise TimeoutError
+        piece = os.read(process.stdout.fileno(), 1 << 16)
+        line += piece
+        if not piece or len(line) > _ANSWER_BYTES:
+            raise ValueError("no answer")
+    answer = json.loads(line)
+    if not isinstance(answer, dict):
+        raise ValueError("no answer")
+    return answer

@@ -62,13 +62,20 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _BYTES = _byte_alphabet()
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def well_formed(text: str) -> str:
+    """Text as any encoder takes it: what was no UTF-8 when it came from outside is the replacement character."""
+    return _SURROGATE.sub("\ufffd", text)
 
 
 class Vocabulary:
     """Text to token ids and back.
 
     Attributes:
-        tokens: text of each id, as stored. types: kind of each id (NORMAL, CONTROL, ...).
+        tokens: text of each id, as stored; bytes that are no UTF-8 stand there as Python's surrogateescape has them.
+        types: kind of each id (NORMAL, CONTROL, ...).
         bos, eos: ids or None. end_ids: ids after which generation stops.
     Errors: FormatError when the metadata does not describe a vocabulary.
     """
@@ -156,6 +163,7 @@ class Vocabulary:
     def _encode_plain(self, text: str, after_special: bool) -> list[int]:
         if not text:
             return []
+        text = well_formed(text)
         if self.model == "llama":
             return self._encode_spm((" " if self.add_space_prefix and after_special else "") + text)
         return [int(i) for i in self._bpe.encode(text, add_special_tokens=False).ids]
@@ -165,14 +173,16 @@ class Vocabulary:
         if self.pre not in PRE_TOKENIZERS:
             raise FormatError(f"{self.name}: tokenizer.ggml.pre {self.pre!r} is unknown; expected one of "
                               f"{', '.join(sorted(PRE_TOKENIZERS))}")  # fmt: skip
+        # a token that is no UTF-8 has an id and bytes, but no text leads to it, and the library takes none such
+        ids = {t: i for t, i in self.ids.items() if t.isascii() or not _SURROGATE.search(t)}
         merges = []
         for i, line in enumerate(self._merges):
             left, space, right = line[:1] + line[1:].partition(" ")[0], *line[1:].partition(" ")[1:]
             if not space or not right or not left:
                 raise FormatError(f"{self.name}: merge {i}: expected two pieces, got {line!r}")
-            if left in self.ids and right in self.ids and left + right in self.ids:
+            if left in ids and right in ids and left + right in ids:
                 merges.append((left, right))
-        tokenizer = Tokenizer(models.BPE(self.ids, merges, ignore_merges=self.pre in IGNORE_MERGES))
+        tokenizer = Tokenizer(models.BPE(ids, merges, ignore_merges=self.pre in IGNORE_MERGES))
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
             *(pre_tokenizers.Split(Regex(e), "isolated") for e in PRE_TOKENIZERS[self.pre]),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),

@@ -15,8 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ggmq.cluster import Client
+from protocol import messages as m
+from protocol.errors import OutOfMemory
 from tests.support.fixtures import BUNDLED, ROOT, free_port
-from tests.support.gguf_factory import tiny_model
+from tests.support.gguf_factory import text, tiny_model
 
 GGMQ = [sys.executable, "-m", "ggmq"]
 WORKER = [sys.executable, "-m", "workers"]
@@ -371,3 +374,42 @@ def test_up_cleans_up_after_a_failure(tmp_path: Path) -> None:
     assert up.returncode == 1 and "CUDA3" in up.stderr and "right/CUDA3 ended before it was ready" in up.stderr
     assert gone([int(p) for p in re.findall(r"process (\d+)", up.stdout)])
     assert "no cluster is up" in ggmq("status").stdout
+
+
+@pytest.mark.parametrize("devices", ["reference", "reference,CPU"])
+def test_a_cache_folder_that_cannot_be_one_is_named(tmp_path: Path, devices: str) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "in", Path("/proc/nowhere")):
+        r = subprocess.run([*WORKER, "-p", "0", "-d", devices, "--cache-dir", str(folder)], cwd=ROOT, capture_output=True,
+                           text=True, timeout=60)  # fmt: skip
+        assert r.returncode == 2 and r.stderr.startswith(f"worker: --cache-dir {folder}: expected a folder"), r.stderr
+        assert len(r.stderr.splitlines()) == 1
+        r = ggmq("cache", "list", "--cache-dir", folder)
+        assert r.returncode == 2 and f"{folder}: " in r.stderr and "Traceback" not in r.stderr
+
+
+def test_files_that_the_system_refuses_are_named(tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", np.arange(4, dtype=np.int32))
+    out = tmp_path / "ids.npy" / "x.npy"
+    r = ggmq("logits", "--tokens", tmp_path / "ids.npy", "--out", out, "--device", "reference")
+    assert r.returncode == 1 and r.stderr.splitlines()[-1] == f"ggmq: {out}: Not a directory", r.stderr
+    from ggmq.cli import main
+
+    assert main(["cache", "list", "--cache-dir", "a\0b"]) == 2
+
+
+def test_a_refusal_says_its_place_once(bus: Client, device: str) -> None:
+    with pytest.raises(OutOfMemory, match=rf"^local0 {device}: a buffer needs \d+ bytes, \d+ are free$"):
+        bus.request(m.AllocBuffer(bus.session, 77, 1 << 45))
+
+
+def test_a_vocabulary_that_is_no_utf8_is_bytes_as_they_are(tmp_path: Path) -> None:
+    old, new = text("\u0120was"), text(b"\xff\xfe\x9b\xff\xff")
+    path = tmp_path / "m.gguf"
+    path.write_bytes(BUNDLED.read_bytes().replace(old, new))
+    r = ggmq("run", "-m", path, "-p", "Once upon a time", "-n", "6", "--temp", "0", "--device", "reference")
+    assert r.returncode == 0 and "\ufffd" in r.stdout, r.stdout + r.stderr
+    tokens = ggmq("tokenize", "-m", path, stdin="He was here")
+    assert tokens.returncode == 0 and "'Once'" not in tokens.stdout, tokens.stderr
+    info = ggmq("info", path)
+    assert info.returncode == 0 and "tokenizer.ggml.tokens: [str]" in info.stdout, info.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import re
 import secrets
@@ -11,8 +12,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from config.keys import default_key_file, find_keys
+from config.auth import find_keys
+from config.keys import default_key_file
+from config.terminal import Parser, accept_any_text, print_line
 from protocol.errors import ConfigError, GgmqError
+from protocol.messages import DeviceInfo
 from workers.cache import DEFAULT_QUOTA_BYTES, Cache, ModelFolder, cache_folder
 from workers.devices import accelerators, open_device
 from workers.devices.base import Device
@@ -25,7 +29,7 @@ SPIN_US = 1000
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="worker",
         description="Lend devices of this host to a main host that runs `ggmq run --rpc HOST:PORT`.",
         epilog="Environment: CUDA_VISIBLE_DEVICES limits the devices; LLAMA_CACHE moves the cache; GGMQ_DEBUG=1 "
@@ -101,11 +105,12 @@ def default_threads() -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `worker`. Returns the exit code."""
+    accept_any_text()
     args = parser().parse_args(argv)
     try:
         return _main(args)
     except GgmqError as e:
-        print(f"worker: {e}", file=sys.stderr)
+        print_line(f"worker: {e}", file=sys.stderr)
         return 2 if isinstance(e, ConfigError) else 1
     except KeyboardInterrupt:
         return 130
@@ -117,8 +122,7 @@ def _main(args: argparse.Namespace) -> int:
         raise ConfigError(f"-t {threads}: --cpus names {len(args.cpus)}; give a CPU for each thread")
     if args.device == LIST:
         for name in [*accelerators(), "CPU", "reference"]:
-            i = open_device(name, threads).info()
-            print(f"  {i.name}: {i.description or i.kind} ({i.total_bytes // MIB} MiB, {i.free_bytes // MIB} MiB free)")
+            _print_device(open_device(name, threads).info())
         return 0
     names = args.device.split(",") if args.device else (accelerators() or ["CPU"])
     local = args.host in ("127.0.0.1", "localhost", "::1") or args.host.startswith("127.")
@@ -129,9 +133,9 @@ def _main(args: argparse.Namespace) -> int:
             f"{args.keys or default_key_file()}; make one with `ggmq keys new` and copy it to each host, "
             "or pass --insecure on a network that you trust"
         )
+    cache = _cache(args)
     if len(names) > 1:
         return _serve_many(args, names, keys)
-    cache = Cache(args.cache_dir or cache_folder(), args.cache_quota * MIB) if args.cache or args.cache_dir else None
     os.environ.setdefault("OPENBLAS_NUM_THREADS", str(threads))
     if args.model_dir and not args.model_dir.is_dir():
         raise ConfigError(f"--model-dir {args.model_dir}: no such folder")
@@ -154,6 +158,21 @@ def _main(args: argparse.Namespace) -> int:
         _banner(endpoint, cache, [device], keys is not None, dialled=bool(args.broker))
     serve(loop)
     return 0
+
+
+def _cache(args: argparse.Namespace) -> Cache | None:
+    """The weight cache that the options ask for. Errors: ConfigError when its folder cannot be used."""
+    if not args.cache and not args.cache_dir:
+        return None
+    folder = args.cache_dir or cache_folder()
+    try:
+        cache = Cache(folder, args.cache_quota * MIB)
+        if not os.access(folder, os.R_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except (OSError, ValueError) as e:
+        reason = getattr(e, "strerror", None) or e
+        raise ConfigError(f"--cache-dir {folder}: expected a folder for weights: {reason}; choose another") from None
+    return cache
 
 
 def _endpoint(args: argparse.Namespace) -> str:
@@ -193,8 +212,7 @@ def _serve_many(args: argparse.Namespace, names: list[str], keys: object) -> int
     cache = str(args.cache_dir or cache_folder()) if args.cache or args.cache_dir else "n/a"
     _print_banner(front.endpoint, cache, keys is not None, False)
     for i in infos:
-        print(f"  {i.name}: {i.description or i.kind} ({i.total_bytes // MIB} MiB, {i.free_bytes // MIB} MiB free)",
-              flush=True)  # fmt: skip
+        _print_device(i)
     front.run()
     return 0
 
@@ -202,17 +220,19 @@ def _serve_many(args: argparse.Namespace, names: list[str], keys: object) -> int
 def _banner(endpoint: str, cache: Cache | None, devices: list[Device], secure: bool, dialled: bool) -> None:
     _print_banner(endpoint, str(cache.folder) if cache else "n/a", secure, dialled)
     for d in devices:
-        i = d.info()
-        print(f"  {i.name}: {i.description or i.kind} ({i.total_bytes // MIB} MiB, {i.free_bytes // MIB} MiB free)",
-              flush=True)  # fmt: skip
+        _print_device(d.info())
 
 
 def _print_banner(endpoint: str, cache: str, secure: bool, dialled: bool) -> None:
-    print(f"Starting worker, {SOFTWARE}")
-    print(f"  {'broker' if dialled else 'endpoint'} : {endpoint.removeprefix('tcp://') if not dialled else endpoint}")
-    print(f"  local cache : {cache}")
-    print(f"  security : {'CURVE, cluster key' if secure else 'none'}")
-    print("Devices:", flush=True)
+    print_line(f"Starting worker, {SOFTWARE}")
+    print_line(f"  {'broker' if dialled else 'endpoint'} : {endpoint.removeprefix('tcp://') if not dialled else endpoint}")
+    print_line(f"  local cache : {cache}")
+    print_line(f"  security : {'CURVE, cluster key' if secure else 'none'}")
+    print_line("Devices:")
+
+
+def _print_device(i: DeviceInfo) -> None:
+    print_line(f"  {i.name}: {i.description or i.kind} ({i.total_bytes // MIB} MiB, {i.free_bytes // MIB} MiB free)")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
+from config.terminal import Parser, accept_any_text, print_line
 from ggmq import __version__
 from protocol.errors import ConfigError, GgmqError, InternalError
 
@@ -21,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["worker"]:  # the worker's own process, with the worker's own options
         os.execv(sys.executable, [sys.executable, "-m", "workers", *argv[1:]])
+    accept_any_text()
     args = _parser().parse_args(argv)
     # a shell starts background jobs with SIGINT ignored; ours still ends, and its workers with it
     for s in (signal.SIGINT, signal.SIGTERM):
@@ -28,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(args.run(args))
     except GgmqError as e:
-        print(f"ggmq: {e}", file=sys.stderr)
+        print_line(f"ggmq: {e}", file=sys.stderr)
         return 2 if isinstance(e, ConfigError) else 1
     except KeyboardInterrupt:
         print("\nggmq: interrupted", file=sys.stderr)
@@ -36,11 +38,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 1
+    except OSError as e:  # a file that cannot be read or written, a full disk: whatever we did, it is the system's answer
+        if os.environ.get("GGMQ_DEBUG"):
+            raise
+        print_line(f"ggmq: {f'{e.filename}: ' if e.filename is not None else ''}{e.strerror or e}", file=sys.stderr)
+        return 1
     except Exception as e:
         if os.environ.get("GGMQ_DEBUG"):
             raise
         bug = InternalError(f"{type(e).__name__}: {e}; this is a bug of ggmq, run again with GGMQ_DEBUG=1 and report it")
-        print(f"ggmq: {bug}", file=sys.stderr)
+        print_line(f"ggmq: {bug}", file=sys.stderr)
         return 1
 
 
@@ -51,7 +58,7 @@ def _terminated(signum: int, frame: FrameType | None) -> None:
 def _parser() -> argparse.ArgumentParser:
     from ggmq.cli import bench, clusters, inspect, logits, run
 
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="ggmq",
         description="Run GGUF language models over all the devices you have.",
         epilog="Start with: ggmq run -p \"Once upon a time\". On other hosts: worker -H 0.0.0.0. "

@@ -8,6 +8,7 @@ import statistics
 import time
 from typing import Any
 
+from config.terminal import safe_line
 from ggmq.cli.options import add_model, add_security, model_path, whole
 from ggmq.cli.run import add_bus
 from ggmq.cli.session import MIB, open_session, stage_line
@@ -49,7 +50,7 @@ def _bench(args: argparse.Namespace) -> int:
             "sent_bytes": report.sent_bytes, "cached_bytes": report.cached_bytes,
             "worker_rss_bytes": sum(rss), "weights_and_kv_bytes": sum(a.weight_bytes + a.kv_bytes for a in stages),
         }  # fmt: skip
-        lines = [stage_line(s.infos, a) for a in stages]
+        lines = [safe_line(stage_line(s.infos, a)) for a in stages]
     print(json.dumps(result) if args.output == "json" else _table(result, lines))
     return 0
 
@@ -69,6 +70,6 @@ def _table(r: dict[str, Any], stages: list[str]) -> str:
         ("round trips a token", f"{r['round_trips_per_token']:.2f}"),
         ("worker memory", f"{rss:.0f} MiB for {held:.0f} MiB of weights and KV"),
     ]  # fmt: skip
-    out = [f"| {r['model']} | median of {r['repetitions']} |", "|---|---|"]
+    out = [f"| {safe_line(r['model'])} | median of {r['repetitions']} |", "|---|---|"]
     out += [f"| {name} | {value} |" for name, value in rows]
     return "\n".join([*out, *(f"layers {line}" for line in stages)])

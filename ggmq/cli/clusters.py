@@ -15,11 +15,13 @@ import msgspec
 
 from broker.placement import SCRATCH_BYTES, Assignment
 from config import launch
-from config.keys import KeyPair, find_keys
+from config.auth import find_keys
+from config.keys import KeyPair
 from config.load import load_cluster
-from config.schema import ClusterFile
+from config.schema import ClusterFile, expanded
+from config.terminal import print_line, safe_line, safe_text
 from ggmq.archs import open_arch
-from ggmq.cli.options import BUNDLED, add_security, endpoints, require_file
+from ggmq.cli.options import BUNDLED, add_security, endpoints, host_memory, require_file
 from ggmq.cluster import connect, local_bus, own_broker
 from ggmq.gguf import GGUF
 from ggmq.runner import default_n_ctx, plan
@@ -36,6 +38,11 @@ def add(commands: Any) -> None:
         p = commands.add_parser(name, help=line, description=line.capitalize() + ".")
         p.add_argument("cluster", type=Path, metavar="CLUSTER.yaml")
         p.set_defaults(run=run)
+        if name == "plan":
+            p.description = ("Print where a cluster's layers would go; nothing is loaded. Asks each host for its devices: "
+                             "runs the file's `command` here and by ssh, and connects to workers that listen.")  # fmt: skip
+            p.add_argument("--offline", action="store_true", help="run and contact nothing: take each worker's memory_mib, "
+                           "for local ones without it what this host has free")  # fmt: skip
     s = commands.add_parser("status", help="workers, memory and layers of clusters",
                             description="Workers, memory and layers of the clusters that run.")  # fmt: skip
     s.add_argument("cluster", type=Path, nargs="?", metavar="CLUSTER.yaml", help="only this one")
@@ -51,14 +58,14 @@ def add(commands: Any) -> None:
 
 
 def _keys(cluster: ClusterFile) -> KeyPair | None:
-    named = Path(cluster.security.keys).expanduser() if cluster.security.keys else None
+    named = expanded(cluster.security.keys) if cluster.security.keys else None
     return find_keys(named, cluster.security.insecure)
 
 
 def _model(cluster: ClusterFile, file: Path) -> Path:
     if not cluster.model.path:
         return BUNDLED
-    path = Path(cluster.model.path).expanduser()
+    path = expanded(cluster.model.path)
     path = path if path.is_absolute() else file.parent / path
     return require_file(path)
 
@@ -70,7 +77,7 @@ def apply_cluster(args: argparse.Namespace, file: Path) -> None:
         raise ConfigError(f"{file}: cluster {cluster.name} is not up; run `ggmq up {file}`")
     args.broker = cluster.broker.listen
     args.worker_order = _order(cluster)
-    args.keys = Path(cluster.security.keys).expanduser() if cluster.security.keys else args.keys
+    args.keys = expanded(cluster.security.keys) if cluster.security.keys else args.keys
     args.insecure = args.insecure or cluster.security.insecure
     if args.model is None and not args.hf_repo:
         args.model = _model(cluster, file)
@@ -107,13 +114,33 @@ def _infos(cluster: ClusterFile) -> list[m.ListedDevice]:
     return out
 
 
+def _infos_offline(cluster: ClusterFile, file: Path) -> list[m.DeviceInfo]:
+    """The devices as the file alone has them; nothing is run and nobody is asked.
+
+    Errors: ConfigError names the worker whose memory only its host could tell.
+    """
+    out: list[m.DeviceInfo] = []
+    for i, (w, order) in enumerate(zip(cluster.workers, _order(cluster), strict=True)):
+        for device in w.devices:
+            if w.memory_mib:
+                total = free = w.memory_mib * MIB
+            elif w.launcher == "local" and device.upper() in ("CPU", "REFERENCE"):
+                total, free = host_memory()
+            else:
+                raise ConfigError(f"{file}: $.workers[{i}].memory_mib: worker {w.name}: expected the MiB that {device} "
+                                  "lends, since --offline asks nobody; add the key, or plan without --offline")  # fmt: skip
+            host = w.host if w.launcher != "local" else os.uname().nodename
+            out.append(m.DeviceInfo(device, device.lower(), "", host, total, free, w.threads, not w.memory_mib, order))
+    return out
+
+
 def _plan(args: argparse.Namespace) -> int:
     cluster = load_cluster(args.cluster)
-    infos = _infos(cluster)
+    infos = _infos_offline(cluster, args.cluster) if args.offline else _infos(cluster)
     arch = open_arch(GGUF(_model(cluster, args.cluster)))
     n_ctx = default_n_ctx(arch, cluster.model.context)
     assignments = plan(arch, infos, n_ctx, cluster.split.tensor_split or None, order=_order(cluster))
-    print(f"cluster {cluster.name}: {arch.gguf.path.name}, {arch.hp.n_layer} layers, context {n_ctx}")
+    print_line(f"cluster {cluster.name}: {arch.gguf.path.name}, {arch.hp.n_layer} layers, context {n_ctx}")
     _print_stages(infos, assignments)
     return 0
 
@@ -123,7 +150,8 @@ def _print_stages(infos: Sequence[m.ListedDevice], assignments: Sequence[Assignm
     for i, a in enumerate(assignments):
         d = infos[a.device]
         ends = ("embedding, " if a.first else "") + f"{a.layers.start}-{a.layers.stop - 1}" + (", output" if a.last else "")
-        rows.append((str(i), f"{d.worker} {d.name}", ends, f"{a.weight_bytes / MIB:.1f}", f"{a.kv_bytes / MIB:.1f}",
+        where = safe_line(f"{d.worker} {d.name}")
+        rows.append((str(i), where, ends, f"{a.weight_bytes / MIB:.1f}", f"{a.kv_bytes / MIB:.1f}",
                      f"{d.free_bytes / MIB:.0f}"))  # fmt: skip
     idle = [f"{d.worker} {d.name}" for i, d in enumerate(infos) if all(a.device != i for a in assignments)]
     widths = [max(len(r[c]) for r in rows) for c in range(6)]
@@ -131,7 +159,7 @@ def _print_stages(infos: Sequence[m.ListedDevice], assignments: Sequence[Assignm
         cells = enumerate(zip(r, widths, strict=True))
         print("  ".join(cell.ljust(w) if c < 3 else cell.rjust(w) for c, (cell, w) in cells))
     without = f"; without layers: {', '.join(idle)}" if idle else ""
-    print(f"{SCRATCH_BYTES // MIB} MiB more on each device for scratch{without}")
+    print_line(f"{SCRATCH_BYTES // MIB} MiB more on each device for scratch{without}")
 
 
 # -- up, down, status --------------------------------------------------------------------------------------------------
@@ -155,10 +183,11 @@ def _up(args: argparse.Namespace) -> int:
         for p in reversed(state.processes):
             tail = launch.log_tail(p)
             if tail:
-                print(f"-- last lines of {p.name} ({p.log}):\n{tail}", file=sys.stderr)
+                print_line(f"-- last lines of {p.name} ({p.log}):", file=sys.stderr)
+                print(safe_text(tail), file=sys.stderr, flush=True)
         _end_all(state)
         raise
-    print(f"cluster {cluster.name} is up at {cluster.broker.listen}; "
+    print_line(f"cluster {cluster.name} is up at {cluster.broker.listen}; "
           f"try: ggmq run --cluster {args.cluster} -p \"Once upon a time\"")  # fmt: skip
     return 0
 
@@ -172,12 +201,12 @@ def _start_all(cluster: ClusterFile, state: launch.ClusterState, keys: KeyPair |
     if cluster.security.insecure:
         command.append("--insecure")
     elif cluster.security.keys:
-        command += ["--keys", str(Path(cluster.security.keys).expanduser())]
+        command += ["--keys", str(expanded(cluster.security.keys))]
 
     def started(p: launch.Process) -> None:
         state.processes.append(p)
         launch.write_state(state)
-        print(f"started {p.name} (process {p.pid}{' on ' + p.host if p.host else ''}, log {p.log})", flush=True)
+        print_line(f"started {p.name} (process {p.pid}{' on ' + p.host if p.host else ''}, log {p.log})")
 
     tag = launch.new_tag(cluster.name)
     started(launch.start_local("broker", command, tag, logs / "broker.log"))
@@ -190,7 +219,7 @@ def _start_all(cluster: ClusterFile, state: launch.ClusterState, keys: KeyPair |
             if w.launcher == "ssh":
                 started(launch.start_ssh(name, w, options, tag))
             else:
-                here = [*launch.local_command(w.command), *options]
+                here = [*launch.local_command(w), *options]
                 started(launch.start_local(name, here, tag, logs / f"{w.name}-{device}.log"))
     want = sum(len(w.devices) for w in cluster.workers)
     _await(cluster, state, keys, want)
@@ -210,7 +239,7 @@ def _await(cluster: ClusterFile, state: launch.ClusterState, keys: KeyPair | Non
                     client = connect(cluster.broker.listen, keys)
             n = sum(1 for d in client.devices() if d.total_bytes) if client is not None else 0
             if n != last:
-                print(f"{n} of {want} devices are there", flush=True)
+                print_line(f"{n} of {want} devices are there")
                 last = n
             if n >= want:
                 return
@@ -228,10 +257,10 @@ def _end_all(state: launch.ClusterState) -> int:
     for p in reversed(state.processes):
         try:
             ran = launch.end(p)
-            print(f"{'ended' if ran else 'was not running:'} {p.name}")
+            print_line(f"{'ended' if ran else 'was not running:'} {p.name}")
         except GgmqError as e:
             left.append(p)
-            print(f"ggmq: {p.name} could not be ended: {e}", file=sys.stderr)
+            print_line(f"ggmq: {p.name} could not be ended: {e}", file=sys.stderr)
     if left:
         launch.write_state(msgspec.structs.replace(state, processes=left[::-1]))
     else:
@@ -244,7 +273,7 @@ def _down(args: argparse.Namespace) -> int:
     cluster = load_cluster(args.cluster)
     state = launch.read_state(launch.state_path(cluster.name))
     if state is None:
-        print(f"cluster {cluster.name} is not up")
+        print_line(f"cluster {cluster.name} is not up")
         return 0
     return 1 if _end_all(state) else 0
 
@@ -262,18 +291,18 @@ def _status(args: argparse.Namespace) -> int:
         return 0
     bad = 0
     for state in states:
-        print(f"cluster {state.name} ({state.file}), broker {state.endpoint}")
+        print_line(f"cluster {state.name} ({state.file}), broker {state.endpoint}")
         for p in state.processes:
             running = launch.alive(p)
             bad += not running
-            print(f"  {p.name}: {'running' if running else 'NOT RUNNING'}, process {p.pid}"
+            print_line(f"  {p.name}: {'running' if running else 'NOT RUNNING'}, process {p.pid}"
                   f"{' on ' + p.host if p.host else ''}, log {p.log}")  # fmt: skip
-        keys = find_keys(Path(state.keys).expanduser() if state.keys else None, state.insecure)
+        keys = find_keys(expanded(state.keys) if state.keys else None, state.insecure)
         try:
             _print_broker(state.endpoint, keys, Path(state.file))
         except GgmqError as e:
             bad += 1
-            print(f"  broker: {e}")
+            print_line(f"  broker: {e}")
     return 1 if bad else 0
 
 
@@ -291,10 +320,10 @@ def _print_broker(endpoint: str, keys: KeyPair | None, file: Path | None) -> Non
                     layers[a.device] = f", layers {a.layers.start}-{a.layers.stop - 1} of {arch.gguf.path.name}"
         for i, d in enumerate(infos):
             if not d.total_bytes:
-                print(f"  device {i}: {d.worker} {d.name}: lost")
+                print_line(f"  device {i}: {d.worker} {d.name}: lost")
                 continue
             s = client.stats(i)
-            print(f"  device {i}: {d.worker} {d.name}: {d.total_bytes // MIB} MiB, {s.free_bytes // MIB} MiB free, "
+            print_line(f"  device {i}: {d.worker} {d.name}: {d.total_bytes // MIB} MiB, {s.free_bytes // MIB} MiB free, "
                   f"{s.buffer_bytes // MIB} MiB in {s.n_buffers} buffers of {s.n_sessions} sessions, "
                   f"{s.n_computes} graphs run{layers.get(i, '')}")  # fmt: skip
     finally:
@@ -308,6 +337,6 @@ def _broker(args: argparse.Namespace) -> int:
         raise ConfigError(f"--listen {args.listen}: this address can be reached from the network and there is no "
                           "cluster key; run `ggmq keys new`, or pass --insecure")  # fmt: skip
     with own_broker(args.listen, args.rpc, keys) as loop:
-        print(f"broker at {loop.endpoints[0]}, security: {'CURVE, cluster key' if keys else 'none'}", flush=True)
+        print_line(f"broker at {loop.endpoints[0]}, security: {'CURVE, cluster key' if keys else 'none'}")
         loop.run()
     return 0

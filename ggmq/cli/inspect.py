@@ -14,12 +14,15 @@ from blake3 import blake3
 
 from config.auth import new_keys
 from config.keys import default_key_file, write_keys
+from config.terminal import print_line, safe_line, safe_text
 from ggmq.cli.options import add_model, model_path
 from ggmq.gguf import GGUF, SCALARS, STRING
 from ggmq.manifest import tensor_hashes
 from ggmq.tokenizer import Vocabulary
+from protocol.errors import ConfigError
 
 MAX_SHOWN = 6
+MAX_LINE_CHARS = 120
 
 
 def add(commands: Any) -> None:
@@ -44,7 +47,7 @@ def add(commands: Any) -> None:
 def _info(args: argparse.Namespace) -> int:
     args.model = args.file
     g = GGUF(model_path(args))
-    print(f"file     {g.path}" + (f" and {len(g.paths) - 1} more parts" if len(g.paths) > 1 else ""))
+    print_line(f"file     {g.path}" + (f" and {len(g.paths) - 1} more parts" if len(g.paths) > 1 else ""))
     print(f"version  GGUF v{g.version}")
     hashes = tensor_hashes(g)
     whole = blake3(b"".join(hashes[name] for name in sorted(hashes))).hexdigest()
@@ -59,24 +62,25 @@ def _info(args: argparse.Namespace) -> int:
         if v.is_array:
             shown = ", ".join(repr(x) if v.type == STRING else str(x) for x in list(v.value[:MAX_SHOWN]))
             more = f", ... ({len(v.value)} in all)" if len(v.value) > MAX_SHOWN else ""
-            print(f"  {key}: [{kind}] = {_line(shown)}{more}")
+            print_line(f"  {key}: [{kind}] = {_line(shown)}{more}")
         else:
-            print(f"  {key}: {kind} = {_line(str(v.value))}")
+            print_line(f"  {key}: {kind} = {_line(str(v.value))}")
     print("tensors by name")
     for t in g:
         ne = t.ne[: max((i + 1 for i in range(4) if t.ne[i] > 1), default=1)]
-        print(f"  {t.name}: {t.type.name} [{', '.join(map(str, ne))}], {t.n_bytes} bytes, {hashes[t.name].hex()[:16]}")
+        shape = ", ".join(map(str, ne))
+        print_line(f"  {t.name}: {t.type.name} [{shape}], {t.n_bytes} bytes, {hashes[t.name].hex()[:16]}")
     return 0
 
 
 def _line(text: str) -> str:
-    one = text.encode("unicode_escape", "backslashreplace").decode("ascii") if not text.isprintable() else text
-    return one if len(one) <= 120 else one[:117] + "..."
+    one = safe_line(text[: MAX_LINE_CHARS + 1])
+    return one if len(one) <= MAX_LINE_CHARS else one[: MAX_LINE_CHARS - 3] + "..."
 
 
 def _tokenize(args: argparse.Namespace) -> int:
     vocabulary = Vocabulary(GGUF(model_path(args)))
-    text = sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
+    text = sys.stdin.buffer.read().decode("utf-8", "replace")
     ids = vocabulary.encode(text, add_special=not args.no_special, parse_special=not args.no_special)
     if args.ids:
         print(" ".join(map(str, ids)))
@@ -89,12 +93,20 @@ def _tokenize(args: argparse.Namespace) -> int:
 def _cache(args: argparse.Namespace) -> int:
     # the cache belongs to the worker; its own module does the work, in its own process
     command = [sys.executable, "-m", "workers.cache", args.what]
-    return subprocess.run([*command, *(["--cache-dir", str(args.cache_dir)] if args.cache_dir else [])]).returncode
+    try:
+        done = subprocess.run([*command, *(["--cache-dir", str(args.cache_dir)] if args.cache_dir else [])],
+                              capture_output=True, text=True, errors="backslashreplace")  # fmt: skip
+    except ValueError as e:  # a NUL byte
+        raise ConfigError(f"--cache-dir {args.cache_dir}: {e}; choose another") from None
+    print(safe_text(done.stdout), end="", flush=True)
+    print(safe_text(done.stderr), end="", file=sys.stderr, flush=True)
+    return done.returncode
 
 
 def _keys(args: argparse.Namespace) -> int:
     path = args.keys or default_key_file()
     write_keys(path, new_keys())
-    print(f"wrote {path}\ncopy it to each host of the cluster, with mode 0600:\n"
-          f"  scp -p {shlex.quote(str(path))} HOST:{shlex.quote(str(default_key_file()))}")  # fmt: skip
+    print_line(f"wrote {path}")
+    print_line("copy it to each host of the cluster, with mode 0600:")
+    print_line(f"  scp -p {shlex.quote(str(path))} HOST:{shlex.quote(str(default_key_file()))}")
     return 0

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from config.terminal import print_line
 from ggmq.cli.options import add_model, add_security, local_threads, model_path, require_file, whole
 from ggmq.cli.run import add_bus
 from ggmq.cli.session import open_session, print_summary
@@ -69,8 +70,8 @@ def _replay(args: argparse.Namespace) -> int:
                     word = "ok" if r.ok else "OFF"
                     agree, bad = agree + r.ok, bad + (not r.ok)
                 error = "-" if r.nmse is None else f"{r.nmse:.3e}"
-                print(f"{word:4} {path.stem} nmse {error} bound {r.bound:.3e} {r.case} {r.note}".rstrip())
-    print(f"{agree} agree, {bad} off, {skipped} skipped (an op outside the table) on {args.device}")
+                print_line(f"{word:4} {path.stem} nmse {error} bound {r.bound:.3e} {r.case} {r.note}".rstrip())
+    print_line(f"{agree} agree, {bad} off, {skipped} skipped (an op outside the table) on {args.device}")
     if bad:
         print("ggmq: some cases are off; the lines above that begin with OFF name them", file=sys.stderr)
     return 1 if bad else 0

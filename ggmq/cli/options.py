@@ -8,7 +8,8 @@ import os
 import re
 from pathlib import Path
 
-from config.keys import KeyPair, default_key_file, find_keys
+from config.auth import find_keys
+from config.keys import KeyPair, default_key_file
 from ggmq.hub import download
 from protocol.errors import ConfigError
 
@@ -89,6 +90,22 @@ def keys_of(args: argparse.Namespace) -> KeyPair | None:
 
 def n_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def host_memory() -> tuple[int, int]:
+    """Bytes of memory of this host, in all and free, as a worker here would tell them."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    total, free = page * os.sysconf("SC_PHYS_PAGES"), page * os.sysconf("SC_AVPHYS_PAGES")
+    try:
+        with open("/proc/meminfo", encoding="ascii") as f:
+            free = next((int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable:")), free)
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+        used = Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii")
+        if limit != "max":
+            free = min(free, max(0, int(limit) - int(used)))
+    except (OSError, ValueError):  # no Linux, or no cgroup: what is known so far
+        pass
+    return total, free
 
 
 def local_threads(wanted: int, n_workers: int) -> int:

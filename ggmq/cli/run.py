@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from config.terminal import for_stream
 from ggmq.chat import ChatTemplate, Message
 from ggmq.cli.clusters import apply_cluster
 from ggmq.cli.options import add_model, add_security, endpoints, model_path, real, require_file, shares, whole
@@ -14,7 +15,7 @@ from ggmq.cli.session import Session, open_session, print_summary
 from ggmq.engine import Engine, chosen_seed
 from ggmq.gguf import GGUF
 from ggmq.sampling import SamplingParams
-from ggmq.tokenizer import StreamDecoder, Vocabulary
+from ggmq.tokenizer import StreamDecoder, Vocabulary, well_formed
 from protocol.errors import FormatError
 
 
@@ -92,9 +93,10 @@ def _run(args: argparse.Namespace) -> int:
 def _answer(
     args: argparse.Namespace, engine: Engine, vocabulary: Vocabulary, params: SamplingParams, prompt: str
 ) -> None:
+    prompt = well_formed(prompt)
     engine.start(vocabulary.encode(prompt), params)
     if not args.no_display_prompt:
-        print(prompt, end="", flush=True)
+        print(for_stream(prompt, sys.stdout), end="", flush=True)
     _stream(args, engine, vocabulary)
     print(flush=True)
 
@@ -104,7 +106,7 @@ def _stream(args: argparse.Namespace, engine: Engine, vocabulary: Vocabulary) ->
     for token in engine.generate(args.n_predict):
         piece = decoder.feed(token)
         text.append(piece)
-        print(piece, end="", flush=True)
+        print(for_stream(piece, sys.stdout), end="", flush=True)
     rest = decoder.finish()
     print(rest, end="", flush=True)
     return "".join([*text, rest])
@@ -127,13 +129,13 @@ def _chat(args: argparse.Namespace, engine: Engine, vocabulary: Vocabulary, para
         if not line.strip():
             continue
         messages.append({"role": "user", "content": line})
-        if template is not None:
-            tokens = vocabulary.encode(template.render(messages), add_special=False)
-            if vocabulary.add_bos and vocabulary.bos is not None and tokens[:1] != [vocabulary.bos]:
-                tokens.insert(0, vocabulary.bos)
-        else:
-            tokens = vocabulary.encode(line)
         try:
+            if template is not None:
+                tokens = vocabulary.encode(template.render(messages), add_special=False)
+                if vocabulary.add_bos and vocabulary.bos is not None and tokens[:1] != [vocabulary.bos]:
+                    tokens.insert(0, vocabulary.bos)
+            else:
+                tokens = vocabulary.encode(line)
             engine.start(tokens, params)
             answer = _stream(args, engine, vocabulary)
         except KeyboardInterrupt:

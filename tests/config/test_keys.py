@@ -11,7 +11,7 @@ import pytest
 import zmq
 
 from broker.loop import BrokerLoop
-from config.auth import new_keys
+from config.auth import find_keys, new_keys
 from config.keys import KeyPair, read_keys, write_keys
 from ggmq.cluster import Client
 from protocol.errors import ConfigError, DeadlineExceeded
@@ -37,6 +37,31 @@ def test_files_that_hold_no_key_are_refused(tmp_path: Path, text: str) -> None:
     path.chmod(0o600)
     with pytest.raises(ConfigError):
         read_keys(path)
+
+
+@pytest.mark.parametrize(("public", "secret", "words"), [
+    ("a" * 39 + "~", None, r"public: expected 40 characters of Z85, got '~' among them"),
+    (None, "a" * 20 + "\x1b" + "a" * 19, r"secret: expected 40 characters of Z85, got '\\x1b' among them"),
+    ("#####" * 8, None, "public: expected Z85, got five characters that stand for more than 32 bits"),
+    (None, "other", "expected the public key that belongs to the secret one"),
+])  # fmt: skip
+def test_keys_that_are_no_pair_are_refused(tmp_path: Path, public: str | None, secret: str | None, words: str) -> None:
+    path, good, other = tmp_path / "cluster.key", new_keys(), new_keys()
+    wrong = other.secret.decode() if secret == "other" else secret
+    path.write_text(f"public {public or good.public.decode()}\nsecret {wrong or good.secret.decode()}\n")
+    path.chmod(0o600)
+    with pytest.raises(ConfigError, match=f"^{path}: {words}"):
+        find_keys(path, False)
+    assert find_keys(path, True) is None
+
+
+def test_places_where_no_key_can_be_are_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file" / "cluster.key", Path("a\0b"), tmp_path):
+        with pytest.raises(ConfigError, match=r"cluster key|never overwritten"):
+            write_keys(path, new_keys())
+        with pytest.raises(ConfigError, match="cannot read the cluster key"):
+            read_keys(path)
 
 
 def test_a_key_that_others_can_read_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,40 @@ def test_examples_are_valid(example: Path) -> None:
 def test_errors_name_line_and_path(tmp_path: Path, text: str, where: str) -> None:
     with pytest.raises(ConfigError, match=where):
         load(tmp_path, text)
+
+
+LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join(['*' + chr(ord(name) - 1)] * 9)}]\n" for name in "bcdefghi") + "workers: *i\n"
+
+
+@pytest.mark.parametrize(("text", "where"), [
+    (LAUGHS, r"c\.yaml:1: anchors and aliases are not taken, got &a"),
+    ("workers: *a\n", r"c\.yaml:1: anchors and aliases are not taken, got \*a"),
+    (GOOD + "broker:\n  <<: {listen: 'tcp://127.0.0.1:1'}\n", r"c\.yaml:6: \$\.broker\.<<: merge keys are not taken"),
+    ("[" * 100_000, r"c\.yaml:1: a cluster file nests at most 16 deep"),
+    ("name:\n" + "".join(" " * i + "-\n" for i in range(1, 900)), r"c\.yaml:1\d: a cluster file nests at most 16 deep"),
+    ("- " * 100_000, r"c\.yaml:1: a cluster file nests at most 16 deep"),
+    ("workers:\n" + "- {name: a}\n" * 50_000, r"c\.yaml:\d+: a cluster file has at most 20000 keys and values"),
+    ("name: 1" + ":1" * 400_000, r"c\.yaml:1: a value has at most 8192 characters"),
+    ("#" * (1 << 20) + "#", r"c\.yaml: a cluster file has at most 1048576 bytes"),
+    ("name: x\nkeys: \x1b\n", r"c\.yaml:2: not YAML: the character U\+001B"),
+    ("? [a]\n: b\n", r"c\.yaml:1: \$: expected a key that is a word, got a sequence"),
+    ("name: !!timestamp abc\n", r"c\.yaml:1: \$\.name: expected a value of YAML's type timestamp"),
+    ("name: !!bool abc\n", r"c\.yaml:1: \$\.name: expected a value of YAML's type bool"),
+    ("name: " + "9" * 8000 + "\n", r"c\.yaml:1: \$\.name: expected a value of YAML's type int"),
+    (GOOD + 'security: {keys: "a\\0b"}\n', r"c\.yaml:5: \$\.security\.keys"),
+    (GOOD + '    command: "worker\\e[2J"\n', r"c\.yaml:5: \$\.workers\[0\]\.command"),
+], ids=lambda x: x[:30])  # fmt: skip
+def test_files_that_would_grow_or_hide_are_refused_before_they_do(tmp_path: Path, text: str, where: str) -> None:
+    with pytest.raises(ConfigError, match="^" + re.escape(str(tmp_path)) + "/" + where):
+        load(tmp_path, text)
+
+
+def test_a_file_without_an_end_is_refused() -> None:
+    with pytest.raises(ConfigError, match="at most 1048576 bytes"):
+        load_cluster(Path("/dev/zero"))
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_cluster(Path("a\0b.yaml"))
 
 
 @given(st.text(max_size=60))

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ggmq.chat import ChatTemplate
 from ggmq.gguf import GGUF
 from ggmq.tokenizer import StreamDecoder, Vocabulary
-from protocol.errors import FormatError
 from tests.support.fixtures import BUNDLED, SHARED, VOCABULARIES
+from tests.support.gguf_factory import ARRAY, STRING, file, key
+from tests.support.gguf_factory import text as written
 
 BUNDLED_VOCABULARY = Vocabulary(GGUF(BUNDLED))
 _loaded: dict[str, Vocabulary] = {}
@@ -65,14 +66,28 @@ def test_special_tokens_are_added_parsed_and_left_alone() -> None:
     assert end in v.end_ids
 
 
-def test_chat_templates_run_in_a_sandbox(shared: Path) -> None:
-    v = vocabulary("ggml-vocab-qwen2.gguf")
-    text = ChatTemplate(v).render([{"role": "user", "content": "Hi"}])
-    assert text == ("<|im_start|>system\nYou are a helpful assistant<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
-                    "<|im_start|>assistant\n")  # fmt: skip
-    for bad in ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "{% for", "{{ raise_exception('no') }}",
-                "{{ messages.append(1) }}", "{{ 1 / 0 }}"):  # fmt: skip
-        v2 = vocabulary("ggml-vocab-gpt-2.gguf")
-        v2.chat_template = bad
-        with pytest.raises(FormatError, match="chat_template"):
-            ChatTemplate(v2).render([{"role": "user", "content": "Hi"}])
+def _with_tokens(path: Path, model: str, tokens: list[bytes], types: list[int], merges: list[str]) -> Vocabulary:
+    keys = [key("tokenizer.ggml.model", STRING, written(model)),
+            key("tokenizer.ggml.tokens", ARRAY, struct.pack("<IQ", STRING, len(tokens)) + b"".join(map(written, tokens))),
+            key("tokenizer.ggml.merges", ARRAY, struct.pack("<IQ", STRING, len(merges)) + b"".join(map(written, merges))),
+            key("tokenizer.ggml.token_type", ARRAY, struct.pack(f"<IQ{len(types)}i", 5, len(types), *types))]  # fmt: skip
+    path.write_bytes(file(keys, [], bytes(64)))
+    return Vocabulary(GGUF(path))
+
+
+@pytest.mark.parametrize("model", ["gpt2", "llama"])
+def test_tokens_that_are_no_utf8_are_bytes_as_they_are(tmp_path: Path, model: str) -> None:
+    tokens = [b"<unk>", b"a", b"b", b"ab", b"\xff\xfe", b"\xe2\x82", b"<\xff>", b"\xe2\x96\x81"]
+    types = [2, 1, 1, 1, 1, 1, 3, 1]
+    v = _with_tokens(tmp_path / "m.gguf", model, tokens, types, ["a b"])
+    v.add_bos, v.add_space_prefix = False, False
+    assert v.encode("ab") == [3] and v.encode("a\udcffb")[0] == 1
+    assert v.piece(4) == b"\xff\xfe" and v.piece(6, special=True) == b"<\xff>"
+    assert v.decode([1, 5, 2]) == "a\ufffdb"
+    assert v.encode("<\udcff>") == [6]  # as a chat template would have it
+
+
+@pytest.mark.parametrize("name", ["bundled", *VOCABULARIES])
+def test_what_is_no_utf8_is_read_as_the_replacement_character(name: str) -> None:
+    v = BUNDLED_VOCABULARY if name == "bundled" else vocabulary(name)
+    assert v.encode("caf\udce9 \ud800x") == v.encode("caf\ufffd \ufffdx")

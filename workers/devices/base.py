@@ -155,7 +155,7 @@ class HostDevice(Device):
     def alloc(self, n_bytes: int) -> Buffer:
         free = self.free_bytes()
         if n_bytes > free:
-            raise OutOfMemory(f"{self.name}: a buffer needs {n_bytes} bytes, {free} are free", n_bytes, free)
+            raise OutOfMemory(f"a buffer needs {n_bytes} bytes, {free} are free", n_bytes, free)
         self.used_bytes += n_bytes
         return Buffer(n_bytes, zeroed(n_bytes))
 
@@ -206,7 +206,7 @@ class HostDevice(Device):
             self._arena = mmap.mmap(-1, max(self.total_bytes(), 1 << 20), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
                                     | getattr(mmap, "MAP_NORESERVE", 0))  # fmt: skip
         if n_bytes > min(free, len(self._arena)):
-            raise OutOfMemory(f"{self.name}: a graph needs {n_bytes} bytes of scratch, {free} are free", n_bytes, free)
+            raise OutOfMemory(f"a graph needs {n_bytes} bytes of scratch, {free} are free", n_bytes, free)
         return np.frombuffer(self._arena, np.uint8)[:n_bytes]
 
     def settle(self, n_bytes: int) -> None:

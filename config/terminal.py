@@ -1,0 +1,57 @@
+"""Text for a terminal: what a file, a peer or a model says is shown there, and never obeyed."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import re
+import sys
+from typing import NoReturn, TextIO
+
+# C0 and C1 with DEL, what turns the direction of writing around, and halves of characters that no encoding takes
+_UNSAFE = "\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff"
+_IN_TEXT = re.compile(f"[{_UNSAFE}]")
+_IN_LINE = re.compile(f"[{_UNSAFE}\t\n\u2028\u2029]")
+
+
+def safe_text(text: str) -> str:
+    r"""Text whose control characters are written out (`\x1b`); newline and tab stay as they are."""
+    return _IN_TEXT.sub(_written_out, text)
+
+
+def safe_line(text: str) -> str:
+    r"""Text that stays on its line: newline and tab are written out too (`\n`)."""
+    return _IN_LINE.sub(_written_out, text)
+
+
+def _written_out(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    if 0xDC80 <= code <= 0xDCFF:  # a byte that is no UTF-8, as Python's surrogateescape has it
+        return f"\\x{code - 0xDC00:02x}"
+    return match[0].encode("unicode_escape").decode("ascii")
+
+
+def for_stream(text: str, stream: TextIO) -> str:
+    """What a model or its user wrote, for a stream: safe on a terminal, elsewhere as it is."""
+    return safe_text(text) if stream.isatty() else text
+
+
+def print_line(*parts: object, file: TextIO | None = None) -> None:
+    """Print a line for people, safe wherever it goes, at once."""
+    print(safe_line(" ".join(map(str, parts))), file=file, flush=True)
+
+
+def accept_any_text() -> None:
+    """Let standard output and error show what their encoding lacks, and standard input take what is no text as U+FFFD."""
+    for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            with contextlib.suppress(io.UnsupportedOperation):
+                stream.reconfigure(errors=errors)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser of the command line whose refusals are safe too."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(safe_line(message))
