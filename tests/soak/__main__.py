@@ -26,7 +26,8 @@ def main() -> int:
     seed = secrets.randbits(32) if args.seed is None else args.seed
     print(f"seed {seed}", file=sys.stderr, flush=True)
     report = Report(seed, 60 * args.minutes_limit)
-    amounts = Amounts(args.sessions, args.lives, args.pauses, args.broker_kills, args.strangers, args.longest_pause)
+    amounts = Amounts(args.sessions, args.lives, args.pauses, args.broker_kills, args.strangers,
+                      longest_pause_s=args.longest_pause)  # fmt: skip
     interrupted = False
     try:
         soak(report, amounts)

@@ -23,8 +23,8 @@ from tests.soak.report import Report, Step
 from tests.soak.resources import Resources
 
 SHORTEST_S = 0.5
-VICTIMS = ("idle worker", "first stage", "second stage", "broker", "client")
-MOMENTS = ("idle", "mid-generation", "upload")
+VICTIMS = ("idle worker", "second stage", "broker", "client", "first stage")
+MOMENTS = ("mid-generation", "upload", "idle")
 HEARD_S = 5.0
 """The most until a client knows that its broker is gone; what is promised is 1.5 s, a loaded machine may need longer."""
 
@@ -37,8 +37,10 @@ def run_pauses(ground: Ground, report: Report, n: int, longest_s: float, resourc
         good = _pause_idle(ground, step, pause_s) if idle else _pause_busy(ground, step, victim, pause_s)
         if check_all_serve(ground, step, f"{victim} resumed until all serve") and good:
             step.did(f"{victim} tolerated")
+            step.took("pauses tolerated", pause_s)
         else:
-            ground.start_again()
+            step.took("pauses not tolerated", pause_s)
+            ground.start_again(step)
             resources.again()
 
 
@@ -73,11 +75,7 @@ def _pause_busy(ground: Ground, step: Step, victim: str, pause_s: float) -> bool
         time.sleep(pause_s)
     finally:
         stopped.resume()
-    good = check_run(ground, step, p, PROMPTS[0], N_LONG)
-    if not good:
-        step.did(f"{victim} not tolerated")
-        step.took("pauses not tolerated", pause_s)
-    return good
+    return check_run(ground, step, p, PROMPTS[0], N_LONG)
 
 
 def run_broker_kills(ground: Ground, report: Report, n: int, resources: Resources) -> None:
@@ -89,7 +87,7 @@ def run_broker_kills(ground: Ground, report: Report, n: int, resources: Resource
         ground.done(ground.lasting()["broker"])
         ground.start_broker()
         if not (check_all_serve(ground, step, "until all workers are back") and good):
-            ground.start_again()
+            ground.start_again(step)
         resources.again()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import sys
@@ -139,10 +140,17 @@ class Ground:
         if not self.broker.says("broker at", 20):
             raise RuntimeError(f"the broker was not ready: {self.broker.story()}")
 
-    def start_again(self) -> None:
+    def start_again(self, step: Step) -> None:
         """All processes anew, after a failure that would show again in every step that follows."""
         self.end_all()
         self.start_all()
+        self.warm(step)
+
+    def warm(self, step: Step) -> None:
+        """Have each worker serve alone, then each with each other: from now on none has another one to connect to, or a
+        kernel to load, so that what it holds should stay as it is."""
+        for names in [*([w] for w in self.workers), *map(list, itertools.permutations(self.workers, 2))]:
+            check_text(self, step, names)
 
     def lasting(self) -> dict[str, Supervised]:
         """The broker and the long-lived workers, by name."""

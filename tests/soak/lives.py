@@ -66,8 +66,9 @@ def _lived(ground: Ground, step: Step, p: Supervised, name: str, port: int) -> N
                       f"was not known within {BACK_S:.0f} s: {p.story()}")  # fmt: skip
             return
         step.took("until a listening one is used" if port else "until one that dials in is known", known_s)
-        if rng.random() < 0.3:
-            check_text(ground, step, [name])
+        if rng.random() < 0.4:  # alone, or with one that lives on: to which it connects, or which connects to it
+            chosen = rng.sample([name, rng.choice(list(ground.workers))], rng.randint(1, 2))
+            check_text(ground, step, chosen if name in chosen else [name])
         if rng.random() < 0.2:
             _goes_in_mid_session(ground, step, p, name, sort)
         p.signal(sort)

@@ -43,6 +43,10 @@ class Report:
             self._begun[part] += 1
             yield Step(self, part, i)
 
+    def whole(self, part: str) -> bool:
+        """Whether every step of a part was begun."""
+        return self._begun[part] == self._asked.get(part)
+
     def fail(self, part: str, number: int | str, message: str) -> None:
         line = f"{part} step {number} (--seed {self.seed}): {message}"
         with self._lock:

@@ -56,9 +56,12 @@ def _session(ground: Ground, step: Step) -> None:
             p.writes(len(prompt) + rng.randint(1, 200), 30)
         else:
             time.sleep(rng.uniform(0.2, 1.0))  # while it starts, connects, places, sends weights
-        if not p.alive:
-            step.fail(f"a long run ended before it was killed: {p.story()}")
-        p.kill()
+        if p.ends(0) is None:
+            p.kill()
+        elif p.process.returncode:
+            step.fail(f"a run failed before it could be killed: {p.story()}")
+        else:
+            kind = "run to its end before it was killed"
         ground.done(p)
     step.did(kind)
 
