@@ -15,7 +15,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="what processes hold is read from /proc"),
 ]
-AMOUNTS = Amounts(sessions=30, lives=24, pauses=4, broker_kills=2, strangers=400, clients=3, longest_pause_s=3.0)
+AMOUNTS = Amounts(sessions=24, lives=24, pauses=4, broker_kills=2, strangers=400, clients=2, longest_pause_s=3.0)
 LIMIT_S = 240.0
 
 
