@@ -8,7 +8,19 @@ import signal
 import time
 
 from protocol.errors import GgmqError
-from tests.soak.ground import BACK_S, ENDED, GGMQ, READY_S, Ground, Overdue, at_once, check_text, tell
+from tests.soak.ground import (
+    BACK_S,
+    ENDED,
+    GGMQ,
+    N_TOKENS,
+    PROMPTS,
+    READY_S,
+    Ground,
+    Overdue,
+    at_once,
+    check_text,
+    tell,
+)
 from tests.soak.report import Report, Step
 from tests.support.processes import Supervised, until
 
@@ -80,7 +92,7 @@ def _lived(ground: Ground, step: Step, p: Supervised, name: str, port: int) -> N
 
 
 def _goes_in_mid_session(ground: Ground, step: Step, p: Supervised, name: str, sort: int) -> None:
-    """What a session says whose worker goes is an ordinary error, and soon."""
+    """A session whose worker goes ends soon: with an ordinary error, or with the right text by way of another worker."""
     start = 0.0
 
     def gone(phase: str, done: int, total: int) -> None:
@@ -91,8 +103,9 @@ def _goes_in_mid_session(ground: Ground, step: Step, p: Supervised, name: str, s
 
     try:
         with ground.client(20) as c:
-            tell(c, [name], progress=gone)
-            step.fail(f"a session went on without its only worker {name}")
+            text = tell(c, [name], progress=gone)
+        if text != ground.texts[PROMPTS[0], N_TOKENS]:
+            step.fail(f"a session whose worker {name} went told another story: {text!r}")
     except GgmqError:
         step.took("until a session hears of its worker's end", time.monotonic() - start)
     except Overdue as e:
