@@ -2,7 +2,7 @@
 
 An entry is `<hex hash>` in the cache folder: the bytes and nothing else. It is written to a temporary file in the same
 folder, synced and renamed; it is verified each time it is read, and a wrong one is removed and counted as repaired.
-Any trouble with the disk means no cache, never a wrong byte.
+Any trouble with the disk means no cache, never a wrong byte; and however long a disk takes, the worker answers meanwhile.
 """
 
 from __future__ import annotations
@@ -12,16 +12,28 @@ import contextlib
 import os
 import stat
 import sys
-import tempfile
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from blake3 import blake3
 
+from workers.growing import Growing, sweep
+from workers.ticks import Aside, Job, Tick, nothing
+
 HASH_BYTES = 32
 DEFAULT_QUOTA_BYTES = 64 << 30
 PIECE_BYTES = 1 << 20
+N_ROOMS = 3
+"""Pieces of a file in memory at once: one that is used, and those that are read meanwhile."""
+QUEUE_BYTES = 64 << 20
+"""What may wait to be written; whoever brings more waits for the disk."""
+CLOSE_S = 2.0
+"""At its end a worker waits so long for what is still to be written."""
+MAX_GROWING = 64
+"""Entries that may be under way at once: each holds a descriptor."""
 
 
 def cache_folder() -> Path:
@@ -35,53 +47,111 @@ def content_hash(data: bytes | memoryview) -> bytes:
     return blake3(data).digest()
 
 
-class Reader:
-    """Bytes of a hash in a regular file, read once from front to back and hashed on the way.
+# -- reading -----------------------------------------------------------------------------------------------------------
 
-    Threads: use from one.
+
+class Reader:
+    """Bytes of a hash in a regular file, read once from front to back and hashed on the way, ahead of who uses them.
+
+    Attributes:
+        good: once all pieces have been taken: whether all were read, and are what the hash says.
+    Threads: use from one, in a `with` block; the file is read and closed on the thread of `aside`.
     """
 
     def __init__(
-        self, fd: int, offset: int, n_bytes: int, digest: bytes, done: Callable[[bool], None] = lambda good: None
-    ) -> None:
-        self.n_bytes = n_bytes
-        self._fd, self._offset, self._at, self._digest, self._done = fd, offset, 0, digest, done
+        self, aside: Aside, fd: int, offset: int, n_bytes: int, digest: bytes,
+        done: Callable[[bool], None] = lambda good: None, fits: bool = True,
+    ) -> None:  # fmt: skip
+        """done: called aside with the verdict. fits: False where the file's size says that its bytes are others."""
+        self.good = False
+        self._aside, self._fd, self._offset, self._digest, self._done = aside, fd, offset, digest, done
+        self._left = n_bytes if fits else 0
+        self._whole = fits
+        self._open = True
         self._hash = blake3()
 
-    def read(self, room: memoryview) -> bool:
-        """Fill `room` with the next bytes. False when the file does not give them."""
-        filled = 0
-        while filled < len(room):
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._open:  # nobody wanted the rest: that says nothing about the file
+            self._open = False
+            self._aside.start(partial(os.close, self._fd))
+
+    def pieces(self, size: int, tick: Tick) -> Iterator[memoryview]:
+        """`size` bytes after `size` bytes, and what is left at the end. A piece is overwritten when the next is taken.
+
+        Ends early where the file does not give them.
+        """
+        rooms = deque(memoryview(bytearray(min(size, self._left))) for _ in range(N_ROOMS))
+        ahead: deque[tuple[Job[bool], memoryview]] = deque()
+        while self._left or ahead:
+            while self._left and len(ahead) < N_ROOMS:
+                rooms.rotate(-1)
+                room = rooms[-1][: self._left]
+                ahead.append((self._aside.start(partial(self._fill, room, self._offset)), room))
+                self._offset += len(room)
+                self._left -= len(room)
+            job, room = ahead.popleft()
             try:
-                n = os.preadv(self._fd, [room[filled:]], self._offset + self._at + filled)
+                if not self._aside.result(job, tick):
+                    break
+            except TimeoutError:
+                return
+            yield room
+        self._open = False
+        with contextlib.suppress(TimeoutError):
+            self.good = self._aside.result(self._aside.start(self._finish), tick)
+
+    def _fill(self, room: memoryview, offset: int) -> bool:
+        filled = 0
+        while filled < len(room) and self._whole:
+            try:
+                n = os.preadv(self._fd, [room[filled:]], offset + filled)
             except OSError:
                 n = 0
-            if not n:
-                return False
+            self._whole = n > 0
             filled += n
-        self._hash.update(room)
-        self._at += len(room)
-        return True
+        if self._whole:
+            self._hash.update(room)
+        return self._whole
 
-    def close(self) -> bool:
-        """Whether all was read, and was what the hash says."""
+    def _finish(self) -> bool:
         os.close(self._fd)
-        good = self._at == self.n_bytes and self._hash.digest() == self._digest
+        good = self._whole and self._hash.digest() == self._digest
         self._done(good)
         return good
 
 
-def open_range(path: Path, end: int, follow: bool = False) -> int | None:
-    """A descriptor of a regular file of at least `end` bytes. follow: through a symbolic link."""
-    try:
-        fd = os.open(path, os.O_RDONLY | (0 if follow else getattr(os, "O_NOFOLLOW", 0)))
+def open_range(path: Path, end: int, follow: bool = False) -> tuple[int, int] | None:
+    """A descriptor of a regular file of at least `end` bytes, and its size. follow: through a symbolic link."""
+    try:  # what is no regular file is not waited for: a FIFO would be, for good
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
     except OSError:
         return None
     info = os.fstat(fd)
     if stat.S_ISREG(info.st_mode) and info.st_size >= end:
-        return fd
+        return fd, info.st_size
     os.close(fd)
     return None
+
+
+def _opened(aside: Aside, path: Path, end: int, follow: bool, tick: Tick) -> tuple[int, int] | None:
+    """`open_range`, aside. None also where the disk does not answer."""
+    job = aside.start(partial(open_range, path, end, follow))
+    try:
+        return aside.result(job, tick)
+    except BaseException as e:
+        aside.start(partial(_close, job))  # else the descriptor would be nobody's
+        if isinstance(e, TimeoutError):
+            return None
+        raise
+
+
+def _close(job: Job[tuple[int, int] | None]) -> None:
+    found = job.outcome()
+    if found is not None:
+        os.close(found[0])
 
 
 class ModelFolder:
@@ -89,13 +159,14 @@ class ModelFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._reading = Aside("ggmq-model-folder")
 
-    def open(self, name: str, offset: int, n_bytes: int, digest: bytes) -> Reader | None:
+    def open(self, name: str, offset: int, n_bytes: int, digest: bytes, tick: Tick = nothing) -> Reader | None:
         """What a file holds there, if it may be what the hash says."""
         if not name or name != os.path.basename(name) or name in (".", "..") or "\0" in name:
             return None
-        fd = open_range(self.folder / name, offset + n_bytes, follow=True)
-        return None if fd is None else Reader(fd, offset, n_bytes, digest)
+        found = _opened(self._reading, self.folder / name, offset + n_bytes, True, tick)
+        return None if found is None else Reader(self._reading, found[0], offset, n_bytes, digest)
 
 
 class Cache:
@@ -103,22 +174,48 @@ class Cache:
 
     Attributes:
         hits, misses, repairs: counters; `repairs` are entries found damaged and removed.
-    Threads: one process uses one object; several processes may share the folder.
+        growing: entries under way whose bytes have not all come.
+    Threads: one process uses one object, from one thread; it reads and writes on two others. Several processes may share
+    the folder.
     """
 
     def __init__(self, folder: Path, quota_bytes: int = DEFAULT_QUOTA_BYTES) -> None:
         self.folder, self.quota_bytes = folder, quota_bytes
         self.hits = self.misses = self.repairs = 0
-        folder.mkdir(parents=True, exist_ok=True)
+        self.growing: dict[Growing, int] = {}
+        self._kept: dict[bytes, tuple[Job[None], Growing]] = {}
+        self._queue: deque[tuple[Job[None], int]] = deque()
+        self._queued_bytes = 0
+        self._reading, self._writing = Aside("ggmq-cache-read"), Aside("ggmq-cache-write")
+        self._told: set[str] = set()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            self.trouble(str(e.strerror))
+        sweep(folder)
 
     def path(self, digest: bytes) -> Path:
         return self.folder / digest.hex()
 
-    def open(self, digest: bytes, n_bytes: int) -> Reader | None:
+    def trouble(self, reason: str) -> None:
+        """Say once what keeps weights out of the cache."""
+        if reason not in self._told:
+            self._told.add(reason)
+            print(f"worker: cache {self.folder}: {reason}; the worker goes on, and weights that are not kept are sent again "
+                  "next time: make room, mend the folder, or choose another with --cache-dir",
+                  file=sys.stderr, flush=True)  # fmt: skip
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    def open(self, digest: bytes, n_bytes: int, tick: Tick = nothing) -> Reader | None:
         """The entry of this hash; None when it is not there. One that turns out to be damaged is removed."""
+        kept = self._kept.get(digest)
+        if kept is not None:  # it is still being written
+            with contextlib.suppress(TimeoutError):
+                self._writing.wait(kept[0], tick)
         path = self.path(digest)
-        fd = open_range(path, 0)
-        if fd is None:
+        found = _opened(self._reading, path, 0, False, tick)
+        if found is None:
             self.misses += 1
             return None
 
@@ -134,29 +231,48 @@ class Cache:
                     path.unlink()
 
         # an entry that is too long is as wrong as one that is cut: its size is part of what is read
-        size = os.fstat(fd).st_size
-        return Reader(fd, 0, n_bytes if size == n_bytes else -1, digest, done)
+        return Reader(self._reading, found[0], 0, n_bytes, digest, done, fits=found[1] == n_bytes)
 
-    def put(self, digest: bytes, data: bytes | memoryview) -> bool:
-        """Keep the bytes; they must have been verified. False when the disk would not take them."""
-        if len(data) > self.quota_bytes:
-            return False
-        try:
-            fd, name = tempfile.mkstemp(prefix=".part-", dir=self.folder)
-        except OSError:
-            return False
-        try:
-            with open(fd, "wb") as f:
-                f.write(data)
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(name, self.path(digest))
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.unlink(name)
-            return False
-        self._evict()
-        return True
+    # -- writing -------------------------------------------------------------------------------------------------------
+
+    def begin(self, digest: bytes, n_bytes: int) -> Growing | None:
+        """An entry that is to be written as its bytes come. None when it cannot be kept."""
+        if n_bytes > self.quota_bytes:
+            self.trouble(f"a weight of {n_bytes} bytes is larger than the quota of {self.quota_bytes}")
+            return None
+        under_way = sum(self.growing.values())
+        if self._writing.stalled or len(self.growing) >= MAX_GROWING or under_way + n_bytes > self.quota_bytes:
+            return None
+        entry = Growing(self, digest)
+        self.growing[entry] = n_bytes
+        return entry
+
+    def later(self, do: Callable[[], None], n_bytes: int = 0, tick: Tick = nothing) -> Job[None]:
+        """Do something on the thread that writes, which holds so many bytes until it is done. Waits while it holds too many.
+
+        Errors: TimeoutError when the disk takes too long.
+        """
+        job = self._writing.start(do)
+        self._queue.append((job, n_bytes))
+        self._queued_bytes += n_bytes
+        while self._queue and (self._queued_bytes > QUEUE_BYTES or self._queue[0][0].finished):
+            self._writing.wait(self._queue[0][0], tick)
+            self._queued_bytes -= self._queue.popleft()[1]
+        return job
+
+    def keep(self, entry: Growing, commit: Callable[[], None]) -> None:
+        """All bytes of an entry are on their way: make it one behind them."""
+        del self.growing[entry]
+        self._kept = {digest: kept for digest, kept in self._kept.items() if not kept[0].finished}
+        self._kept[entry.digest] = self._writing.start(commit), entry
+
+    def close(self, within_s: float = CLOSE_S) -> None:
+        """Wait so long for what is still to be written; what is not an entry then leaves nothing behind."""
+        due = time.monotonic() + within_s
+        for job, _ in self._kept.values():
+            job.wait(nothing, max(0.0, due - time.monotonic()))
+        for entry in [*self.growing, *(entry for _, entry in self._kept.values())]:
+            entry.unlink()
 
     def entries(self) -> list[tuple[bytes, int, float]]:
         """Hash, bytes and last use of each entry; names that are no hash are not entries."""
@@ -169,7 +285,7 @@ class Cache:
                         found.append((bytes.fromhex(entry.name), s.st_size, s.st_mtime))
         return found
 
-    def _evict(self) -> None:
+    def evict(self) -> None:
         """Remove the least recently used entries while the folder is over its quota."""
         entries = sorted(self.entries(), key=lambda e: e[2])
         total = sum(size for _, size, _ in entries)
@@ -185,24 +301,20 @@ class Cache:
         good = bad = 0
         for digest, size, _ in self.entries():
             reader = self.open(digest, size)
-            if reader is None:
-                continue
-            room = memoryview(bytearray(PIECE_BYTES))
-            left = size
-            while left and reader.read(room[: min(left, PIECE_BYTES)]):
-                left -= min(left, PIECE_BYTES)
-            good, bad = (good + 1, bad) if reader.close() else (good, bad + 1)
+            if reader is not None:
+                with reader:
+                    for _ in reader.pieces(PIECE_BYTES, nothing):
+                        pass
+                good, bad = (good + 1, bad) if reader.good else (good, bad + 1)
         return good, bad
 
     def clear(self) -> int:
-        """Remove every entry and leftover; returns how many entries went."""
+        """Remove every entry, and what writers that are no more have left; returns how many entries went."""
         entries = self.entries()
         for digest, _, _ in entries:
             with contextlib.suppress(OSError):
                 self.path(digest).unlink()
-        for leftover in self.folder.glob(".part-*"):
-            with contextlib.suppress(OSError):
-                leftover.unlink()
+        sweep(self.folder, 0)
         return len(entries)
 
 
@@ -213,10 +325,11 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--cache-dir", type=Path, default=cache_folder())
     args = p.parse_args(argv)
     try:
-        cache = Cache(args.cache_dir)
+        args.cache_dir.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         print(f"ggmq cache: {args.cache_dir}: {e.strerror}; choose another with --cache-dir", file=sys.stderr)
         return 2
+    cache = Cache(args.cache_dir)
     if args.what == "clear":
         print(f"removed {cache.clear()} entries from {cache.folder}")
         return 0

@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
+
+from blake3 import blake3
 
 from protocol import messages as m
-from protocol.errors import GgmqError, InternalError, OutOfMemory, ProtocolError
-from workers.cache import Cache, ModelFolder, content_hash
-from workers.devices.base import Buffer, Device, Plan, Tick
+from protocol.errors import Cancelled, GgmqError, InternalError, OutOfMemory, Overloaded, ProtocolError
+from workers.cache import Cache, ModelFolder
+from workers.devices.base import Buffer, Device, Plan, steps
+from workers.growing import Growing
 from workers.links import LinkInstruction, Links
 from workers.state import Key, Work, WorkerState
+from workers.ticks import Tick, completing, nothing, paced
 
 MAX_PLANS = 64
+MAX_UPLOADS = 64
+
+
+@dataclass(slots=True)
+class Upload:
+    """A weight whose chunks come in order: the hash of those that came, and the cache's entry that they go into."""
+
+    n_bytes: int
+    hash: Any
+    entry: Growing | None
+
+    def drop(self) -> None:
+        if self.entry is not None:
+            self.entry.drop()
 
 
 class Executor:
@@ -21,6 +42,7 @@ class Executor:
     buffers: by session, then by the client's id.
     plans: by (session, graph digest); the oldest is recompiled when it comes again.
     make_room: frees what is kept for peers that are asleep; whether there was any.
+    uploads: by (session, buffer, offset).
     """
 
     def __init__(
@@ -30,6 +52,7 @@ class Executor:
         self.buffers: dict[Key, dict[int, Buffer]] = {}
         self.plans: dict[tuple[Key, bytes], Plan] = {}
         self.make_room: Callable[[], bool] = lambda: False
+        self.uploads: dict[tuple[Key, int, int], Upload] = {}
 
     def execute(self, work: Work, tick: Tick) -> Sequence[LinkInstruction]:
         """Do it, and say what to send. Every failure becomes an ordinary error reply."""
@@ -53,31 +76,35 @@ class Executor:
     def _do(self, work: Work, tick: Tick) -> tuple[m.Header, Sequence[bytes | memoryview]]:
         h, key = work.request.header, work.key
         mine = self.buffers.setdefault(key, {}) if work.verb != "stats" else {}
+        pace = paced(tick)
         match h:
             case m.AllocBuffer():
                 mine[h.buffer] = self._alloc(h.n_bytes)
             case m.FreeBuffer():
                 self._forget_plans(key, h.buffer)
-                self.device.free(mine.pop(h.buffer))
+                self._forget_uploads(key, h.buffer)
+                self.device.free(mine.pop(h.buffer), pace)
             case m.SetTensor():
-                self._write(work, h, mine[h.buffer])
+                self._write(work, h, mine[h.buffer], pace)
             case m.SetTensorHash():
-                return m.Found(self._find(mine[h.buffer], h)), ()
+                self._forget_uploads(key, h.buffer, h.offset, h.n_bytes)
+                return m.Found(self._find(mine[h.buffer], h, pace)), ()
             case m.GetTensor():
-                return m.Ok(), [self.device.read(mine[h.buffer], h.offset, h.n_bytes)]
+                return m.Ok(), [self.device.read(mine[h.buffer], h.offset, h.n_bytes, pace)]
             case m.CopyTensor():
-                self.device.copy(mine[h.src_buffer], h.src_offset, mine[h.dst_buffer], h.dst_offset, h.n_bytes)
+                self._forget_uploads(key, h.dst_buffer, h.dst_offset, h.n_bytes)
+                self.device.copy(mine[h.src_buffer], h.src_offset, mine[h.dst_buffer], h.dst_offset, h.n_bytes, pace)
             case m.GraphPut():
-                self._compile(work, h.digest)
+                self._compile(work, h.digest, pace)
             case m.GraphCompute():
-                plan = self.plans.get((key, h.digest)) or self._compile(work, h.digest)
+                plan = self.plans.get((key, h.digest)) or self._compile(work, h.digest, pace)
                 start = time.perf_counter()
                 out = plan.run(work.request.payload, tick)
                 took = time.perf_counter() - start
                 # sockets may send later than the next run writes: the outputs leave as copies
                 return m.ComputeDone(h.spent_s + took, h.spent_nodes + plan.n_nodes), [bytes(o) for o in out]
             case m.Drain():
-                self.free_session(key)
+                self.free_session(key, pace)
             case m.StatsQuery():
                 return self._stats(), ()
             case _:
@@ -92,33 +119,67 @@ class Executor:
                 raise
             return self.device.alloc(n_bytes)
 
-    def _find(self, buffer: Buffer, h: m.SetTensorHash) -> bool:
+    def _find(self, buffer: Buffer, h: m.SetTensorHash, tick: Tick) -> bool:
         """Fill a weight from what is here already."""
         places = []
         if self.models is not None:
-            places.append(partial(self.models.open, h.file, h.file_offset, h.n_bytes, h.hash))
+            places.append(partial(self.models.open, h.file, h.file_offset, h.n_bytes, h.hash, tick))
         if self.cache is not None:
-            places.append(partial(self.cache.open, h.hash, h.n_bytes))
+            places.append(partial(self.cache.open, h.hash, h.n_bytes, tick))
         for place in places:
             reader = place()
-            if reader is not None and self.device.fill(buffer, h.offset, h.n_bytes, h.type, h.ne, reader):
-                return True
+            if reader is not None:
+                with reader:
+                    if self.device.fill(buffer, h.offset, h.n_bytes, h.type, h.ne, reader, tick):
+                        return True
         return False
 
-    def _write(self, work: Work, h: m.SetTensor, buffer: Buffer) -> None:
-        self.device.write(buffer, h.offset + h.at, work.request.payload[0])
-        if not work.finish:
+    def _write(self, work: Work, h: m.SetTensor, buffer: Buffer, tick: Tick) -> None:
+        data, key = memoryview(work.request.payload[0]), (work.key, h.buffer, h.offset)
+        if not h.hash:
+            self._forget_uploads(work.key, h.buffer, h.offset + h.at, len(data))
+            self.device.write(buffer, h.offset + h.at, data, tick)
             return
-        data = buffer.memory[h.offset : h.offset + h.n_bytes].data
-        if content_hash(data) != h.hash:
-            raise ProtocolError("SET_TENSOR: the bytes received do not have the hash that was announced; send them again")
-        if self.cache is not None:
-            self.cache.put(h.hash, data)
-        self.device.finish(buffer, h.offset, h.n_bytes, h.type, h.ne)
+        if not h.at:
+            self._forget_uploads(work.key, h.buffer, h.offset, h.n_bytes)
+            if sum(k[0] == work.key for k in self.uploads) >= MAX_UPLOADS:
+                raise Overloaded(f"SET_TENSOR: {MAX_UPLOADS} tensors of this session are on their way; finish one first")
+            entry = self.cache.begin(h.hash, h.n_bytes) if self.cache is not None else None
+            self.uploads[key] = Upload(h.n_bytes, blake3(), entry)
+        upload = self.uploads.pop(key, None)
+        if upload is None:
+            raise ProtocolError(f"SET_TENSOR: byte {h.at}: expected what came before it, but that has been overwritten; "
+                                "send the tensor again")  # fmt: skip
+        try:
+            self.device.write(buffer, h.offset + h.at, data, tick)
+            for at, n in steps(len(data)):
+                upload.hash.update(data[at : at + n])
+                tick()
+            if upload.entry is not None:
+                upload.entry.add(data, tick)
+            if work.finish and upload.hash.digest() != h.hash:
+                raise ProtocolError("SET_TENSOR: the bytes received do not have the hash that was announced; "
+                                    "send them again")  # fmt: skip
+        except BaseException:
+            upload.drop()
+            raise
+        if not work.finish:
+            self.uploads[key] = upload
+            return
+        if upload.entry is not None:
+            upload.entry.keep()
+        self.device.finish(buffer, h.offset, h.n_bytes, h.type, h.ne, tick)
 
-    def _compile(self, work: Work, digest: bytes) -> Plan:
+    def _forget_uploads(self, key: Key, buffer: int, offset: int = 0, n_bytes: int | None = None) -> None:
+        """Something else has come into these bytes, or nothing more can: what was coming is not what its hash says."""
+        for k, u in list(self.uploads.items()):
+            inside = n_bytes is None or (k[2] < offset + n_bytes and offset < k[2] + u.n_bytes)
+            if k[:2] == (key, buffer) and inside:
+                self.uploads.pop(k).drop()
+
+    def _compile(self, work: Work, digest: bytes, tick: Tick) -> Plan:
         assert work.graph is not None  # the state machine looked it up
-        plan = self.device.compile(work.graph, self.buffers.get(work.key, {}))
+        plan = self.device.compile(work.graph, self.buffers.get(work.key, {}), tick)
         while len(self.plans) >= MAX_PLANS:
             del self.plans[next(iter(self.plans))]
         self.plans[(work.key, digest)] = plan
@@ -129,12 +190,22 @@ class Executor:
         for k in used:
             del self.plans[k]
 
-    def free_session(self, key: Key) -> None:
-        """Give back everything of a session."""
+    def free_session(self, key: Key, tick: Tick = nothing) -> None:
+        """Give back everything of a session, to the last byte."""
         for k in [k for k in self.plans if k[0] == key]:
             del self.plans[k]
-        for buffer in self.buffers.pop(key, {}).values():
-            self.device.free(buffer)
+        buffers = self.buffers.pop(key, {})
+        for number in buffers:
+            self._forget_uploads(key, number)
+        with contextlib.suppress(Cancelled), completing(tick) as steady:
+            for buffer in buffers.values():
+                self.device.free(buffer, steady)
+            self.device.trim(steady)
+
+    def close(self) -> None:
+        """The process ends: what is still to be kept is, within a bound."""
+        if self.cache is not None:
+            self.cache.close()
 
     def _stats(self) -> m.Stats:
         info, state, cache = self.device.info(), self.state, self.cache

@@ -236,6 +236,7 @@ class WorkerLoop:
             for s in self.sockets:
                 s.close()
             self.context.destroy(linger=0)
+            self.executor.close()
             if self.parent_pid and os.getppid() != self.parent_pid:
                 remove_socket_folder(self.joined or (self.broker.endpoint if self.broker is not None else ""))
 

@@ -13,14 +13,13 @@ from protocol.errors import GgmqError, HandleError, InternalError, KernelError
 from protocol.graph import Graph
 from protocol.ops import op_of
 from workers import tensors
-from workers.devices.base import Buffer, HostDevice, Plan, Tick
+from workers.devices.base import Buffer, HostDevice, Plan
 from workers.kernels import reference
 from workers.kernels.reference import Node
 from workers.tensors import Array, Bytes
+from workers.ticks import TICK_S, Tick
 
 ALIGN = 64
-TICK_S = 0.02
-"""How often a running plan lets the process look at its sockets."""
 
 
 def lay_out(graph: Graph) -> tuple[dict[int, int], int]:

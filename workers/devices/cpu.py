@@ -7,33 +7,37 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from protocol.dtypes import TYPES, GGMLType, row_bytes
+from protocol.errors import OutOfMemory
 from protocol.graph import Graph, Tensor
-from workers.devices.base import PIECE_BYTES, Buffer, HostDevice, Plan, Source, cpu_model
+from workers.devices.base import PIECE_BYTES, Buffer, HostDevice, Plan, Source, cpu_model, steps
 from workers.devices.cpu_plan import CPUPlan
 from workers.kernels import layout, native
-from workers.tensors import Array, Bytes, load
+from workers.tensors import Bytes, load
+from workers.ticks import Tick, completing, nothing
+
+MAX_GROUP_BYTES = 16 << 20
+"""Longer rows are not packed: a group of them is packed at once, by way of scratch memory."""
+WIDENED_BLOCKS = 1 << 12
+"""Blocks of weights that are widened at once."""
 
 
 class Copy:
-    """Bytes that are in memory already, as a source."""
+    """Bytes that are in memory already, as a source: each piece is a copy, so that it may be overwritten where it lay."""
+
+    good = False
 
     def __init__(self, memory: Bytes) -> None:
-        self.memory, self.at = memory, 0
+        self.memory = memory
 
-    def read(self, room: memoryview) -> bool:
-        n = len(room)
-        target = np.frombuffer(room, np.uint8)
-        target[:] = self.memory[self.at : self.at + n]
-        self.at += n
-        return True
-
-    def close(self) -> bool:
-        return True
+    def pieces(self, size: int, tick: Tick) -> Iterator[memoryview]:
+        for at, n in steps(len(self.memory), size):
+            yield self.memory[at : at + n].copy().data
+        self.good = True
 
 
 class CPUDevice(HostDevice):
@@ -52,7 +56,6 @@ class CPUDevice(HostDevice):
         self.profiling = os.environ.get("GGMQ_PROFILE", "0") not in ("", "0")
         self.profiled: dict[str, list[float]] = {}
         self.team = native.Team(native.load(cpu_model()), n_threads, cpus)
-        self._wide: dict[tuple[int, int], tuple[Array, int]] = {}
 
     def n_threads(self) -> int:
         return self._n_threads
@@ -86,125 +89,163 @@ class CPUDevice(HostDevice):
     def _packable(type_id: int, ne: tuple[int, int, int, int]) -> bool:
         if type_id not in layout.KIND_OF or ne[1] < layout.GROUP or (ne[2] * ne[3] != 1 and ne[1] % layout.GROUP):
             return False
+        if layout.GROUP * row_bytes(type_id, ne[0]) > MAX_GROUP_BYTES:
+            return False
         return not (ne[0] % 32 and TYPES[type_id].quantized)
 
-    def finish(self, buffer: Buffer, offset: int, n_bytes: int, type_id: int, ne: tuple[int, int, int, int]) -> None:
+    def finish(
+        self, buffer: Buffer, offset: int, n_bytes: int, type_id: int, ne: tuple[int, int, int, int], tick: Tick = nothing
+    ) -> None:
         if self._packable(type_id, ne):  # else the bytes lie where they should
-            self._store(buffer, offset, n_bytes, type_id, ne, Copy(buffer.memory[offset : offset + n_bytes]))
+            self.fill(buffer, offset, n_bytes, type_id, ne, Copy(buffer.memory[offset : offset + n_bytes]), tick)
 
     def fill(
-        self, buffer: Buffer, offset: int, n_bytes: int, type_id: int, ne: tuple[int, int, int, int], source: Source
-    ) -> bool:
+        self, buffer: Buffer, offset: int, n_bytes: int, type_id: int, ne: tuple[int, int, int, int], source: Source,
+        tick: Tick = nothing,
+    ) -> bool:  # fmt: skip
+        """Rows are packed as they come, a piece at a time; no second copy of a weight is made."""
         buffer.check(offset, n_bytes, "write")
-        return self._store(buffer, offset, n_bytes, type_id, ne, source)
-
-    def _store(
-        self, buffer: Buffer, offset: int, n_bytes: int, type_id: int, ne: tuple[int, int, int, int], source: Source
-    ) -> bool:
-        """Pack rows as they come, a piece at a time, by way of scratch memory; no second copy of a weight is made."""
-        self._raw(buffer, offset, n_bytes)
-        self._forget(buffer)
+        self._raw(buffer, offset, n_bytes, tick)
+        self._forget(buffer, offset, n_bytes, tick)
         if not self._packable(type_id, ne):
-            return super().fill(buffer, offset, n_bytes, type_id, ne, source)
-        kind, row, n_groups, n_blocks = self._shape(type_id, ne)
+            return super().fill(buffer, offset, n_bytes, type_id, ne, source, tick)
+        with self._or_zeros(buffer, offset, n_bytes, source, tick):
+            self._pack(type_id, ne, source, buffer.memory[offset : offset + n_bytes], tick)
+            if source.good:
+                buffer.packed[offset] = (GGMLType(type_id), ne, n_bytes)
+                buffer.n_layouts += 1
+        return source.good
+
+    def _pack(self, type_id: int, ne: tuple[int, int, int, int], source: Source, target: Bytes, tick: Tick) -> None:
+        """Rows as packed groups; those that are left over stay as they are."""
+        kind, row, _, n_blocks = self._shape(type_id, ne)
         group = layout.GROUP * row
-        together = max(1, PIECE_BYTES // group)
-        self.team.reserve(together * group)
-        room = self.team.scratch[: together * group]
-        whole = True
-        for first in range(0, n_groups, together):
-            n = min(together, n_groups - first)
-            whole = whole and source.read(room[: n * group].data)
-            self.team.call(layout.PACK_ROWS, kind, room.ctypes.data, row, n, n_blocks,
-                           self._at(buffer, offset + first * group))  # fmt: skip
-        rest = buffer.memory[offset + n_groups * group : offset + n_bytes]
-        whole = whole and (not len(rest) or source.read(rest.data))
-        good = source.close() and whole
-        if good:
-            buffer.packed[offset] = (GGMLType(type_id), ne, n_bytes)
-            buffer.n_layouts += 1
-        else:
-            buffer.memory[offset : offset + n_bytes] = 0
-        return good
+        at = 0
+        for piece in source.pieces(max(1, PIECE_BYTES // group) * group, tick):
+            rows = np.frombuffer(piece, np.uint8)
+            n = len(rows) // group
+            self.team.call(layout.PACK_ROWS, kind, rows.ctypes.data, row, n, n_blocks, target.ctypes.data + at)
+            target[at + n * group : at + len(rows)] = rows[n * group :]
+            at += len(rows)
+            tick()
 
     @staticmethod
     def _at(buffer: Buffer, offset: int) -> int:
         return int(buffer.memory.ctypes.data + offset)
 
-    def _forget(self, buffer: Buffer) -> None:
-        for key in [k for k in self._wide if k[0] == id(buffer)]:
-            del self._wide[key]
+    def _forget(self, buffer: Buffer, offset: int, n_bytes: int, tick: Tick) -> None:
+        """Drop the widened copies of what these bytes belong to; plans that use them are bound again."""
+        for at in [at for at, copy in buffer.widened.items() if at < offset + n_bytes and offset < at + copy.n_bytes]:
+            super().free(buffer.widened.pop(at), tick)
+            buffer.n_layouts += 1
 
-    def _unpacked(self, buffer: Buffer, at: int, first: int, last: int) -> Array:
-        """Rows of a packed tensor in GGUF's layout. Shapes: uint8 [last - first, row_bytes]."""
+    def _unpacked(self, buffer: Buffer, at: int, first: int, last: int) -> Bytes:
+        """Rows of a packed tensor in GGUF's layout. Shapes: uint8 [(last - first) * row_bytes]."""
         type_id, ne, _ = buffer.packed[at]
         kind, row, n_groups, n_blocks = self._shape(type_id, ne)
-        out = np.empty((last - first, row), np.uint8)
+        out = np.empty((last - first) * row, np.uint8)
         self.team.call(layout.UNPACK_ROWS, kind, self._at(buffer, at), row, first, last, 16 * n_groups, n_blocks,
                        out.ctypes.data)  # fmt: skip
         return out
 
-    def widened(self, buffer: Buffer | None, t: Tensor) -> tuple[int, int] | None:
-        """Address and packed rows of a float16 copy of weights whose type has no products of its own."""
+    def _groups(self, buffer: Buffer, at: int, low: int, high: int) -> Iterator[tuple[int, int, int, int]]:
+        """Rows of a packed tensor that hold its bytes low..high, a piece of whole groups at a time.
+
+        Returns: the first row and the one behind the last, and where their bytes begin and end in the tensor.
+        """
+        type_id, ne, size = buffer.packed[at]
+        _, row, _, _ = self._shape(type_id, ne)
+        group = layout.GROUP * row
+        piece = max(1, PIECE_BYTES // group) * group
+        for start in range(low // group * group, high, piece):
+            end = min(start + piece, size)
+            yield start // row, end // row, start, end
+
+    def widened(self, buffer: Buffer | None, t: Tensor, tick: Tick) -> tuple[int, int] | None:
+        """Address and packed rows of a float16 copy of weights whose type has no products of its own.
+
+        Errors: OutOfMemory where there is no room for one.
+        """
         if buffer is None or t.op != "NONE" or not TYPES[t.type].quantized:
             return None
-        key = (id(buffer), t.offset)
-        if key not in self._wide:
-            blocks = buffer.memory[t.offset : t.offset + row_bytes(t.type, t.ne[0]) * t.n_rows]
-            shaped = blocks.reshape(1, 1, t.n_rows, t.ne[0] // TYPES[t.type].block, TYPES[t.type].bytes)
-            halves = load(shaped, t.type, np.float32).astype(np.float16).reshape(-1)
-            row = 2 * t.ne[0]
-            n_packed = t.n_rows // 16 * 16 if t.ne[1] % 16 == 0 or t.ne[2] * t.ne[3] == 1 else 0
-            raw = halves[: n_packed * t.ne[0]].copy()
-            self.team.call(layout.PACK_ROWS, layout.KIND_OF[GGMLType.F16], raw.ctypes.data, row, n_packed // 16, t.ne[0],
-                           halves.ctypes.data)  # fmt: skip
-            self._wide[key] = (halves, min(n_packed, t.ne[1] // 16 * 16))
-        halves, n_packed = self._wide[key]
-        return halves.ctypes.data, n_packed
+        if t.offset not in buffer.widened:
+            buffer.widened[t.offset] = self._widen(buffer, t, tick)
+        packs = self._packable(GGMLType.F16, t.ne)
+        return self._at(buffer.widened[t.offset], 0), t.ne[1] // 16 * 16 if packs else 0
 
-    def _raw(self, buffer: Buffer, offset: int, n_bytes: int) -> None:
+    def _widen(self, buffer: Buffer, t: Tensor, tick: Tick) -> Buffer:
+        n_bytes, free = 2 * t.n_elements, self.free_bytes()
+        if n_bytes > free:
+            raise OutOfMemory(f"{self.name}: {TYPES[t.type].type.name} weights are multiplied as float16, which needs "
+                              f"{n_bytes} bytes more, {free} are free", n_bytes, free)  # fmt: skip
+        block, block_bytes = TYPES[t.type].block, TYPES[t.type].bytes
+        n_blocks = t.n_elements // block
+        blocks = buffer.memory[t.offset : t.offset + n_blocks * block_bytes].reshape(1, 1, 1, n_blocks, block_bytes)
+        copy = self._buffer(n_bytes)
+        try:
+            halves = copy.memory.view(np.float16)
+            for at, n in steps(n_blocks, WIDENED_BLOCKS):
+                values = load(blocks[:, :, :, at : at + n], t.type, np.float32)
+                halves[at * block : (at + n) * block] = values.ravel()
+                tick()
+            if self._packable(GGMLType.F16, t.ne):
+                self._pack(GGMLType.F16, t.ne, Copy(copy.memory), copy.memory, tick)
+        except BaseException:
+            super().free(copy)
+            raise
+        return copy
+
+    def _raw(self, buffer: Buffer, offset: int, n_bytes: int, tick: Tick) -> None:
         """Bring every packed tensor that these bytes touch back to GGUF's layout."""
         touched = [(at, p) for at, p in buffer.packed.items() if at < offset + n_bytes and offset < at + p[2]]
-        for at, (_, ne, size) in touched:
-            buffer.memory[at : at + size] = self._unpacked(buffer, at, 0, ne[1] * ne[2] * ne[3]).reshape(-1)
-            del buffer.packed[at]
-            buffer.n_layouts += 1
+        with completing(tick) as steady:
+            for at, (_, _, size) in touched:
+                for first, last, start, end in self._groups(buffer, at, 0, size):
+                    buffer.memory[at + start : at + end] = self._unpacked(buffer, at, first, last)
+                    steady()
+                del buffer.packed[at]
+                buffer.n_layouts += 1
 
-    def unpack(self, buffer: Buffer, t: Tensor) -> None:
+    def unpack(self, buffer: Buffer, t: Tensor, tick: Tick) -> None:
         """Bring what tensor t shares bytes with back to GGUF's layout."""
-        self._raw(buffer, t.offset, t.extent_bytes())
+        self._raw(buffer, t.offset, t.extent_bytes(), tick)
 
-    def write(self, buffer: Buffer, offset: int, data: bytes | memoryview) -> None:
+    def write(self, buffer: Buffer, offset: int, data: bytes | memoryview, tick: Tick = nothing) -> None:
         buffer.check(offset, len(data), "write")
-        self._raw(buffer, offset, len(data))
-        self._forget(buffer)
-        super().write(buffer, offset, data)
+        self._raw(buffer, offset, len(data), tick)
+        self._forget(buffer, offset, len(data), tick)
+        super().write(buffer, offset, data, tick)
 
-    def read(self, buffer: Buffer, offset: int, n_bytes: int) -> bytes:
-        buffer.check(offset, n_bytes, "read")
-        out = buffer.memory[offset : offset + n_bytes].copy()
-        for at, (_, ne, size) in buffer.packed.items():
+    def read(self, buffer: Buffer, offset: int, n_bytes: int, tick: Tick = nothing) -> memoryview:
+        out = super().read(buffer, offset, n_bytes, tick)
+        for at, (_, _, size) in buffer.packed.items():
             low, high = max(at, offset), min(at + size, offset + n_bytes)
             if low < high:
-                rows = self._unpacked(buffer, at, 0, ne[1] * ne[2] * ne[3]).reshape(-1)
-                out[low - offset : high - offset] = rows[low - at : high - at]
-        return out.tobytes()
+                for first, last, start, end in self._groups(buffer, at, low - at, high - at):
+                    a, b = max(at + start, low), min(at + end, high)
+                    rows = self._unpacked(buffer, at, first, last).data
+                    out[a - offset : b - offset] = rows[a - at - start : b - at - start]
+                    tick()
+        return out
 
-    def copy(self, src: Buffer, src_offset: int, dst: Buffer, dst_offset: int, n_bytes: int) -> None:
-        src.check(src_offset, n_bytes, "copy from")
-        dst.check(dst_offset, n_bytes, "copy to")
-        self.write(dst, dst_offset, self.read(src, src_offset, n_bytes))
+    def free(self, buffer: Buffer, tick: Tick = nothing) -> None:
+        with completing(tick) as steady:
+            self._forget(buffer, 0, buffer.n_bytes, steady)
+            super().free(buffer, steady)
 
-    def free(self, buffer: Buffer) -> None:
-        self._forget(buffer)
-        super().free(buffer)
+    def scratch_bytes(self) -> int:
+        return super().scratch_bytes() + len(self.team.scratch)
+
+    def trim(self, tick: Tick = nothing) -> None:
+        self.team.scratch = np.zeros(0, np.uint8)  # a plan reserves what it needs when it runs
+        super().trim(tick)
 
     # -- plans ---------------------------------------------------------------------------------------------------------
 
-    def compile(self, graph: Graph, buffers: dict[int, Buffer]) -> Plan:
-        return CPUPlan(self, graph, buffers)
+    def compile(self, graph: Graph, buffers: dict[int, Buffer], tick: Tick = nothing) -> Plan:
+        return CPUPlan(self, graph, buffers, tick)
 
-    def unpack_for(self, graph: Graph, buffers: dict[int, Buffer]) -> None:
+    def unpack_for(self, graph: Graph, buffers: dict[int, Buffer], tick: Tick) -> None:
         """Bring back to GGUF's layout what a graph uses in a way that does not fit the packed one."""
         for i, t in enumerate(graph.tensors):
             root, start = graph.root(i)
@@ -212,7 +253,7 @@ class CPUDevice(HostDevice):
             buffer = buffers.get(r.buffer)
             if buffer is not None and buffer.packed and not self._packed_use(graph, i, buffer):
                 buffer.check(r.offset + start, t.extent_bytes(), f"tensor {i}")
-                self._raw(buffer, r.offset + start, t.extent_bytes())
+                self._raw(buffer, r.offset + start, t.extent_bytes(), tick)
 
     @staticmethod
     def _packed_use(graph: Graph, i: int, buffer: Buffer) -> bool:

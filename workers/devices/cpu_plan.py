@@ -51,7 +51,7 @@ class CPUPlan(StepPlan):
     def _fallback(self, node: Node) -> Step:
         for t in node.src_tensor:
             if t is not None and t.op == "NONE" and t.buffer in self.buffers:
-                self.device.unpack(self.buffers[t.buffer], t)
+                self.device.unpack(self.buffers[t.buffer], t, self._tick)
         return partial(reference.run, node)
 
     # -- rows ----------------------------------------------------------------------------------------------------------
@@ -330,7 +330,7 @@ class CPUPlan(StepPlan):
             return None
         kind = layout.KIND_OF.get(GGMLType(t.type))
         if kind is None:
-            wide = self.device.widened(self.buffers.get(t.buffer), t)
+            wide = self.device.widened(self.buffers.get(t.buffer), t, self._tick)
             return None if wide is None else (layout.KIND_OF[F16], wide[0], 2 * t.ne[0], wide[1])
         buffer = self.buffers.get(t.buffer)
         packed = t.op == "NONE" and buffer is not None and t.offset in buffer.packed

@@ -8,21 +8,31 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from protocol.errors import KernelError
 from protocol.graph import Graph
-from workers.devices.base import Buffer, Tick
+from workers.devices.base import Buffer
 from workers.kernels import layout
+from workers.kernels.native import Team
 from workers.kernels.reference import Node
 from workers.plan import ALIGN, HostPlan, Step
 from workers.tensors import Array
+from workers.ticks import Tick, nothing, paced
 
 if TYPE_CHECKING:  # the device makes plans: at run time it imports this file
     from workers.devices.cpu import CPUDevice
 
 Range = tuple[int, int]
+Words = npt.NDArray[np.int64]
 TICK_COST = 400_000_000
 """Multiplications after which a running plan looks at its sockets: some milliseconds."""
+
+
+def _run_team(team: Team, graph: Graph, program: Words, profile: Words | None, first: int, last: int) -> None:
+    bad = team.run(program, first, last, profile)
+    if bad >= 0:
+        raise KernelError(f"node {bad} ({graph.tensors[bad].op}): an index points outside the tensor that it names")
 
 
 class StepPlan(HostPlan):
@@ -33,23 +43,30 @@ class StepPlan(HostPlan):
         profile: nanoseconds of each of them, when the device profiles.
     """
 
-    def __init__(self, device: CPUDevice, graph: Graph, buffers: dict[int, Buffer]) -> None:
+    def __init__(self, device: CPUDevice, graph: Graph, buffers: dict[int, Buffer], tick: Tick) -> None:
         self.device = device
         used = [buffers[t.buffer] for t in graph.tensors if t.buffer in buffers]
-        self._layouts = -1
         self._used_buffers = list({id(b): b for b in used}.values())
-        while self._layouts != self._layout():  # a node without a kernel may ask for its weights in GGUF's layout
-            device.unpack_for(graph, buffers)
-            self._layouts = self._layout()
+        self._rebind(graph, buffers, tick)
+
+    def _rebind(self, graph: Graph, buffers: dict[int, Buffer], tick: Tick) -> None:
+        """Bind to the layouts that the buffers have now. Calls the tick while it changes them."""
+        self._layouts, layouts = -1, -1
+        self._tick = tick
+        while layouts != self._layout():  # a node without a kernel may ask for its weights in GGUF's layout
+            self.device.unpack_for(graph, buffers, tick)
+            layouts = self._layout()
             self._bind_all(graph, buffers)
+        self._layouts, self._tick = layouts, nothing
 
     def _layout(self) -> int:
         return sum(b.n_layouts for b in self._used_buffers)
 
     def run(self, inputs: Sequence[bytes | memoryview], tick: Tick) -> list[memoryview]:
         if self._layouts != self._layout():
-            self.__init__(self.device, self.graph, self.buffers)  # type: ignore[misc]
-        self.device.settle(self._end)
+            self._rebind(self.graph, self.buffers, paced(tick))
+        self.device.settle(self._end, tick)
+        self.device.team.reserve(self._scratch_bytes)
         if self.profile is None:
             return super().run(inputs, tick)
         self.profile[:] = 0
@@ -91,7 +108,7 @@ class StepPlan(HostPlan):
     # -- from nodes to steps -------------------------------------------------------------------------------------------
 
     def _steps(self, nodes: list[Node]) -> list[tuple[Step, int]]:
-        out: list[tuple[Step, int]] = []
+        out: list[tuple[Step | Range, int]] = []
         self._end = -(-self.arena_bytes // ALIGN) * ALIGN
         self._scratch_bytes = layout.PANEL_BYTES  # more than the 192 bytes that a rest of 16 lanes needs
         first, cost, skip = 0, 0, -1
@@ -99,7 +116,7 @@ class StepPlan(HostPlan):
         def flush() -> None:
             nonlocal first, cost
             if first < len(self._rows):
-                out.append((partial(self._run_team, first, len(self._rows)), self._row_nodes[first]))
+                out.append(((first, len(self._rows)), self._row_nodes[first]))
             first, cost = len(self._rows), 0
             self._reads, self._writes = [], []
 
@@ -123,8 +140,11 @@ class StepPlan(HostPlan):
             self.program[i, : len(row)] = row
         self.profile = np.zeros(len(self._rows), np.int64) if self.device.profiling else None
         self.device.arena(self._end)
-        self.device.team.reserve(self._scratch_bytes)
-        return [(prelude, -1) for prelude in self._preludes] + out
+        # what runs steps must not hold the plan: a plan that holds itself keeps its buffers
+        run = partial(_run_team, self.device.team, self.graph, self.program, self.profile)
+        return [(prelude, -1) for prelude in self._preludes] + [
+            (partial(run, *step) if isinstance(step, tuple) else step, node) for step, node in out
+        ]
 
     @staticmethod
     def _cost(n: Node) -> int:
@@ -141,12 +161,6 @@ class StepPlan(HostPlan):
     def _fallback(self, node: Node) -> Step:
         """What runs a node that has no steps."""
         raise NotImplementedError
-
-    def _run_team(self, first: int, last: int) -> None:
-        bad = self.device.team.run(self.program, first, last, self.profile)
-        if bad >= 0:
-            t = self.graph.tensors[bad]
-            raise KernelError(f"node {bad} ({t.op}): an index points outside the tensor that it names")
 
     def _add(self, node: Node, op: int, args: list[int], reads: list[Range], writes: list[Range]) -> None:
         """Append a step; the threads meet before it when it touches what was written since they last met."""

@@ -1,0 +1,230 @@
+"""Buffers of the CPU device: what takes long is done in pieces, and whatever happens between two a buffer is consistent."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from protocol.dtypes import GGMLType, contiguous_nb, tensor_bytes
+from protocol.errors import Cancelled, HandleError, OutOfMemory
+from protocol.graph import Graph, Tensor
+from tests.support.strategies import leaf
+from workers.devices.base import PIECE_BYTES, Buffer
+from workers.devices.cpu import Copy, CPUDevice
+from workers.executor import rss_bytes
+from workers.ticks import Tick, nothing
+
+MIB = 1 << 20
+NE = (1024, 12 * 1024 + 5, 1, 1)
+N = tensor_bytes(GGMLType.Q8_0, NE)
+"""Some 13 MiB, and five rows more than whole groups."""
+
+
+@pytest.fixture(scope="module")
+def device(kernels: None) -> Iterator[CPUDevice]:
+    d = CPUDevice(2)
+    yield d
+    d.team.close()
+
+
+@pytest.fixture(scope="module")
+def weights() -> np.ndarray:
+    return np.random.default_rng(3).integers(0, 256, N, np.uint8)
+
+
+class Counted:
+    """A tick that is counted, and raises Cancelled at one of its calls."""
+
+    def __init__(self, cancel_at: int = -1) -> None:
+        self.n, self.cancel_at = 0, cancel_at
+
+    def __call__(self) -> None:
+        self.n += 1
+        if self.n == self.cancel_at:
+            raise Cancelled("no longer wanted")
+
+
+def filled(device: CPUDevice, weights: np.ndarray, spare: int = 0) -> Buffer:
+    buffer = device.alloc(N + spare)
+    assert device.fill(buffer, 0, N, GGMLType.Q8_0, NE, Copy(weights))
+    assert list(buffer.packed) == [0]
+    return buffer
+
+
+def change(device: CPUDevice, buffer: Buffer, how: str, weights: np.ndarray, tick: Tick) -> None:
+    """One of the things that take long."""
+    if how == "fill":
+        device.fill(buffer, 0, N, GGMLType.Q8_0, NE, Copy(weights), tick)
+    elif how == "finish":
+        device.write(buffer, 0, weights.data)
+        device.finish(buffer, 0, N, GGMLType.Q8_0, NE, tick)
+    elif how == "fill unpacked":
+        device.fill(buffer, 0, N - N % 4, GGMLType.F32, (N // 4, 1, 1, 1), Copy(weights[: N - N % 4]), tick)
+    elif how == "unpack":
+        device.write(buffer, N - 8, b"8 bytes.", tick)
+    elif how == "read":
+        device.read(buffer, 0, N, tick)
+    else:
+        device.copy(buffer, 0, buffer, 1000, N - 1000, tick)
+
+
+@pytest.mark.parametrize("how", ["fill", "finish", "fill unpacked", "unpack", "read", "copy"])
+def test_what_takes_long_ticks_between_pieces(device: CPUDevice, weights: np.ndarray, how: str) -> None:
+    buffer, tick = filled(device, weights), Counted()
+    change(device, buffer, how, weights, tick)
+    assert tick.n >= N // PIECE_BYTES
+    device.free(buffer)
+
+
+@pytest.mark.parametrize("how", ["fill", "finish", "fill unpacked"])
+def test_a_weight_that_is_cancelled_leaves_zeros(device: CPUDevice, weights: np.ndarray, how: str) -> None:
+    buffer = device.alloc(N)
+    with pytest.raises(Cancelled):
+        change(device, buffer, how, weights, Counted(5))
+    assert not buffer.packed and not np.any(buffer.memory)
+    assert device.fill(buffer, 0, N, GGMLType.Q8_0, NE, Copy(weights))
+    assert device.read(buffer, 0, N) == weights.tobytes()
+    device.free(buffer)
+
+
+def test_what_is_unpacked_is_unpacked_whole(device: CPUDevice, weights: np.ndarray) -> None:
+    """A tensor that was loaded is not lost to a request that needed it in another layout and was cancelled."""
+    buffer = filled(device, weights)
+    with pytest.raises(Cancelled):
+        change(device, buffer, "unpack", weights, Counted(5))
+    assert not buffer.packed and device.read(buffer, 0, N) == weights.tobytes()
+    device.free(buffer)
+
+
+@pytest.mark.parametrize("low, high", [(0, N), (5, 6), (N - 3 * 1088 - 7, N), (PIECE_BYTES - 3, 3 * PIECE_BYTES + 11)])
+def test_any_part_of_a_packed_tensor_is_read(device: CPUDevice, weights: np.ndarray, low: int, high: int) -> None:
+    buffer = filled(device, weights)
+    assert device.read(buffer, low, high - low) == weights[low:high].tobytes()
+    device.free(buffer)
+
+
+@pytest.mark.parametrize("start, to", [(0, 3 * MIB + 5), (3 * MIB + 5, 0), (MIB, MIB + 1), (0, 0)])
+def test_a_copy_may_overlap(device: CPUDevice, weights: np.ndarray, start: int, to: int) -> None:
+    buffer, n = filled(device, weights), 9 * MIB
+    expected = weights.copy()
+    expected[to : to + n] = weights[start : start + n]
+    device.copy(buffer, start, buffer, to, n)
+    assert device.read(buffer, 0, N) == expected.tobytes()
+    device.free(buffer)
+
+
+def test_freed_memory_goes_back_whoever_points_at_it(device: CPUDevice, weights: np.ndarray) -> None:
+    buffer = device.alloc(200 * MIB)
+    buffer.memory[:] = 1
+    held, tick, before = buffer.memory, Counted(), rss_bytes()
+    device.free(buffer, tick)
+    assert before - rss_bytes() > 190 * MIB and tick.n >= 3
+    assert not held[:: MIB].any()
+    buffer = device.alloc(200 * MIB)
+    with pytest.raises(Cancelled):
+        device.free(buffer, Counted(1))
+    assert device.used_bytes == 0 and buffer.n_bytes == 0
+
+
+# -- plans -------------------------------------------------------------------------------------------------------------
+
+
+def product(type_id: int, ne: tuple[int, int, int, int], n_columns: int = 1) -> Graph:
+    """Weights of buffer 1 times columns that are an input."""
+    out = (ne[1], n_columns, 1, 1)
+    y = Tensor(GGMLType.F32, "MUL_MAT", out, contiguous_nb(GGMLType.F32, out), src=(0, 1))
+    return Graph((leaf(type_id, ne, 1), leaf(GGMLType.F32, (ne[0], n_columns, 1, 1)), y), (1,), (2,))
+
+
+def fallback(ne: tuple[int, int, int, int]) -> Graph:
+    """A graph that needs its weights in GGUF's layout."""
+    w = leaf(GGMLType.Q8_0, ne, 1)
+    out = Tensor(GGMLType.F32, "CPY", ne, contiguous_nb(GGMLType.F32, ne), src=(0, 1))
+    return Graph((w, leaf(GGMLType.F32, ne), replace(out, view_src=1)), (1,), (2,))
+
+
+@pytest.mark.parametrize("make", [lambda: product(GGMLType.Q8_0, NE), lambda: product(GGMLType.IQ2_XXS, (256, 64, 1, 1))],
+                         ids=["packed", "widened"])  # fmt: skip
+def test_nothing_of_a_plan_is_left_without_the_collector(device: CPUDevice, make: Callable[[], Graph]) -> None:
+    graph = make()
+    w = graph.tensors[0]
+    buffer = device.alloc(tensor_bytes(w.type, w.ne))
+    columns = np.ones(w.ne[0], np.float32).tobytes()
+    gc.disable()
+    try:
+        plan = device.compile(graph, {1: buffer})
+        plan.run([columns], nothing)
+        memory = weakref.ref(buffer.memory)
+        gone = weakref.ref(plan)
+        device.free(buffer)
+        with pytest.raises(HandleError):  # not even by a mistake of ours does it read what is no longer there
+            plan.run([columns], nothing)
+        del plan, buffer
+        assert gone() is None and memory() is None
+    finally:
+        gc.enable()
+    device.trim()
+    assert device.used_bytes == device.scratch_bytes() == 0
+
+
+def widened_inputs() -> tuple[tuple[int, int, int, int], np.ndarray, bytes]:
+    ne = (256, 4096, 1, 1)
+    rng = np.random.default_rng(5)
+    blocks = rng.integers(0, 256, tensor_bytes(GGMLType.IQ2_XXS, ne), np.uint8).reshape(-1, 66)
+    blocks[:, :2] = np.frombuffer(np.float16(0.01).tobytes(), np.uint8)
+    return ne, blocks.reshape(-1), rng.standard_normal(256).astype(np.float32).tobytes()
+
+
+def test_widened_weights_are_counted_and_follow_what_is_written(kernels: None) -> None:
+    ne, blocks, columns = widened_inputs()
+    n, halves = len(blocks), 2 * ne[0] * ne[1]
+    device = CPUDevice(1, n + halves + 8 * MIB)
+    graph = product(GGMLType.IQ2_XXS, ne)
+    buffer = device.alloc(n)
+    device.write(buffer, 0, blocks.data)
+    with pytest.raises(Cancelled):
+        device.compile(graph, {1: buffer}, Counted(2))
+    assert device.used_bytes == n and not buffer.widened
+    tick = Counted()
+    plan = device.compile(graph, {1: buffer}, tick)
+    assert tick.n >= 3 and device.used_bytes == n + halves
+    first = bytes(plan.run([columns], nothing)[0])
+    other = device.alloc(6 * MIB)
+    with pytest.raises(OutOfMemory):
+        device.alloc(4 * MIB)
+    device.free(other)
+    device.write(buffer, 0, bytes(n))  # the copy of what was there before must not be used any more
+    assert device.used_bytes == n
+    second = np.frombuffer(plan.run([columns], nothing)[0], np.float32)
+    assert np.frombuffer(first, np.float32).any() and not second.any()
+    device.free(buffer)
+    assert device.used_bytes == 0
+    small = CPUDevice(1, n + halves - 1)
+    buffer = small.alloc(n)
+    with pytest.raises(OutOfMemory, match=f"needs {halves} bytes more"):
+        small.compile(graph, {1: buffer})
+    for d in (device, small):
+        d.team.close()
+
+
+def test_a_plan_whose_weights_change_layout_can_be_cancelled_and_run_again(device: CPUDevice, weights: np.ndarray) -> None:
+    """A cancelled change of layout leaves a plan that is bound whole before it runs."""
+    buffer = filled(device, weights)
+    plan = device.compile(product(GGMLType.Q8_0, NE), {1: buffer})
+    columns = np.ones(NE[0], np.float32).tobytes()
+    expected = bytes(plan.run([columns], nothing)[0])
+    device.compile(fallback(NE), {1: buffer})  # unpacks
+    assert not buffer.packed
+    assert bytes(plan.run([columns], nothing)[0]) == expected
+    device.trim()  # a session ended meanwhile
+    assert bytes(plan.run([columns], nothing)[0]) == expected
+    device.finish(buffer, 0, N, GGMLType.Q8_0, NE)
+    with pytest.raises(Cancelled):
+        device.compile(fallback(NE), {1: buffer}, Counted(3))
+    assert bytes(plan.run([columns], nothing)[0]) == expected
+    device.free(buffer)

@@ -1,0 +1,140 @@
+"""Ways to go on answering while something takes long: a worker has one thread, and what proves it alive is what works."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from queue import SimpleQueue
+from typing import Any, Generic, TypeVar
+
+from protocol.errors import Cancelled
+
+T = TypeVar("T")
+
+Tick = Callable[[], None]
+"""Called between pieces of work: the process answers PINGs there. Raises Cancelled when the work is no longer wanted."""
+TICK_S = 0.02
+"""How often what takes long lets the process look at its sockets."""
+STALL_S = 60.0
+"""A disk that takes longer than this over one piece has failed."""
+
+
+def nothing() -> None:
+    """The tick of a process that nobody waits for."""
+
+
+def paced(tick: Tick) -> Tick:
+    """A tick that may be called after every piece, however small: it looks at the sockets when TICK_S have passed."""
+    due = time.monotonic() + TICK_S
+
+    def call() -> None:
+        nonlocal due
+        if time.monotonic() >= due:
+            tick()
+            due = time.monotonic() + TICK_S
+
+    return call
+
+
+@contextlib.contextmanager
+def completing(tick: Tick) -> Iterator[Tick]:
+    """A tick for what must not end half-way: Cancelled is raised when the block has been completed."""
+    stopped: list[Cancelled] = []
+
+    def call() -> None:
+        try:
+            tick()
+        except Cancelled as e:
+            stopped.append(e)
+
+    yield call
+    if stopped:
+        raise stopped[0]
+
+
+class Job(Generic[T]):
+    """Something that an `Aside` does. Threads: one starts it and waits for it, the other does it."""
+
+    def __init__(self, do: Callable[[], T]) -> None:
+        self._do: Callable[[], T] | None = do
+        self._finished = threading.Event()
+        self._result: list[T] = []
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        assert self._do is not None  # a job is run once
+        try:
+            self._result.append(self._do())
+        except BaseException as e:
+            self._error = e.with_traceback(None)  # a traceback would keep this frame, and with it the job
+        self._do = None
+        self._finished.set()
+
+    @property
+    def finished(self) -> bool:
+        return self._finished.is_set()
+
+    def wait(self, tick: Tick, within_s: float) -> bool:
+        """Whether it has been done, within so long."""
+        due = time.monotonic() + within_s
+        while not self._finished.wait(max(0.0, min(TICK_S, due - time.monotonic()))):
+            tick()
+            if time.monotonic() >= due:
+                return self.finished
+        return True
+
+    def outcome(self) -> T:
+        """What it returned, or raised; it has been done."""
+        if self._error is not None:
+            raise self._error
+        return self._result[0]
+
+
+class Aside:
+    """A thread for what a disk may take long over. It does jobs in the order in which they were started.
+
+    Threads: start and wait from one. It ends with the process, whatever it is doing.
+    """
+
+    def __init__(self, name: str, stall_s: float = STALL_S) -> None:
+        self.name, self.stall_s = name, stall_s
+        self._jobs: SimpleQueue[Job[Any]] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._late: Job[Any] | None = None
+
+    def start(self, do: Callable[[], T]) -> Job[T]:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, daemon=True, name=self.name)
+            self._thread.start()
+        job = Job(do)
+        self._jobs.put(job)
+        return job
+
+    @property
+    def stalled(self) -> bool:
+        """Whether a job was waited for in vain, and has still not been done."""
+        return self._late is not None and not self._late.finished
+
+    def wait(self, job: Job[Any], tick: Tick) -> None:
+        """Until a job has been done.
+
+        Errors: TimeoutError when it takes too long; as long as it does, other jobs are not waited for.
+        """
+        if not job.wait(tick, 0.0 if self.stalled else self.stall_s):
+            self._late = job
+            raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+
+    def result(self, job: Job[T], tick: Tick) -> T:
+        """What a job returned, or raised. Errors: TimeoutError as `wait`."""
+        self.wait(job, tick)
+        return job.outcome()
+
+    def _run(self) -> None:
+        while True:
+            job = self._jobs.get()
+            job.run()
+            del job  # nothing of it is kept while the next one is awaited
