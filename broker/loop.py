@@ -31,6 +31,7 @@ from broker.state import BrokerState
 from config.auth import Listener, new_socket, require_curve
 from config.clock import LivedClock
 from config.keys import KeyPair
+from config.terminal import print_line
 from protocol import limits
 from protocol import messages as m
 from protocol.errors import GgmqError, ProtocolError
@@ -229,7 +230,7 @@ class BrokerLoop:
                 try:
                     self.connect_worker(i.link)
                 except GgmqError as e:  # no descriptor left: the state machine asks again
-                    print(f"ggmq broker: {i.link}: {e}", file=sys.stderr)
+                    print_line(f"ggmq broker: {i.link}: {e}", file=sys.stderr)
             else:
                 self._send(i)
 
@@ -250,7 +251,7 @@ class BrokerLoop:
             if e.errno in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 self._handle(gone)
             else:
-                print(f"ggmq broker: cannot send: {e}", file=sys.stderr)
+                print_line(f"ggmq broker: cannot send: {e}", file=sys.stderr)
 
     def _close(self, link: Link) -> None:
         for monitor in [k for k, v in self._monitors.items() if v == link]:

@@ -28,6 +28,7 @@ from config.auth import (
 )
 from config.clock import LivedClock
 from config.keys import KeyPair
+from config.terminal import print_line
 from protocol import PROTOCOL_VERSION, limits
 from protocol import messages as m
 from protocol.errors import Cancelled, ConfigError, GgmqError, ProtocolError, Unavailable
@@ -88,6 +89,8 @@ class WorkerLoop:
         self.auth: Any = None
         self.debug = bool(os.environ.get("GGMQ_DEBUG") or os.environ.get("GGML_RPC_DEBUG"))
         self.queue: deque[tuple[bytes, Message]] = deque()
+        self.turns: dict[tuple[bytes, int], int] = {}
+        self.n_turns = 0
         self.running: tuple[bytes, int, int] | None = None
         self.stopping = False
         self.sockets: list[zmq.Socket[Any]] = []
@@ -185,7 +188,7 @@ class WorkerLoop:
         if broker is None or broker.redial_s:
             return
         if reason != broker.said:
-            print(f"worker: broker {broker.endpoint}: {reason}; dialling again", file=sys.stderr, flush=True)
+            print_line(f"worker: broker {broker.endpoint}: {reason}; dialling again", file=sys.stderr)
         broker.said, broker.redial_s = reason, now_s + wait_s
         self.state.closed(broker.token, now_s)
         for s in [*self.channels, *([broker.monitor] if broker.monitor is not None else [])]:
@@ -223,7 +226,7 @@ class WorkerLoop:
             while not self.stopping:
                 self._await()
                 while self.queue and not self.stopping:
-                    rid, message = self.queue.popleft()
+                    rid, message = self._next()
                     self._carry_out(self._handle(rid, message))
                     self._tick()
                     self._housekeeping()
@@ -248,6 +251,26 @@ class WorkerLoop:
         if not self.queue:
             self._receive(int(1000 * GUARD_S))
 
+    def _next(self) -> tuple[bytes, Message]:
+        """What comes next: in the order in which it came, but computes of several sessions take turns, so that the pieces
+        of one's long prompt let another's tokens through. Within a session nothing overtakes anything."""
+        first = self.queue[0]
+        if isinstance(first[1].header, m.GraphCompute):
+            waiting: dict[tuple[bytes, int], int] = {}
+            for i, (rid, message) in enumerate(self.queue):
+                session = getattr(message.header, "session", None)
+                if session is None:
+                    break  # what concerns a peer as a whole keeps its place
+                waiting.setdefault((rid, session), i)
+            turns = [s for s in waiting if isinstance(self.queue[waiting[s]][1].header, m.GraphCompute)]
+            chosen = min(turns, key=lambda s: (self.turns.get(s, 0), waiting[s]))
+            self.n_turns += 1
+            self.turns[chosen] = self.n_turns
+            first = self.queue[waiting[chosen]]
+            del self.queue[waiting[chosen]]
+            return first
+        return self.queue.popleft()
+
     def stop(self) -> None:
         self.stopping = True
 
@@ -263,6 +286,7 @@ class WorkerLoop:
         self._forget(self.state.gone(now))
         self._redial(now)
         self._carry_out(self.links.tick(now))
+        self.turns = {s: n for s, n in self.turns.items() if (self.state.routes.get(s[0], b""), s[1]) in self.state.sessions}
         waiting = {rid for rid, _ in self.queue}
         self.route = {rid: s for rid, s in self.route.items() if rid in self.state.routes or rid in waiting}
 
@@ -326,7 +350,7 @@ class WorkerLoop:
             self._refuse_frames(rid, frames, e)
             return
         if self.debug:
-            print(f"ggmq worker: {message.command.name} seq {message.seq} {message.header}"[:400], file=sys.stderr)
+            print_line(f"ggmq worker: {message.command.name} seq {message.seq} {message.header}"[:400], file=sys.stderr)
         if message.reply and isinstance(message.header, m.Error) and s in self.channels:
             # a broker that was started again, or that lost sight of us, does not know us
             self._hang_up(message.header.message, self.clock.now_s())

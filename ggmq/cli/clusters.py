@@ -114,12 +114,12 @@ def _infos(cluster: ClusterFile) -> list[m.ListedDevice]:
     return out
 
 
-def _infos_offline(cluster: ClusterFile, file: Path) -> list[m.DeviceInfo]:
+def _infos_offline(cluster: ClusterFile, file: Path) -> list[m.ListedDevice]:
     """The devices as the file alone has them; nothing is run and nobody is asked.
 
     Errors: ConfigError names the worker whose memory only its host could tell.
     """
-    out: list[m.DeviceInfo] = []
+    out: list[m.ListedDevice] = []
     for i, (w, order) in enumerate(zip(cluster.workers, _order(cluster), strict=True)):
         for device in w.devices:
             if w.memory_mib:
@@ -130,7 +130,7 @@ def _infos_offline(cluster: ClusterFile, file: Path) -> list[m.DeviceInfo]:
                 raise ConfigError(f"{file}: $.workers[{i}].memory_mib: worker {w.name}: expected the MiB that {device} "
                                   "lends, since --offline asks nobody; add the key, or plan without --offline")  # fmt: skip
             host = w.host if w.launcher != "local" else os.uname().nodename
-            out.append(m.DeviceInfo(device, device.lower(), "", host, total, free, w.threads, not w.memory_mib, order))
+            out.append(m.ListedDevice(device, device.lower(), "", host, total, free, w.threads, not w.memory_mib, order))
     return out
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from broker.placement import Assignment
+from config.terminal import print_line
 from ggmq.archs import open_arch
 from ggmq.archs.base import Arch
 from ggmq.cli.options import cpus_of, keys_of, local_threads, n_cores
@@ -65,7 +66,7 @@ def open_session(args: argparse.Namespace, g: GGUF, n_ctx: int = 0, n_slots: int
 
 def note(text: str) -> None:
     """Something that a user should know while it lasts."""
-    print(f"note    {text}", file=sys.stderr, flush=True)
+    print_line(f"note    {text}", file=sys.stderr)
 
 
 def settled(client: Client) -> list[m.ListedDevice]:
@@ -126,7 +127,7 @@ def print_summary(s: Session) -> None:
     if len(s.runner.stages) > 1 and not s.runner.direct:
         print("note    activations pass through the broker: not every worker can reach the next one", file=sys.stderr)
     for stage in s.runner.stages:
-        print("layers  " + stage_line(s.infos, stage.assignment), file=sys.stderr)
+        print_line("layers  " + stage_line(s.infos, stage.assignment), file=sys.stderr)
 
 
 def stage_line(infos: Sequence[m.ListedDevice], a: Assignment) -> str:
