@@ -128,4 +128,4 @@ class Devices:
         if state != "ready":
             known |= {"free_bytes": 0, "total_bytes": 0, "description": state}
         address = entry.link.removeprefix("tcp://") if entry.link.startswith("tcp://") else ""
-        return m.ListedDevice(**known, state=state, address=address[:256])
+        return m.ListedDevice(**known, state=state, address=address[:256], n_sessions=len(entry.holders))

@@ -35,6 +35,9 @@ KV_STEP = 256
 """Cells seen are rounded up to this, so that a graph serves many tokens."""
 SLOT_STEP = 512
 """A slot's cells begin at a multiple of this: attention's blocks then fall alike in every slot, and so do the bits."""
+TURN_S = 0.1
+"""A compute of a prompt takes about so long when others wait for the same worker."""
+MIN_PIECE = 16
 PIECE = 64
 """Tokens of a prompt that move on together when there are several stages."""
 MAX_GRAPHS = 128
@@ -106,6 +109,7 @@ class UnderWay(NamedTuple):
     """A batch that was sent."""
 
     seq: int
+    n_tokens: int
     n_outputs: int
     argmax: bool
     top_k: int
@@ -143,6 +147,7 @@ class Runner:
         self.direct = False
         self.stages = [_StageOnDevice(a) for a in assignments]
         self.compute_s = 0.0
+        self._tokens_per_s = 0.0
         self.report = LoadReport()
         self.note: Callable[[str], None] = lambda text: None
         self._graphs: dict[tuple[int, int, int, bool, int, bool], Compiled] = {}
@@ -305,18 +310,31 @@ class Runner:
     ) -> npt.NDArray[Any]:  # fmt: skip
         """Run tokens of one sequence at positions n_past, n_past + 1, ...; their keys and values stay in the cache.
 
-        With several stages the tokens go in pieces, so that all stages work at once.
+        With several stages the tokens go in pieces, so that all stages work at once; where others use the same workers, in
+        pieces of bounded time.
 
         Shapes: returns float32 [len(outputs), n_vocab], the logits after the tokens that `outputs` (indices) names; or
         with `argmax` int32 [len(outputs)], with `top_k` CANDIDATE [len(outputs), top_k], the tokens of the largest logits.
         Errors: what the workers report; FormatError for a token outside the vocabulary or a context that is full.
         """
         size = PIECE if len(self.stages) > 1 else max(1, len(tokens))
+        if len(tokens) > MIN_PIECE and self._shares():
+            size = min(size, self._piece_of_a_turn())
         under_way = []
         for at in range(0, max(1, len(tokens)), size):
             entries = [Entry(int(t), n_past + at + i, slot) for i, t in enumerate(tokens[at : at + size])]
             under_way.append(self.submit(entries, [o - at for o in outputs if at <= o < at + size], argmax, top_k))
         return np.concatenate([self.wait(u) for u in under_way])
+
+    def _shares(self) -> bool:
+        """Whether others hold something on the devices of the stages: their tokens come between the pieces of a prompt."""
+        infos = self.client.devices()
+        return any(infos[s.assignment.device].n_sessions > 1 for s in self.stages if s.assignment.device < len(infos))
+
+    def _piece_of_a_turn(self) -> int:
+        """Tokens that take about TURN_S in a stage, a power of two, so that few graphs serve."""
+        n = int(TURN_S * self._tokens_per_s)
+        return max(MIN_PIECE, 1 << (n.bit_length() - 1)) if n else PIECE
 
     def submit(
         self, entries: Sequence[Entry], outputs: Sequence[int], argmax: bool = False, top_k: int = 0
@@ -347,13 +365,15 @@ class Runner:
         header = m.GraphCompute(self.client.session, compiled.digests[0], len(payloads[0]), route)
         frames = [f for payload in payloads for f in payload]
         seq = self.client.submit(header, frames, self.stages[0].assignment.device)
-        return UnderWay(seq, len(outputs), argmax, top_k)
+        return UnderWay(seq, n, len(outputs), argmax, top_k)
 
     def wait(self, batch: UnderWay) -> npt.NDArray[Any]:
         """What a batch gave. Shapes: as `forward`'s. Errors: what the workers report."""
         reply = self.client.wait(batch.seq)
         assert isinstance(reply.header, m.ComputeDone)  # the decoder gives GRAPH_COMPUTE's reply this type
         self.compute_s += reply.header.compute_s
+        if batch.n_tokens >= MIN_PIECE and reply.header.compute_s:
+            self._tokens_per_s = batch.n_tokens * len(self.stages) / reply.header.compute_s
         raw = reply.payload[0] if batch.n_outputs else b""
         if batch.argmax:
             return np.frombuffer(raw, np.int32)

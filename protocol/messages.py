@@ -96,11 +96,13 @@ class ListedDevice(DeviceInfo, frozen=True):
     """A device as the broker knows it.
 
     `state`: ready; silent (its worker is there and answers nothing); lost (its worker's connection is closed); none (an
-    index that no device has). `address`: where its worker listens, host:port.
+    index that no device has). `address`: where its worker listens, host:port. `n_sessions`: those that hold something
+    there.
     """
 
     state: Short = "ready"
     address: Short = ""
+    n_sessions: U64 = 0
 
 
 class DeviceList(Header, frozen=True):

@@ -18,9 +18,10 @@ import pytest
 from config.auth import new_keys
 from config.keys import KeyPair, read_keys, write_keys
 from ggmq.archs import open_arch
-from ggmq.cluster import LocalBus
+from ggmq.cluster import Client, LocalBus
 from ggmq.gguf import GGUF
 from ggmq.runner import Runner, plan
+from protocol import messages as m
 from protocol.dtypes import GGMLType
 from protocol.errors import Unavailable, WorkerLost
 from tests.support.fixtures import ROOT, free_port, nmse
@@ -161,6 +162,27 @@ def test_f16_activations_are_half_the_bytes_and_nearly_the_same(model: GGUF) -> 
         bus.close()
     assert 2 * 40 * 64 < handed[GGMLType.F16] < 0.6 * handed[GGMLType.F32]
     assert 0 < nmse(got[GGMLType.F16], got[GGMLType.F32]) < 1e-5
+
+
+def test_a_long_prompt_goes_in_pieces_where_others_wait_and_whole_where_none_do(model: GGUF) -> None:
+    bus = LocalBus()
+    try:
+        bus.spawn("CPU", 1)
+        with loaded(bus, model, 1) as runner:
+            computes, results = [], []
+            for others in (False, True):
+                if others:
+                    other = Client(bus.context, "inproc://broker")
+                    other.request(m.AllocBuffer(other.session, 1, 64))
+                before = runner.client.stats(0).n_computes
+                results.append(runner.forward([*TOKENS, *TOKENS], 0, [79]))
+                computes.append(runner.client.stats(0).n_computes - before)
+                runner._tokens_per_s = 320.0  # a slow worker: 32 tokens are a turn
+            other.close()
+    finally:
+        bus.close()
+    assert computes == [1, 3]
+    assert np.array_equal(*results)
 
 
 @pytest.mark.parametrize(

@@ -230,3 +230,28 @@ def test_20000_fuzzed_messages_change_nothing(
     assert after.n_refused > 10_000
     assert after.rss_bytes - rss.rss_bytes < 10 << 20
     assert Path(f"/proc/{worker[1].pid}").exists() and worker[1].poll() is None
+
+
+def test_computes_of_several_brokers_take_turns(worker: tuple[int, subprocess.Popen[bytes]], attacker: Attacker) -> None:
+    large = leaf(0, (1 << 20, 1, 1, 1))
+    node = replace(large, op="SQR", src=(0,))
+    tail = replace(leaf(0, (1, 1, 1, 1)), op="SUM_ROWS", src=(1,))
+    frame = encode_graph(Graph((replace(large, buffer=9), node, tail), (), (2,)))
+    other = Attacker(worker[0], random.randbytes(16))
+    try:
+        for a in (attacker, other):
+            a.ask(m.AllocBuffer(SESSION, 9, 4 << 20))
+            assert a.code(m.GraphPut(SESSION, graph_digest(frame)), frame) == "ok"
+        n = 150
+        mine = [attacker.send(m.GraphCompute(SESSION, graph_digest(frame), 0)) for _ in range(n)]
+        assert other.code(m.GraphCompute(SESSION, graph_digest(frame), 0)) == "ok"
+        answered = 0
+        while attacker.socket.poll(0):
+            attacker.socket.recv_multipart()
+            answered += 1
+        assert answered < n // 2, "the other one had to wait for all of them"
+        for seq in mine[answered:]:
+            attacker.wait(seq)
+    finally:
+        other.ask(m.Drain(SESSION))
+        other.close()
