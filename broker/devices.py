@@ -89,8 +89,9 @@ class Devices:
             else:
                 old = self.entries[index]
                 fresh.holders = old.holders
-                if old.instance == h.token:  # what was handed out there still is, and was free when it was first counted
-                    held = sum(old.allocated.values())
+                if old.instance == h.token:  # what was handed out there still is
+                    # one that listens tells what is free besides; one that dials in counts what a broker that is gone held
+                    held = sum(old.allocated.values()) if link.startswith("tcp://") else 0
                     fresh.info = msgspec.structs.replace(named, free_bytes=named.free_bytes + held)
                     fresh.ended, fresh.allocated = old.ended, old.allocated
             self.entries[index] = fresh

@@ -452,6 +452,8 @@ class BrokerState:
             entry.allocated.pop((h.session, h.buffer), None)
 
     def _next_stage(self, pending: Pending, done: m.ComputeDone, reply: Message, now_s: float) -> list[Instruction]:
+        if pending.rid not in self.clients:
+            return []  # its session has ended; nothing is begun for it any more
         step, rest = pending.route[0], pending.route[1:]
         payload = [*reply.payload, *pending.frames[: step.n_payload]]
         h = pending.request.header

@@ -166,13 +166,13 @@ def _cache(args: argparse.Namespace) -> Cache | None:
         return None
     folder = args.cache_dir or cache_folder()
     try:
-        cache = Cache(folder, args.cache_quota * MIB)
+        folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.R_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except (OSError, ValueError) as e:
         reason = getattr(e, "strerror", None) or e
         raise ConfigError(f"--cache-dir {folder}: expected a folder for weights: {reason}; choose another") from None
-    return cache
+    return Cache(folder, args.cache_quota * MIB)
 
 
 def _endpoint(args: argparse.Namespace) -> str:

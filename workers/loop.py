@@ -182,14 +182,14 @@ class WorkerLoop:
         s.send_multipart(encode(Message(Command.HELLO, self._hello(role))))
         return rid
 
-    def _hang_up(self, reason: str, now_s: float, wait_s: float = limits.REDIAL_S) -> None:
+    def _hang_up(self, reason: str, now_s: float) -> None:
         """The broker that we dialled has gone, or does not know us: connect anew, so that nothing old is on its way."""
         broker = self.broker
         if broker is None or broker.redial_s:
             return
         if reason != broker.said:
             print_line(f"worker: broker {broker.endpoint}: {reason}; dialling again", file=sys.stderr)
-        broker.said, broker.redial_s = reason, now_s + wait_s
+        broker.said, broker.redial_s = reason, now_s + limits.REDIAL_S
         self.state.closed(broker.token, now_s)
         for s in [*self.channels, *([broker.monitor] if broker.monitor is not None else [])]:
             self._remove(s)
@@ -215,7 +215,12 @@ class WorkerLoop:
         s.send_multipart([b"", *encode(Message(Command.HELLO, self._hello("worker")))])
 
     def _hello(self, role: str) -> m.Hello:
-        devices = [msgspec.structs.replace(self.device.info(), worker=self.name)] if not role.endswith("-bulk") else []
+        devices = []
+        if not role.endswith("-bulk"):
+            info, gone = self.device.info(), {token for token, p in self.state.peers.items() if p.closed_s}
+            held = sum(b.n_bytes for key, mine in self.executor.buffers.items() if key[0] in gone for b in mine.values())
+            free = min(info.total_bytes, info.free_bytes + held)  # theirs is free as soon as another broker comes
+            devices = [msgspec.structs.replace(info, worker=self.name, free_bytes=free)]
         return m.Hello(PROTOCOL_VERSION, role, self.instance, software=self.state.software, devices=devices)
 
     # -- the loop ------------------------------------------------------------------------------------------------------
@@ -435,13 +440,8 @@ class WorkerLoop:
         broker = self.broker
         if broker is None or rid not in (broker.control, broker.bulk):
             return []
-        if broker.token and h.token != broker.token and broker.token in self.state.peers:
-            held = bool(self.state.sessions)
+        if broker.token != h.token:  # another one: nobody can ask any more for what the one before held
             self._forget({broker.token})
-            if held:  # our HELLO said how much memory is free: now there is more
-                broker.token = h.token
-                self._hang_up("another one is there now", now, 0.0)
-                return []
         broker.token, broker.said = h.token, ""
         for key in self.state.hello(rid, m.Hello(h.version, "broker", h.token, h.epoch, h.session), now):
             self._free(key)

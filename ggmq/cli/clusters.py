@@ -319,8 +319,10 @@ def _print_broker(endpoint: str, keys: KeyPair | None, file: Path | None) -> Non
                 for a in plan(arch, infos, n_ctx, cluster.split.tensor_split or None, order=_order(cluster)):
                     layers[a.device] = f", layers {a.layers.start}-{a.layers.stop - 1} of {arch.gguf.path.name}"
         for i, d in enumerate(infos):
-            if not d.total_bytes:
-                print_line(f"  device {i}: {d.worker} {d.name}: lost")
+            if d.state == "none":
+                continue
+            if d.state != "ready":
+                print_line(f"  device {i}: {d.worker} {d.name}: {d.state}")
                 continue
             s = client.stats(i)
             print_line(f"  device {i}: {d.worker} {d.name}: {d.total_bytes // MIB} MiB, {s.free_bytes // MIB} MiB free, "

@@ -301,6 +301,20 @@ def test_lives_of_workers_leave_nothing_behind() -> None:
     assert devices(state) == [] and not state.workers and not state.pending
 
 
+def test_nothing_is_begun_for_a_client_that_has_gone() -> None:
+    state = BrokerState("t", 10)
+    for i in (1, 2):
+        dialled(state, f"dial/{i}", bytes([i]) * 16)
+    session = client(state)
+    (first,) = ask(state, m.GraphCompute(session, b"1" * 16, 0, [m.RouteStep(1, b"2" * 16, 0)]), 1)
+    state.handle(ClientLost(CLIENT, 1.0))
+    assert state.handle(FromWorker(first.link, first.message.answer(m.ComputeDone(), [b"x"]), 1.1)) == []
+    for i in (1, 2):
+        state.handle(LinkLost(f"dial/{i}", "killed", 2.0))
+    client(state)
+    assert devices(state) == []
+
+
 def test_a_long_list_of_devices_comes_in_pages() -> None:
     state = BrokerState("t", 10)
     client(state)
