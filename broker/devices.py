@@ -104,7 +104,7 @@ class Devices:
     def forget(self, index: int) -> None:
         """Drop a device of a worker that is gone, unless somebody holds something there."""
         entry = self.entries.get(index)
-        if entry is not None and entry.lost and not entry.holders and not entry.link.startswith("tcp://"):
+        if entry is not None and entry.lost and not entry.holders:
             del self.entries[index]
 
     def listing(self, first: int, states: Mapping[Link, State]) -> m.DeviceList:

@@ -140,6 +140,8 @@ class BrokerState:
             pairs = list(pairwise([message.device, *(s.device for s in h.route)]))
             if pairs and client.linked.issuperset(pairs):
                 return self._relay(client, pending, h, pairs)
+            for step in h.route:  # what a route names keeps its number while the session is there
+                self.devices[step.device].holders.add(client.session)
             pending.route = list(h.route)
             pending.frames = payload[h.n_payload :]
             payload = payload[: h.n_payload]
@@ -499,12 +501,12 @@ class BrokerState:
             return []
         worker.ready, worker.silent, worker.lost = False, "", reason
         out = self._fail_all(link, reason)
-        if link.startswith("tcp://"):
-            return [*out, Redial(link)]
-        del self.workers[link]
         for index, entry in self.devices.of(link):
             entry.lost = reason
             self.devices.forget(index)
+        if link.startswith("tcp://"):
+            return [*out, Redial(link)]
+        del self.workers[link]
         return [*out, CloseLink(link)]
 
     def _fall_silent(self, link: Link, worker: Worker, now_s: float) -> list[Instruction]:

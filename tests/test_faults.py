@@ -178,7 +178,7 @@ def test_a_worker_that_listens_and_was_started_again_is_used_again() -> None:
                 assert done.stdout == text_of(20)
                 w.kill()
                 w.wait()
-            until(lambda: b"lost" in subprocess.run([*GGMQ, "status", "--broker", endpoint], capture_output=True).stdout)
+            until(lambda: not subprocess.run([*GGMQ, "status", "--broker", endpoint], capture_output=True).stdout)
 
 
 def test_a_worker_with_a_name_of_its_own_is_used_by_its_address() -> None:

@@ -300,7 +300,8 @@ class WorkerLoop:
         if now - self.probed_s < limits.PROBE_S and not at_once:
             return
         self.probed_s = now
-        for peer in [p for p in self.state.peers.values() if not p.hands and now - p.seen_s >= limits.PROBE_S]:
+        quiet_s = 0.0 if at_once else limits.PROBE_S
+        for peer in [p for p in self.state.peers.values() if not p.hands and now - p.seen_s >= quiet_s]:
             self._send(Send(peer.rid, Message(Command.PING, m.Ping(0), (), False, 0, peer.epoch)))
 
     def _forget(self, tokens: Collection[bytes]) -> None:
