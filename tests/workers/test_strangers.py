@@ -130,20 +130,17 @@ class Crowd:
         self.thread.join(20)
 
 
-def few_descriptors() -> None:
-    resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
-
-
 def test_more_strangers_than_descriptors_and_clients_are_served(tmp_path: Path) -> None:
     """Each client has its workers linked, for which they open sockets of their own."""
     keys = new_keys()
     write_keys(tmp_path / "keys", keys)
     ports = [free_port(), free_port()]
     command = [*WORKER, "-d", "reference", "--keys", str(tmp_path / "keys"), "-p"]
-    with started([*command, str(ports[0])], preexec_fn=few_descriptors) as first, started([*command, str(ports[1])]):
+    with started([*command, str(ports[0])]) as first, started([*command, str(ports[1])]):
         with local_bus(keys) as bus:
             bus.add_remote(f"127.0.0.1:{ports[0]}")
             bus.start()
+        resource.prlimit(first.pid, resource.RLIMIT_NOFILE, (256, 256))
         with Crowd(ports[0], 600):
             until(lambda: n_descriptors(first.pid) > 150)
             for _ in range(10):
