@@ -427,7 +427,8 @@ class WorkerLoop:
                 raise ProtocolError(f"HELLO: only other workers connect here, got the role {h.role!r}")
             if message.reply:
                 return self._welcomed(rid, h, now)
-            if h.role == "broker" and h.token not in self.state.peers:  # what nobody can ask for any more is free for a new broker
+            if h.role == "broker" and h.token not in self.state.peers:
+                # what nobody can ask for any more is free for a new broker
                 self._probe(now, at_once=True)
                 self._forget({token for token, p in self.state.peers.items() if p.closed_s})
             for key in self.state.hello(rid, h, now):
