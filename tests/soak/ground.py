@@ -32,8 +32,9 @@ N_TOKENS = 20
 N_LONG = 160
 """Tokens of a generation in whose middle something happens."""
 N_CTX = 256
+COMPILED_S = 600.0
+"""The first worker of a checkout compiles its kernels."""
 READY_S = 90.0
-"""A worker that comes first may have to compile its kernels."""
 SESSION_S = 60.0
 BACK_S = 15.0
 """The most that anything may take to be used again."""
@@ -111,6 +112,10 @@ class Ground:
 
     def start(self) -> None:
         """Errors: RuntimeError when something is not ready."""
+        first = self.run(PROMPTS[0], 1, "--workers", "1", "--insecure", name="first")
+        if first.ends(COMPILED_S) != 0:
+            raise RuntimeError(f"the first run did not end well: {first.story()}")
+        self.done(first)
         undisturbed = {(p, n): self.run(p, n, "--workers", "1", "-t", "1", "--insecure", name="undisturbed")
                        for p, n in [*((p, N_TOKENS) for p in PROMPTS), (PROMPTS[0], N_LONG)]}  # fmt: skip
         for key, p in undisturbed.items():

@@ -14,6 +14,8 @@ from tests.support.supervised import Figures
 
 MAX_FAILURES = 6
 """A part that failed so often ends: what comes after tells nothing new and every failure waits for its limit."""
+N_SAID = 20
+"""So often a long part says how far it is."""
 MIB = 1 << 20
 
 
@@ -42,6 +44,8 @@ class Report:
                 return
             self._begun[part] += 1
             yield Step(self, part, i)
+            if n >= N_SAID and (i + 1) * N_SAID // n > i * N_SAID // n:
+                print(f"{part}: {i + 1} of {n}", file=sys.stderr, flush=True)
 
     def whole(self, part: str) -> bool:
         """Whether every step of a part was begun."""
