@@ -36,12 +36,18 @@ class Assignment:
 
 @dataclass(frozen=True, slots=True)
 class ModelSizes:
-    """Units: bytes. `layers` and `kv` have one entry a layer; `head` is the embedding, `tail` the output."""
+    """Units: bytes. `layers` and `kv` have one entry a layer; `head` is the embedding, `tail` the output, and `tied` what
+    is in both and is held once by a device that has both ends."""
 
     layers: Sequence[int]
     kv: Sequence[int]
     head: int
     tail: int
+    tied: int = 0
+
+    def ends(self, first: bool, last: bool) -> int:
+        """Bytes of what a stage holds besides its layers."""
+        return first * self.head + last * self.tail - (first and last) * self.tied
 
 
 def share_layers(n_layers: int, weights: Sequence[float]) -> list[int]:
@@ -81,7 +87,7 @@ def place(sizes: ModelSizes, devices: Sequence[DeviceMemory], split: Sequence[fl
                               "shares of at least 0, one a device, not all 0")  # fmt: skip
         counts = share_layers(n, [*split, *(0.0,) * (len(devices) - len(split))])
     else:
-        total = sum(sizes.layers) + sum(sizes.kv) + sizes.head + sizes.tail
+        total = sum(sizes.layers) + sum(sizes.kv) + sizes.ends(True, True)
         if total > sum(room):
             raise OutOfMemory(_refusal(total, sum(room), devices, room), total, sum(room))
         counts = _fit(sizes, share_layers(n, [float(r) for r in room] if any(room) else [1.0] * len(room)), room)
@@ -113,7 +119,7 @@ def _assign(sizes: ModelSizes, devices: Sequence[DeviceMemory], counts: Sequence
     for i, (device, count) in enumerate(used):
         first, last = i == 0, i == len(used) - 1
         layers = range(start, start + count)
-        weights = sum(sizes.layers[il] for il in layers) + first * sizes.head + last * sizes.tail
+        weights = sum(sizes.layers[il] for il in layers) + sizes.ends(first, last)
         out.append(Assignment(device, layers, first, last, weights, sum(sizes.kv[il] for il in layers)))
         start += count
     return out
@@ -127,7 +133,7 @@ def _fit(sizes: ModelSizes, counts: list[int], room: Sequence[int]) -> list[int]
         used = [i for i, c in enumerate(counts) if c]
         for i, c in enumerate(counts):
             need = sum(sizes.layers[il] + sizes.kv[il] for il in range(start, start + c))
-            need += sizes.head * (bool(used) and i == used[0]) + sizes.tail * (bool(used) and i == used[-1])
+            need += sizes.ends(bool(used) and i == used[0], bool(used) and i == used[-1])
             out.append(room[i] - need)
             start += c
         return out

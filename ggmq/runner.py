@@ -52,13 +52,14 @@ Progress = Callable[[str, int, int], None]
 def model_sizes(arch: Arch, n_ctx: int) -> ModelSizes:
     """Bytes of each layer's weights and KV cache, of the embedding and of the output."""
     n = arch.hp.n_layer
-    layers, head, tail = [0] * n, 0, 0
+    layers = [0] * n
     for il in range(n):
         layers[il] = _aligned(arch.stage_weights(Stage(0, range(il, il + 1), False, False)))
     shared = {t.name for t in arch.stage_weights(Stage(0, range(1), False, False)) if not t.name.startswith("blk.")}
-    head = _aligned([t for t in arch.stage_weights(Stage(0, range(0), True, False)) if t.name not in shared])
-    tail = _aligned([t for t in arch.stage_weights(Stage(0, range(0), False, True)) if t.name not in shared])
-    return ModelSizes(layers, [arch.kv_bytes(il, n_ctx) for il in range(n)], head, tail)
+    head = [t for t in arch.stage_weights(Stage(0, range(0), True, False)) if t.name not in shared]
+    tail = [t for t in arch.stage_weights(Stage(0, range(0), False, True)) if t.name not in shared]
+    tied = _aligned([t for t in tail if t in head])
+    return ModelSizes(layers, [arch.kv_bytes(il, n_ctx) for il in range(n)], _aligned(head), _aligned(tail), tied)
 
 
 def _aligned(tensors: Sequence[TensorInfo]) -> int:
@@ -486,7 +487,8 @@ def plan(
     if not keep:
         return place(sizes, others or memory, split)
     whole = keep == n or not others
-    head = ModelSizes(sizes.layers[:keep], sizes.kv[:keep], sizes.head, sizes.tail if whole else 0)
+    tail, tied = (sizes.tail, sizes.tied) if whole else (0, 0)
+    head = ModelSizes(sizes.layers[:keep], sizes.kv[:keep], sizes.head, tail, tied)
     out = [_shift(a, 0, True, whole) for a in place(head, mine)]
     if whole:
         return out

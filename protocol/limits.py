@@ -90,7 +90,5 @@ is known to be so after half a minute; a process that only sleeps keeps its conn
 
 RESERVED_DESCRIPTORS = 64
 """File descriptors that listening sockets leave for the process itself."""
-SHUT_S = 4.0
-"""For this long a socket stops listening when descriptors run out: who says nothing is gone by then (HANDSHAKE_IVL)."""
 
 ZAP_DOMAIN = "ggmq"

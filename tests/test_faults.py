@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from ggmq.cluster import connect, local_bus
+from protocol import limits
 from protocol.errors import Unavailable
 from tests.support.fixtures import free_port
 from tests.support.processes import GGMQ, WORKER, await_devices, children_of, read_some, started, until
@@ -83,7 +84,7 @@ def test_a_run_that_slept_itself_goes_on() -> None:
     with started([*RUN, "-n", "300"], **PIPES) as p:
         got = read_some(p, 50)
         p.send_signal(signal.SIGSTOP)
-        time.sleep(4)
+        time.sleep(limits.PEER_SILENCE_S + 2)
         p.send_signal(signal.SIGCONT)
         out, err = p.communicate(timeout=60)
     assert p.returncode == 0, err.decode()

@@ -53,6 +53,14 @@ def test_unequal_memories_share_in_proportion() -> None:
     assert [len(a.layers) for a in place(model(20, 1, 0, 0, 0), devices(300, 100))] == [15, 5]
 
 
+def test_a_tied_embedding_counts_once_on_a_device_that_has_both_ends() -> None:
+    sizes = ModelSizes([10 * MIB] * 2, [MIB] * 2, 105 * MIB, 105 * MIB, tied=100 * MIB)
+    assert [a.weight_bytes // MIB for a in place(sizes, devices(132))] == [130]
+    assert [a.weight_bytes // MIB for a in place(sizes, devices(200, 200), [1, 1])] == [115, 115]
+    with pytest.raises(OutOfMemory, match=r"the model needs 132\.0 MiB"):
+        place(sizes, devices(131))
+
+
 def test_devices_of_one_host_share_its_memory() -> None:
     both = [DeviceMemory(i, f"d{i}", 200 * MIB, "h", True) for i in range(2)]
     with pytest.raises(OutOfMemory):

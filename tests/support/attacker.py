@@ -41,9 +41,13 @@ class Attacker:
 
     Attributes:
         instance: what the worker calls itself.
+        patience_s: how long an answer is waited for.
     """
 
-    def __init__(self, port: int, token: bytes, epoch: int = 5, role: str = "broker") -> None:
+    def __init__(
+        self, port: int, token: bytes, epoch: int = 5, role: str = "broker", patience_s: float = 20.0
+    ) -> None:  # fmt: skip
+        self.patience_s = patience_s
         self.context: zmq.Context[Any] = zmq.Context()
         self.socket = self.context.socket(zmq.DEALER)
         self.socket.linger = 0
@@ -59,8 +63,9 @@ class Attacker:
         self.socket.close()
         self.context.destroy(linger=0)
 
-    def reply(self, timeout_s: float = 20) -> Message:
-        assert self.socket.poll(int(timeout_s * 1000)), "the worker gave no answer"
+    def reply(self, timeout_s: float | None = None) -> Message:
+        waits_s = self.patience_s if timeout_s is None else timeout_s
+        assert self.socket.poll(int(waits_s * 1000)), "the worker gave no answer"
         return decode(self.socket.recv_multipart())
 
     def send(self, header: m.Header, *payload: bytes, **more: Any) -> int:
