@@ -216,10 +216,20 @@ def stages_against_one(args: argparse.Namespace) -> list[Row]:
     return [Row("2 workers x 1 thread ÷ 1 x 1, both ours", "decode_tok_s", two, one, 0.95)]
 
 
+def beside_a_prompt(args: argparse.Namespace) -> list[Row]:
+    """A client's tokens while another's long prompt is read by the same worker, both ours."""
+    model = args.folder / "llama-0.85b-q4_0.gguf"
+    write_model(model)
+    found = [run([sys.executable, "-m", "bench.beside", str(model), str(args.threads)]) for _ in range(args.rounds)]
+    beside, alone, gap = (statistics.median(r[key] for r in found) for key in ("beside_tok_s", "alone_tok_s", "worst_gap_s"))
+    return [Row("decode beside a prompt of 2048 ÷ alone, both ours", "decode_tok_s", beside, alone, 0.35),
+            Row("", "the longest wait for a token beside it, s", gap, None, 0.25, less=True)]  # fmt: skip
+
+
 def main() -> None:
     p = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     p.add_argument("scenarios", nargs="*", metavar="SCENARIO",
-                   help=f"of {', '.join(s.name for s in SCENARIOS)}, stages; default all")  # fmt: skip
+                   help=f"of {', '.join(s.name for s in SCENARIOS)}, stages, beside; default all")  # fmt: skip
     p.add_argument("-t", "--threads", type=int, default=2)
     p.add_argument("-r", "--rounds", type=int, default=3)
     p.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "ggmq-bench", help="where the models lie")
@@ -229,6 +239,7 @@ def main() -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     known: dict[str, Callable[[], list[Row]]] = {s.name: lambda s=s: measure(s, args) for s in SCENARIOS}  # type: ignore[misc]
     known["stages"] = lambda: stages_against_one(args)
+    known["beside"] = lambda: beside_a_prompt(args)
     unknown = [name for name in args.scenarios if name not in known]
     if unknown:
         p.error(f"no such scenario: {', '.join(unknown)}")

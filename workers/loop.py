@@ -39,6 +39,7 @@ from workers.devices.base import Device
 from workers.executor import Executor
 from workers.links import Dial, HangUp, LinkInstruction, Links, Name, ToPeer
 from workers.state import Send, Work, WorkerState
+from workers.turns import Key, Turns
 
 HOUSEKEEPING_S = 0.1
 GUARD_S = 0.05
@@ -89,8 +90,7 @@ class WorkerLoop:
         self.auth: Any = None
         self.debug = bool(os.environ.get("GGMQ_DEBUG") or os.environ.get("GGML_RPC_DEBUG"))
         self.queue: deque[tuple[bytes, Message]] = deque()
-        self.turns: dict[tuple[bytes, int], int] = {}
-        self.n_turns = 0
+        self.turns = Turns()
         self.running: tuple[bytes, int, int] | None = None
         self.stopping = False
         self.sockets: list[zmq.Socket[Any]] = []
@@ -231,8 +231,7 @@ class WorkerLoop:
             while not self.stopping:
                 self._await()
                 while self.queue and not self.stopping:
-                    rid, message = self._next()
-                    self._carry_out(self._handle(rid, message))
+                    self._work()
                     self._tick()
                     self._housekeeping()
                 self._housekeeping()
@@ -256,25 +255,34 @@ class WorkerLoop:
         if not self.queue:
             self._receive(int(1000 * GUARD_S))
 
-    def _next(self) -> tuple[bytes, Message]:
-        """What comes next: in the order in which it came, but computes of several sessions take turns, so that the pieces
-        of one's long prompt let another's tokens through. Within a session nothing overtakes anything."""
-        first = self.queue[0]
-        if isinstance(first[1].header, m.GraphCompute):
-            waiting: dict[tuple[bytes, int], int] = {}
-            for i, (rid, message) in enumerate(self.queue):
-                session = getattr(message.header, "session", None)
-                if session is None:
-                    break  # what concerns a peer as a whole keeps its place
-                waiting.setdefault((rid, session), i)
-            turns = [s for s in waiting if isinstance(self.queue[waiting[s]][1].header, m.GraphCompute)]
-            chosen = min(turns, key=lambda s: (self.turns.get(s, 0), waiting[s]))
-            self.n_turns += 1
-            self.turns[chosen] = self.n_turns
-            first = self.queue[waiting[chosen]]
-            del self.queue[waiting[chosen]]
-            return first
-        return self.queue.popleft()
+    def _work(self) -> None:
+        """Carry out what comes next: in the order in which it came, but computes of several sessions, and the graphs for
+        them, take turns. Within a session nothing overtakes anything."""
+        waiting: dict[Key, int] = {}
+        for i, (rid, message) in enumerate(self.queue if self._turn(self.queue[0]) else ()):
+            session = getattr(message.header, "session", None)
+            if session is None:
+                break  # what concerns a peer as a whole keeps its place
+            waiting.setdefault((self.state.routes.get(rid, b""), session), i)
+        waiting = {key: i for key, i in waiting.items() if self._turn(self.queue[i])}
+        if not waiting:
+            rid, message = self.queue.popleft()
+            self._carry_out(self._handle(rid, message))
+            return
+        chosen = self.turns.choose(waiting, time.monotonic())
+        if chosen is None:
+            self._receive(1)
+            return
+        rid, message = self.queue[waiting[chosen]]
+        del self.queue[waiting[chosen]]
+        start = time.monotonic()
+        self._carry_out(self._handle(rid, message))
+        end = time.monotonic()
+        self.turns.ran(chosen, end - start, end)
+
+    @staticmethod
+    def _turn(waiting: tuple[bytes, Message]) -> bool:
+        return isinstance(waiting[1].header, (m.GraphCompute, m.GraphPut))
 
     def stop(self) -> None:
         self.stopping = True
@@ -291,7 +299,7 @@ class WorkerLoop:
         self._forget(self.state.gone(now))
         self._redial(now)
         self._carry_out(self.links.tick(now))
-        self.turns = {s: n for s, n in self.turns.items() if (self.state.routes.get(s[0], b""), s[1]) in self.state.sessions}
+        self.turns.keep(self.state.sessions)
         waiting = {rid for rid, _ in self.queue}
         self.route = {rid: s for rid, s in self.route.items() if rid in self.state.routes or rid in waiting}
 

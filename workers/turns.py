@@ -1,0 +1,57 @@
+"""Who computes next where several sessions use one worker: no clock, no socket.
+
+Start-time fair queueing by the time that computes took (Goyal, Vin and Cheng, 1996): who has had less comes first, and who
+was away gains nothing by it. With a short wait for who is about to ask again, as disks have it (Iyer and Druschel, 2001):
+a client's tokens are asked for one after the other, and without the wait a piece of another's long prompt would go between
+any two of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+Key = tuple[bytes, int]
+"""A peer's token, and a session of it."""
+WAIT_S = 0.003
+"""So long after a compute its session may ask for the next one before others come."""
+AWAY_S = 1.0
+"""One who did not is not waited for in this time."""
+
+
+class Turns:
+    """Times are seconds; those of computes count for the turns, those of the clock for the wait."""
+
+    def __init__(self) -> None:
+        self._used_s: dict[Key, float] = {}
+        self._virtual_s = 0.0
+        self._away_until_s: dict[Key, float] = {}
+        self._last: Key | None = None
+        self._due_s = 0.0
+
+    def choose(self, waiting: Collection[Key], now_s: float) -> Key | None:
+        """Whose turn it is, of those who wait, in the order in which they came; None: nobody's yet, ask again soon."""
+        chosen = min(waiting, key=self._start_s)
+        last = self._last
+        if last is not None and last not in waiting and self._start_s(last) < self._start_s(chosen):
+            if now_s < self._due_s:
+                return None
+            self._away_until_s[last] = now_s + AWAY_S
+        self._last = None
+        self._virtual_s = self._start_s(chosen)
+        return chosen
+
+    def ran(self, key: Key, took_s: float, now_s: float) -> None:
+        """What was chosen is done."""
+        self._used_s[key] = self._start_s(key) + took_s
+        if now_s >= self._away_until_s.get(key, 0.0):
+            self._last, self._due_s = key, now_s + WAIT_S
+
+    def keep(self, living: Collection[Key]) -> None:
+        """Forget all others."""
+        self._used_s = {key: s for key, s in self._used_s.items() if key in living}
+        self._away_until_s = {key: s for key, s in self._away_until_s.items() if key in living}
+        if self._last not in living:
+            self._last = None
+
+    def _start_s(self, key: Key) -> float:
+        return max(self._used_s.get(key, 0.0), self._virtual_s)
