@@ -31,6 +31,8 @@ SOFTWARE = f"ggmq {__version__}"
 CONNECT_S = 10.0
 START_S = 600.0
 END_S = 3.0
+NOTED_S = 2.5
+"""After a silence of the broker of this long a user is told what is waited for."""
 
 
 class Client:
@@ -40,6 +42,7 @@ class Client:
         session: number that the broker gave; it goes into every handle.
         lost: why the broker is of no more use; empty while it is there.
         n_round_trips: replies that were waited for.
+        note: told what a user should know while a broker that says nothing is waited for.
     Threads: use from one.
     """
 
@@ -58,6 +61,8 @@ class Client:
         self._replies: dict[int, Message] = {}
         self._clock = LivedClock()
         self._heard_s = self._asked_s = self._clock.now_s()
+        self.note: Callable[[str], None] = lambda text: None
+        self._said = False
         self.session, self.lost = 0, ""
         self.n_round_trips = 0
         self.on_wait: Callable[[], None] | None = None
@@ -125,6 +130,9 @@ class Client:
         elif self.session and now - max(self._heard_s, self._asked_s) > limits.PROBE_S:
             self._asked_s = now
             self._waiting.discard(self.submit(m.Ping(0)))
+        if self.session and not self._said and now - self._heard_s > NOTED_S:
+            self._said = True
+            self.note(f"the broker answers nothing; waiting for it, {limits.RETURN_S:.0f} s at most")
 
     def cancel(self) -> None:
         """Cancel every request that is under way."""
@@ -143,7 +151,7 @@ class Client:
     def _take(self, raw: list[zmq.Frame]) -> None:
         frames: list[Frame] = [f.buffer for f in raw]
         message = decode(frames)
-        self._heard_s = self._clock.now_s()
+        self._heard_s, self._said = self._clock.now_s(), False
         if message.reply and message.seq in self._waiting:
             self._replies[message.seq] = message
 

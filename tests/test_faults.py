@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ggmq.cluster import connect, local_bus
+from ggmq.cluster import NOTED_S, connect, local_bus
 from protocol import limits
 from protocol.errors import Unavailable
 from tests.support.fixtures import free_port
@@ -135,6 +135,19 @@ def test_a_broker_that_is_killed_is_missed_at_once_and_its_workers_come_back() -
                 assert done.stdout == text_of(20)
                 again.kill()
         assert worker.poll() is None
+
+
+def test_a_broker_that_sleeps_is_waited_for_and_a_note_says_so() -> None:
+    with bus() as (endpoint, _, broker, _):
+        with started([*RUN, "--broker", endpoint, "--insecure", "-n", "300"], **PIPES) as p:
+            got = read_some(p, 50)
+            broker.send_signal(signal.SIGSTOP)
+            time.sleep(NOTED_S + 2)
+            broker.send_signal(signal.SIGCONT)
+            out, err = p.communicate(timeout=60)
+        assert p.returncode == 0, err.decode()
+        assert got + out == text_of(300)
+        assert err.count(b"the broker answers nothing; waiting for it") == 1
 
 
 def test_one_interrupt_ends_a_run_whose_broker_sleeps() -> None:

@@ -50,6 +50,7 @@ def open_session(args: argparse.Namespace, g: GGUF, n_ctx: int = 0, n_slots: int
     arch = open_arch(g)
     n_ctx = n_ctx or default_n_ctx(arch, args.ctx_size)
     with open_bus(args, arch.hp.n_layer, g.path.absolute()) as (client, order, host):
+        client.note = note
         infos = settled(client)
         cells = n_cells(n_ctx, n_slots)
         assignments = plan(arch, infos, cells, args.tensor_split, args.ngl, host, order)
