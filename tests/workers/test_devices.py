@@ -9,11 +9,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType, quantize
 
 from protocol.dtypes import GGMLType, contiguous_nb, tensor_bytes
 from protocol.errors import Cancelled, HandleError, OutOfMemory
 from protocol.graph import Graph, Tensor
 from tests.support.strategies import leaf
+from workers.devices import cpu_plan
 from workers.devices.base import PIECE_BYTES, Buffer
 from workers.devices.cpu import Copy, CPUDevice
 from workers.executor import rss_bytes
@@ -170,6 +172,29 @@ def test_nothing_of_a_plan_is_left_without_the_collector(device: CPUDevice, make
         gc.enable()
     device.trim()
     assert device.used_bytes == device.scratch_bytes() == 0
+
+
+@pytest.mark.parametrize("type_id", [GGMLType.Q8_0, GGMLType.F32])
+@pytest.mark.parametrize("n_columns", [1, 5, 40])
+def test_a_large_product_is_several_steps_with_the_same_bits(
+    device: CPUDevice, monkeypatch: pytest.MonkeyPatch, type_id: GGMLType, n_columns: int
+) -> None:
+    rng, ne = np.random.default_rng(4), (64, 1000 + 9, 1, 1)
+    raw = rng.standard_normal((ne[1], ne[0]), np.float32)
+    if type_id == GGMLType.Q8_0:
+        raw = quantize(raw, GGMLQuantizationType.Q8_0)
+    columns = rng.standard_normal((n_columns, ne[0]), np.float32).tobytes()
+    results, steps = [], []
+    for step_cost in (cpu_plan.STEP_COST, 100_000):
+        monkeypatch.setattr(cpu_plan, "STEP_COST", step_cost)
+        buffer = device.alloc(raw.nbytes)
+        assert device.fill(buffer, 0, raw.nbytes, type_id, ne, Copy(raw.reshape(-1).view(np.uint8)))
+        plan = device.compile(product(type_id, ne, n_columns), {1: buffer})
+        results.append(bytes(plan.run([columns], nothing)[0]))
+        steps.append(len(plan.program))
+        device.free(buffer)
+    assert results[0] == results[1]
+    assert steps[1] - steps[0] == -(-ne[1] // max(64, 100_000 // (64 * n_columns) // 64 * 64)) - 1
 
 
 def widened_inputs() -> tuple[tuple[int, int, int, int], np.ndarray, bytes]:

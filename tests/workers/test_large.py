@@ -29,6 +29,7 @@ GAP_S = 1.0
 PATIENCE_S = 120.0
 """For a tensor of 2 GB from a disk that gives 50 MB/s."""
 ROW = 4096
+N_COLUMNS = 64
 long = [pytest.mark.slow, pytest.mark.skipif(not os.environ.get("GGMQ_LONG"), reason="long: set GGMQ_LONG=1")]
 
 
@@ -60,11 +61,11 @@ class Model:
         data = bytes(min(MAX_CHUNK_BYTES, self.n_bytes - at))
         return m.SetTensor(session, buffer, 0, self.n_bytes, at, self.type, self.ne, self.hash), data
 
-    def graph(self, buffer: int) -> Graph:
-        """Its product with one column."""
-        out = (self.ne[1], 1, 1, 1)
+    def graph(self, buffer: int, n_columns: int = 1) -> Graph:
+        """Its product with some columns."""
+        out = (self.ne[1], n_columns, 1, 1)
         y = Tensor(GGMLType.F32, "MUL_MAT", out, contiguous_nb(GGMLType.F32, out), src=(0, 1))
-        return Graph((leaf(self.type, self.ne, buffer), leaf(GGMLType.F32, (ROW, 1, 1, 1)), y), (1,), (2,))
+        return Graph((leaf(self.type, self.ne, buffer), leaf(GGMLType.F32, (ROW, n_columns, 1, 1)), y), (1,), (2,))
 
 
 @contextmanager
@@ -131,17 +132,20 @@ def test_a_worker_answers_while_a_large_tensor_is_loaded_and_moved(kernels: None
 
         for buffer in (1, 2):
             a.ask(m.AllocBuffer(SESSION, buffer, n))
+        frame, columns = encode_graph(model.graph(1, N_COLUMNS)), np.ones((N_COLUMNS, ROW), np.float32).tobytes()
+        a.ask(m.GraphPut(SESSION, graph_digest(frame)), frame)
         requests: dict[str, m.Header] = {
             "from a file": model.fetch(SESSION, 1),
             "from the cache": replace(model.fetch(SESSION, 1), file=""),
             "read": m.GetTensor(SESSION, 1, n - part, part),
+            "computed": m.GraphCompute(SESSION, graph_digest(frame), 1),
             "copied": m.CopyTensor(SESSION, 1, 0, 2, 0, n, n),
             "unpacked": m.SetTensor(SESSION, 1, n - 8, 8),
             "freed": m.Drain(SESSION),
         }
         found["uploaded"] = watch.during(upload)
         for what, header in requests.items():
-            payload = [b"12345678"] if what == "unpacked" else []
+            payload = {"unpacked": [b"12345678"], "computed": [columns]}.get(what, [])
             found[what] = watch.during(partial(lambda h, p: a.ask(h, *p).header, header, payload))
         watch.over = True
         watch.join()
@@ -149,7 +153,7 @@ def test_a_worker_answers_while_a_large_tensor_is_loaded_and_moved(kernels: None
         print(f"{what}: {n_pings} PINGs answered, one after {longest * 1e3:.0f} ms at most")
         assert not isinstance(answer, m.Found) or answer.found, what
         assert longest < GAP_S, what
-    assert min(found[what][1] for what in ("from a file", "from the cache", "uploaded")) >= 2
+    assert min(found[what][1] for what in ("from a file", "from the cache", "uploaded", "computed")) >= 2
     assert sum(n_pings for _, n_pings, _ in found.values()) - found["uploaded"][1] >= 10
 
 

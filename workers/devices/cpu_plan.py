@@ -11,7 +11,7 @@ import numpy as np
 from protocol.dtypes import TYPES, GGMLType, row_bytes
 from protocol.graph import Tensor
 from protocol.limits import MAX_ROPE_POSITION
-from workers.devices.cpu_steps import StepPlan
+from workers.devices.cpu_steps import STEP_COST, StepPlan
 from workers.kernels import layout, reference
 from workers.kernels.reference import Node, rope_turn
 from workers.plan import Step
@@ -19,6 +19,8 @@ from workers.plan import Step
 F32, F16 = GGMLType.F32, GGMLType.F16
 SPLIT_QUERIES = 64
 """With fewer queries than this the context is divided over threads too."""
+STEP_ROWS = 64
+"""A product that is several steps is divided at multiples of this, where groups of rows begin that kernels take together."""
 
 
 TWO = {name: getattr(layout, name) for name in ("ADD", "SUB", "MUL", "DIV", "SWIGLU", "GEGLU")}
@@ -377,8 +379,14 @@ class CPUPlan(StepPlan):
         x_range = (x, x + x_bytes * b.n_rows)
         if a.ne[2] * a.ne[3] == 1:
             self._need(row, b.n_rows)
-            args = [kind, w, row, a.ne[1], packed, a.ne[0], x, x_bytes, self._address(k), 4 * a.ne[1], b.n_rows]
-            self._add(n, layout.PRODUCT, args, [x_range, self._range(i)], [self._range(k)])
+            size = max(STEP_ROWS, STEP_COST // (a.ne[0] * b.n_rows) // STEP_ROWS * STEP_ROWS)
+            for at in range(0, a.ne[1], size):
+                rows = min(size, a.ne[1] - at)
+                args = [kind, w + at * row, row, rows, max(0, min(rows, packed - at)), a.ne[0], x, x_bytes,
+                        self._address(k) + 4 * at, 4 * a.ne[1], b.n_rows]  # fmt: skip
+                self._add(n, layout.PRODUCT, args, [x_range, self._range(i)], [self._range(k)])
+                if at + size < a.ne[1]:
+                    self._flush()
             return True
         self._need(row, b.ne[1])
         r2, r3 = b.ne[2] // a.ne[2], b.ne[3] // a.ne[3]

@@ -27,6 +27,8 @@ Range = tuple[int, int]
 Words = npt.NDArray[np.int64]
 TICK_COST = 400_000_000
 """Multiplications after which a running plan looks at its sockets: some milliseconds."""
+STEP_COST = 4 * TICK_COST
+"""A product that needs more of them is several steps."""
 
 
 def _run_team(team: Team, graph: Graph, program: Words, profile: Words | None, first: int, last: int) -> None:
@@ -108,43 +110,46 @@ class StepPlan(HostPlan):
     # -- from nodes to steps -------------------------------------------------------------------------------------------
 
     def _steps(self, nodes: list[Node]) -> list[tuple[Step, int]]:
-        out: list[tuple[Step | Range, int]] = []
+        self._out: list[tuple[Step | Range, int]] = []
+        self._first_row = 0
         self._end = -(-self.arena_bytes // ALIGN) * ALIGN
         self._scratch_bytes = layout.PANEL_BYTES  # more than the 192 bytes that a rest of 16 lanes needs
-        first, cost, skip = 0, 0, -1
-
-        def flush() -> None:
-            nonlocal first, cost
-            if first < len(self._rows):
-                out.append(((first, len(self._rows)), self._row_nodes[first]))
-            first, cost = len(self._rows), 0
-            self._reads, self._writes = [], []
-
+        cost, skip = 0, -1
         for k, node in enumerate(nodes):
             if node.index == skip:
                 continue
             following = nodes[k + 1] if k + 1 < len(nodes) else None
             bound, fused = self._bind(node, following)
             if not bound:
-                flush()
-                out.append((self._fallback(node), node.index))
+                self._flush()
+                self._out.append((self._fallback(node), node.index))
+                cost = 0
                 continue
             if fused and following is not None:
                 skip = following.index
             cost += self._cost(node)
             if cost > TICK_COST:
-                flush()
-        flush()
+                self._flush()
+                cost = 0
+        self._flush()
         self.program = np.zeros((len(self._rows), layout.WORDS), np.int64)
         for i, row in enumerate(self._rows):
             self.program[i, : len(row)] = row
         self.profile = np.zeros(len(self._rows), np.int64) if self.device.profiling else None
         self.device.arena(self._end)
         # what runs steps must not hold the plan: a plan that holds itself keeps its buffers
+        out, self._out = self._out, []
         run = partial(_run_team, self.device.team, self.graph, self.program, self.profile)
         return [(prelude, -1) for prelude in self._preludes] + [
             (partial(run, *step) if isinstance(step, tuple) else step, node) for step, node in out
         ]
+
+    def _flush(self) -> None:
+        """What was added so far is one run of the team; behind it the sockets are looked at."""
+        if self._first_row < len(self._rows):
+            self._out.append(((self._first_row, len(self._rows)), self._row_nodes[self._first_row]))
+        self._first_row = len(self._rows)
+        self._reads, self._writes = [], []
 
     @staticmethod
     def _cost(n: Node) -> int:
