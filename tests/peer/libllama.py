@@ -307,8 +307,10 @@ class Peer:
             fine, answer = self._pipe.recv()
         except (EOFError, OSError):
             said = Path(self._stderr.name).read_text(errors="replace").strip().splitlines()
-            self.close()
-            raise PeerCrashed(f"{name}: " + "\n".join(said[:6])) from None
+            child, self._child = self._child, None
+            child.join()
+            self._pipe.close()
+            raise PeerCrashed(f"{name}: exit status {child.exitcode}: " + "\n".join(said[:6])) from None
         if not fine:
             raise answer
         return answer

@@ -1,0 +1,152 @@
+"""Vocabularies to compare with: those at hand, and written ones of every kind, odd ones among them."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import gguf
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from ggmq.gguf import GGUF
+from ggmq.pretokenizers import PRE_TOKENIZERS, byte_alphabet
+from ggmq.special import BYTE, CONTROL, END_TEXTS, NORMAL, ROLES, UNDEFINED, UNKNOWN, UNUSED, USER_DEFINED
+from tests.peer.strings import ordinary
+from tests.support.fixtures import BUNDLED, SHARED
+
+N_MERGES = 2500
+OVERLAPPING = ["<|a|>", "<|a|><|b|>", "|b|><|", "<|b|>c", " <|s|> ", "\n\n", "aa", "ab", "ba"]
+"""Special tokens that begin within one another."""
+
+
+def at_hand(more: Path | None) -> Iterator[tuple[str, Path]]:
+    """Files with a vocabulary that ggmq reads: the bundled one, the fixtures, those of a directory."""
+    paths = [BUNDLED, *sorted((SHARED / "vocab").glob("*.gguf")), *(sorted(more.glob("*.gguf")) if more else ())]
+    seen: set[str] = set()
+    for path in paths:
+        keys = GGUF(path).metadata
+        model, pre = (str(keys[k].value) if k in keys else "" for k in ("tokenizer.ggml.model", "tokenizer.ggml.pre"))
+        read = model == "llama" or (model == "gpt2" and (pre or "default") in PRE_TOKENIZERS)
+        if read and path.stem not in seen:
+            seen.add(path.stem)
+            yield path.stem, path
+
+
+def write(
+    path: Path, model: str, tokens: list[str | bytes], *, types: list[int] | None = None,
+    scores: list[float] | list[int] | None = None, merges: list[str] | None = None, pre: str | None = None,
+    name: str | None = None, **keys: Any,
+) -> Path:  # fmt: skip
+    """A file with a vocabulary and nothing else. `keys`: of `tokenizer.ggml.`, integers as u32, lists as i32."""
+    w = gguf.GGUFWriter(path, "llama")
+    if name is not None:
+        w.add_name(name)
+    w.add_tokenizer_model(model)
+    if pre is not None:
+        w.add_tokenizer_pre(pre)
+    w.add_token_list(tokens)
+    for key, value in (("token_type", types), ("scores", scores), ("merges", merges)):
+        if value is not None:
+            w.add_array(f"tokenizer.ggml.{key}", value)
+    for key, value in keys.items():
+        add = w.add_bool if isinstance(value, bool) else w.add_uint32 if isinstance(value, int) else w.add_array
+        add(f"tokenizer.ggml.{key}", value)
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.close()
+    return path
+
+
+def _merges(seed: int) -> list[str]:
+    """Merges that cross whatever words a text is cut into, so that each cut shows."""
+    rng = random.Random(seed)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    trainer = trainers.BpeTrainer(vocab_size=256 + N_MERGES, show_progress=False, special_tokens=[],
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
+    tokenizer.train_from_iterator((ordinary(rng) for _ in range(20_000)), trainer)
+    return [" ".join(m) if isinstance(m, list) else m for m in json.loads(tokenizer.to_str())["model"]["merges"]]
+
+
+def _bpe(merges: list[str], special: Sequence[str] = (), types: int = CONTROL) -> tuple[list[str], list[int]]:
+    plain = list(dict.fromkeys([*byte_alphabet(), *(m.replace(" ", "") for m in merges)]))
+    return [*plain, *special], [NORMAL] * len(plain) + [types] * len(special)
+
+
+def _sentencepiece(rng: random.Random, special: list[tuple[str, int]]) -> tuple[list[str], list[int], list[float]]:
+    """Pieces of texts, their scores, and all bytes; the special tokens come first."""
+    kinds = dict(special)
+    for b in range(256):
+        kinds.setdefault(f"<0x{b:02X}>", BYTE)
+    for _ in range(6000):
+        text = "\u2581" + ordinary(rng).replace(" ", "\u2581")
+        at = rng.randrange(len(text))
+        for size in range(1, rng.randrange(2, 7)):
+            kinds.setdefault(text[at : at + size], NORMAL)
+    kinds.pop("", None)
+    scores = [0.0 if kind != NORMAL else -rng.randrange(2000) / rng.choice((1, 7)) for kind in kinds.values()]
+    return list(kinds), list(kinds.values()), scores
+
+
+def written(folder: Path, seed: int) -> Iterator[tuple[str, Callable[[], Path]]]:
+    """Name and maker of each written vocabulary."""
+    merges: list[str] = []
+
+    def trained() -> list[str]:
+        if not merges:
+            merges.extend(_merges(seed))
+        return merges
+
+    def spm(name: str, special: list[tuple[str, int]], bare: bool = False, longer: int = 0, whole: bool = False,
+            model: str | None = None, **keys: Any) -> Path:  # fmt: skip
+        rng = random.Random(f"{seed} {name}")
+        tokens, types, scores = _sentencepiece(rng, special)
+        if bare:
+            return write(folder / f"{name}.gguf", "llama", tokens, name=model, **keys)
+        numbers = [int(s) for s in scores] if whole else scores
+        return write(folder / f"{name}.gguf", "llama", tokens, types=types + [NORMAL] * longer,
+                     scores=numbers + numbers[:longer], name=model, **keys)  # fmt: skip
+
+    usual = [("<unk>", UNKNOWN), ("<s>", CONTROL), ("</s>", CONTROL)]
+    phi3 = ["<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>", "<|placeholder1|>"]
+    odd = [("<pad>", UNUSED), ("<x>", UNDEFINED), ("", CONTROL), ("[PAD]", NORMAL), ("<eos>", NORMAL), ("y", UNUSED),
+           ("\n", USER_DEFINED), *((t, USER_DEFINED) for t in OVERLAPPING if len(t) != 2)]  # fmt: skip
+    yield "spm", lambda: spm("spm", usual)
+    yield "spm-bare", lambda: spm("spm-bare", usual, bare=True)
+    yield "spm-longer", lambda: spm("spm-longer", usual, longer=3, whole=True)
+    yield "spm-phi-3", lambda: spm("spm-phi-3", usual + [(t, CONTROL) for t in phi3], model="Phi-3 mini")
+    yield "spm-odd", lambda: spm("spm-odd", usual + odd, add_space_prefix=False, add_eos_token=True,
+                                 suppress_tokens=[-1, 5, 1 << 30])  # fmt: skip
+    yield "spm-ids", lambda: spm("spm-ids", [("</s>", NORMAL), *((t, CONTROL) for t in OVERLAPPING)], bos_token_id=3,
+                                 eos_token_id=2, add_bos_token=False)  # fmt: skip
+
+    def bpe(name: str, special: list[str], kind: int = CONTROL, **keys: Any) -> Path:
+        tokens, types = _bpe(trained(), special, kind)
+        return write(folder / f"{name}.gguf", "gpt2", tokens, types=types, merges=trained(), **keys)
+
+    for pre in sorted(PRE_TOKENIZERS):
+        yield f"bpe-{pre}", lambda pre=pre: bpe(f"bpe-{pre}", ["<|endoftext|>", "<|im_end|>"], pre=pre)  # type: ignore[misc]
+
+    harmony = ["<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|constrain|>", "<|return|>", "<|call|>"]
+    found = [*dict.fromkeys([*END_TEXTS, *(texts[0] for _, texts in ROLES.values())])]
+    yield "bpe-harmony", lambda: bpe("bpe-harmony", harmony, pre="gpt-4o", eos_token_id=256 + N_MERGES + 5)
+    yield "bpe-found", lambda: bpe("bpe-found", found, NORMAL, pre="qwen2")
+    yield "bpe-overlapping", lambda: bpe("bpe-overlapping", OVERLAPPING, USER_DEFINED, pre="llama-bpe")
+
+    def bare() -> Path:
+        tokens, _ = _bpe(trained())
+        return write(folder / "bpe-bare.gguf", "gpt2", tokens, merges=trained())
+
+    def incomplete() -> Path:
+        rng = random.Random(seed)
+        tokens, _ = _bpe(trained())
+        kept = [t for t in tokens if rng.random() < 0.8]
+        lines = [m for m in trained() if rng.random() < 0.8]
+        rng.shuffle(lines)
+        return write(folder / "bpe-incomplete.gguf", "gpt2", kept, merges=lines + rng.sample(lines, 300), pre="gpt-2")
+
+    yield "bpe-bare", bare
+    yield "bpe-incomplete", incomplete
