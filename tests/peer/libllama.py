@@ -260,6 +260,7 @@ class _Library:
 
 def _serve(pipe: Connection, library: str, stderr: str) -> None:
     os.dup2(os.open(stderr, os.O_WRONLY | os.O_APPEND), 2)
+    os.environ["GGML_NO_BACKTRACE"] = "1"  # it would start a debugger on this process
     peer = _Library(Path(library))
     while True:
         try:

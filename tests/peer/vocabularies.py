@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import gguf
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from ggmq.gguf import GGUF
@@ -16,6 +15,7 @@ from ggmq.pretokenizers import PRE_TOKENIZERS, byte_alphabet
 from ggmq.special import BYTE, CONTROL, END_TEXTS, NORMAL, ROLES, UNDEFINED, UNKNOWN, UNUSED, USER_DEFINED
 from tests.peer.strings import ordinary
 from tests.support.fixtures import BUNDLED, SHARED
+from tests.support.vocabularies import write
 
 N_MERGES = 2500
 OVERLAPPING = ["<|a|>", "<|a|><|b|>", "|b|><|", "<|b|>c", " <|s|> ", "\n\n", "aa", "ab", "ba"]
@@ -33,31 +33,6 @@ def at_hand(more: Path | None) -> Iterator[tuple[str, Path]]:
         if read and path.stem not in seen:
             seen.add(path.stem)
             yield path.stem, path
-
-
-def write(
-    path: Path, model: str, tokens: list[str | bytes], *, types: list[int] | None = None,
-    scores: list[float] | list[int] | None = None, merges: list[str] | None = None, pre: str | None = None,
-    name: str | None = None, **keys: Any,
-) -> Path:  # fmt: skip
-    """A file with a vocabulary and nothing else. `keys`: of `tokenizer.ggml.`, integers as u32, lists as i32."""
-    w = gguf.GGUFWriter(path, "llama")
-    if name is not None:
-        w.add_name(name)
-    w.add_tokenizer_model(model)
-    if pre is not None:
-        w.add_tokenizer_pre(pre)
-    w.add_token_list(tokens)
-    for key, value in (("token_type", types), ("scores", scores), ("merges", merges)):
-        if value is not None:
-            w.add_array(f"tokenizer.ggml.{key}", value)
-    for key, value in keys.items():
-        add = w.add_bool if isinstance(value, bool) else w.add_uint32 if isinstance(value, int) else w.add_array
-        add(f"tokenizer.ggml.{key}", value)
-    w.write_header_to_file()
-    w.write_kv_data_to_file()
-    w.close()
-    return path
 
 
 def _merges(seed: int) -> list[str]:
