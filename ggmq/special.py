@@ -91,19 +91,23 @@ class Splitter:
         self._rank = {text: rank for rank, (text, _) in enumerate(ordered)}
         self._stripped = stripped
         sizes: dict[str, set[int]] = {}
+        follow: dict[str, set[str]] = {}
         for text, _ in ordered:
             sizes.setdefault(text[0], set()).add(len(text))
+            follow.setdefault(text[0], set()).add(text[1:3])
         self._sizes = {first: sorted(s) for first, s in sizes.items()}
-        self._first = re.compile("[" + "".join(map(re.escape, sizes)) + "]") if sizes else None
+        # where a token may begin: its first character, with what comes next looked at and not passed over
+        begins = (re.escape(first) + f"(?={'|'.join(map(re.escape, sorted(f)))})" for first, f in follow.items())
+        self._begins = re.compile("|".join(begins)) if sizes else None
 
     def split(self, text: str) -> Iterator[str | int]:
         """The text's pieces in order: a token's id, or text between tokens, never empty."""
-        if self._first is None:
+        if self._begins is None:
             if text:
                 yield text
             return
         found: list[tuple[int, int, int]] = []
-        for match in self._first.finditer(text):
+        for match in self._begins.finditer(text):
             start = match.start()
             for size in self._sizes[match[0]]:
                 end = start + size
