@@ -24,6 +24,11 @@ _TEKKEN = (
     rf"[^\r\n\p{{L}}\p{{N}}]?(?:{_UPPER}*{_LOWER}+|{_UPPER}+{_LOWER}*)|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_PUNCTUATED = (
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"""
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_NO_MARKS = r" ?[^(\s|.,!?…。，、।۔،)]+"
 
 
 class PreTokenizer(NamedTuple):
@@ -48,14 +53,25 @@ _BY_CASE = PreTokenizer((_O200K,))
 
 PRE_TOKENIZERS: dict[str, PreTokenizer] = {
     "default": PreTokenizer((r"[\p{P}$+<=>\^~|]+", _GPT2, r"\p{N}+", "[0-9]{3}")),
-    **dict.fromkeys(("gpt-2", "phi-2", "jina-en", "mpt", "olmo", "jais"), _WORDS),
-    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), _DIGITS),
+    **dict.fromkeys(("gpt-2", "phi-2", "jina-en", "mpt", "olmo", "jais", "exaone4", "trillion", "granite-docling", "mellum",
+                     "gigachat", "a.x-4.0"), _WORDS),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"), _DIGITS),
     **dict.fromkeys(("dbrx", "smaug-bpe"), _BY_THREES),
-    **dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral"), _BY_THREES_WHOLE),
-    **dict.fromkeys(("qwen2", "stablelm2", "deepseek-r1-qwen", "hunyuan"), _BY_ONES),
-    **dict.fromkeys(("gpt-4o", "llama4"), _BY_CASE),
+    **dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
+                    _BY_THREES_WHOLE),
+    **dict.fromkeys(("qwen2", "stablelm2", "deepseek-r1-qwen", "hunyuan", "megrez", "kormo", "f2llmv2", "grok-2"), _BY_ONES),
+    **dict.fromkeys(("gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2"), _BY_CASE),
     "tekken": PreTokenizer((_TEKKEN,), ignore_merges=True, add_bos=True),
-}
+    "qwen35": PreTokenizer((_QWEN2.replace(r"\p{L}+", r"[\p{L}\p{M}]+").replace(r"\s\p{L}", r"\s\p{L}\p{M}"),)),
+    "falcon": PreTokenizer((r"[\p{P}$+<=>\^~|`]+", _GPT2, "[0-9]{3}")),
+    "minicpm5": PreTokenizer((r"\p{N}{1,3}", _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}+")), ignore_merges=True),
+    "seed-coder": PreTokenizer((_QWEN2.replace(r"[^\s\p{L}\p{N}]+[\r\n]*", r"[^\s\p{L}\p{N}\r\n]+"),)),
+    "ufakzeka": PreTokenizer((_QWEN2.removeprefix(_SUFFIX + "|"),)),
+    **dict.fromkeys(("deepseek-v3", "hunyuan-dense", "joyai-llm"),
+                    PreTokenizer((r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", _PUNCTUATED))),
+    **dict.fromkeys(("poro-chat", "bloom", "gpt3-finnish"), PreTokenizer((_NO_MARKS,))),
+    "viking": PreTokenizer((_NO_MARKS, r"\p{N}")),
+}  # fmt: skip
 
 
 def byte_alphabet() -> dict[str, int]:

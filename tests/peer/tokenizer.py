@@ -29,7 +29,7 @@ _CASES = (r"[^\r\n\p{L}\p{N}]?((?=[\p{L}])([^a-z]))*((?=[\p{L}])([^A-Z]))+", r"[
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _TEKKEN = f"{_CASES[0]}|{_CASES[1]}|\\p{{N}}{_REST}"
 _O200K = f"{_CASES[0]}{_SUFFIX}?|{_CASES[1]}{_SUFFIX}?|\\p{{N}}{{1,3}}{_REST}"
-THEIR_EXPRESSIONS = {"tekken": _TEKKEN, "gpt-4o": _O200K, "llama4": _O200K}
+THEIR_EXPRESSIONS = {PRE_TOKENIZERS["tekken"].expressions: _TEKKEN, PRE_TOKENIZERS["gpt-4o"].expressions: _O200K}
 """What libllama cuts by where the model's own expression is kept here: letters beyond A to Z have no case there."""
 
 _UNICODE_16 = (
@@ -91,9 +91,9 @@ class _Comparison:
         g = GGUF(path)
         self.v = Vocabulary(g)
         self.theirs: Vocabulary | None = None
-        if self.v.model == "gpt2" and self.v.pre in THEIR_EXPRESSIONS:
-            own = PRE_TOKENIZERS[self.v.pre]
-            PRE_TOKENIZERS[self.v.pre] = own._replace(expressions=(THEIR_EXPRESSIONS[self.v.pre],))
+        own = PRE_TOKENIZERS[self.v.pre]
+        if self.v.model == "gpt2" and own.expressions in THEIR_EXPRESSIONS:
+            PRE_TOKENIZERS[self.v.pre] = own._replace(expressions=(THEIR_EXPRESSIONS[own.expressions],))
             self.theirs = Vocabulary(g)
             assert isinstance(self.theirs._bpe, BytePairEncoder)  # made now, of their expression
             PRE_TOKENIZERS[self.v.pre] = own

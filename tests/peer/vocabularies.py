@@ -47,8 +47,10 @@ def _merges(seed: int) -> list[str]:
 
 
 def _bpe(merges: list[str], special: Sequence[str] = (), types: int = CONTROL) -> tuple[list[str], list[int]]:
-    plain = list(dict.fromkeys([*byte_alphabet(), *(m.replace(" ", "") for m in merges)]))
-    return [*plain, *special], [NORMAL] * len(plain) + [types] * len(special)
+    kinds = dict.fromkeys((*byte_alphabet(), *(m.replace(" ", "") for m in merges)), NORMAL)
+    for text in special:
+        kinds.setdefault(text, types)
+    return list(kinds), list(kinds.values())
 
 
 def _sentencepiece(rng: random.Random, special: list[tuple[str, int]]) -> tuple[list[str], list[int], list[float]]:
