@@ -74,6 +74,12 @@ def _invalid(rng: random.Random) -> bytes:
     return bytes(raw)
 
 
+def around(code: int) -> bytes:
+    """A text in which a code point stands beside letters, digits, blanks, marks and itself."""
+    c = chr(code)
+    return f"a{c}b1{c}2 {c}.{c}{c}\n{c}\u0301 {c}".encode()
+
+
 def text(rng: random.Random, kind: str, special: Sequence[str]) -> bytes:
     """One text of a kind. `special`: texts of the vocabulary's special tokens."""
     if kind == "sweep":

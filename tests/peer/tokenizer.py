@@ -59,6 +59,7 @@ class _Count:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", default="", help="vocabularies whose name matches this expression")
     parser.add_argument("--kinds", default=",".join(strings.KINDS), help="kinds of texts (default %(default)s)")
+    parser.add_argument("--every", action="store_true", help="first a text for every code point that there is")
     parser.add_argument("--vocabularies", type=Path, help="a directory with more GGUF files, say llama.cpp's models/")
 
 
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
             except libllama.PeerRefused as e:
                 print(f"{name}: libllama does not read it: {str(e).splitlines()[0]}", flush=True)
                 continue
-            failed += not comparison.run(args.n, args.seed, kinds)
+            failed += not comparison.run(args.n, args.seed, kinds, args.every)
     return int(failed > 0)
 
 
@@ -99,17 +100,20 @@ class _Comparison:
             PRE_TOKENIZERS[self.v.pre] = own
         self.count = _Count()
 
-    def run(self, n: int, seed: int, kinds: list[str]) -> bool:
+    def run(self, n: int, seed: int, kinds: list[str], every: bool) -> bool:
         wrong = self._vocabulary_differs()
         for line in wrong[:MAX_SHOWN]:
             print(f"  {self.name}: {line}", flush=True)
         rng = random.Random(f"{seed} {self.name}")
         special = [self.v.tokens[i] for i, t in enumerate(self.v.types) if t in (CONTROL, UNKNOWN, USER_DEFINED)][:500]
+        codes = [*range(0xD800), *range(0xE000, 0x110000)] if every else []
         start = time.perf_counter()
-        while self.count.texts < n:
-            texts = [strings.text(rng, self._kind(rng, kinds), special) for _ in range(min(BATCH, n - self.count.texts))]
+        for at in range(0, len(codes) + n, BATCH):
+            left = min(BATCH, len(codes) + n - at)
+            texts = [strings.around(c) for c in codes[at : at + left]]
+            texts += [strings.text(rng, self._kind(rng, kinds), special) for _ in range(left - len(texts))]
             self._batch(texts, rng.random() < 0.5, rng.random() < 0.5)
-            self.count.texts += len(texts)
+            self.count.texts += left
         c = self.count
         seconds = time.perf_counter() - start
         chosen = "".join(f", {k} by choice: {why}" for why, k in sorted(c.chosen.items()))
