@@ -11,6 +11,7 @@ import ctypes
 import multiprocessing
 import os
 import tempfile
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -286,15 +287,18 @@ class Peer:
         if found is None:
             raise FileNotFoundError("no libllama: expected GGMQ_LIBLLAMA or xllamacpp; pip install 'ggmq[peers]'")
         self.library = found
-        self._stderr = tempfile.NamedTemporaryFile(prefix="peer-", suffix=".log")  # noqa: SIM115  # as long as self
+        handle, name = tempfile.mkstemp(prefix="peer-", suffix=".log")
+        os.close(handle)
+        self._stderr = Path(name)
+        weakref.finalize(self, os.unlink, name)
         self._child: multiprocessing.process.BaseProcess | None = None
         self._open: tuple[str, bool] | None = None
 
     def _start(self) -> None:
         spawn = multiprocessing.get_context("spawn")
-        self._stderr.truncate(0)
+        self._stderr.write_bytes(b"")
         self._pipe, theirs = spawn.Pipe()
-        self._child = spawn.Process(target=_serve, args=(theirs, str(self.library), self._stderr.name), daemon=True)
+        self._child = spawn.Process(target=_serve, args=(theirs, str(self.library), str(self._stderr)), daemon=True)
         self._child.start()
         theirs.close()
 
@@ -307,7 +311,7 @@ class Peer:
             self._pipe.send((name, arguments))
             fine, answer = self._pipe.recv()
         except (EOFError, OSError):
-            said = Path(self._stderr.name).read_text(errors="replace").strip().splitlines()
+            said = self._stderr.read_text(errors="replace").strip().splitlines()
             child, self._child = self._child, None
             child.join()
             self._pipe.close()
