@@ -90,7 +90,8 @@ def written(folder: Path, seed: int) -> Iterator[tuple[str, Callable[[], Path]]]
     usual = [("<unk>", UNKNOWN), ("<s>", CONTROL), ("</s>", CONTROL)]
     phi3 = ["<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>", "<|placeholder1|>"]
     odd = [("<pad>", UNUSED), ("<x>", UNDEFINED), ("", CONTROL), ("[PAD]", NORMAL), ("<eos>", NORMAL), ("y", UNUSED),
-           ("\n", USER_DEFINED), *((t, USER_DEFINED) for t in OVERLAPPING if len(t) != 2)]  # fmt: skip
+           ("\u269b\0x", NORMAL), ("\n", USER_DEFINED),
+           *((t, USER_DEFINED) for t in OVERLAPPING if len(t) != 2)]  # fmt: skip
     yield "spm", lambda: spm("spm", usual)
     yield "spm-bare", lambda: spm("spm-bare", usual, bare=True)
     yield "spm-longer", lambda: spm("spm-longer", usual, longer=3, whole=True)
