@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
                 continue
             try:
                 comparison = _Comparison(name, make(), peer)
-            except libllama.PeerRefused as e:
+            except (libllama.PeerRefused, libllama.PeerCrashed) as e:
                 print(f"{name}: libllama does not read it: {str(e).splitlines()[0]}", flush=True)
                 continue
             failed += not comparison.run(args.n, args.seed, kinds, args.every)
@@ -92,8 +92,8 @@ class _Comparison:
         g = GGUF(path)
         self.v = Vocabulary(g)
         self.theirs: Vocabulary | None = None
-        own = PRE_TOKENIZERS[self.v.pre]
-        if self.v.model == "gpt2" and own.expressions in THEIR_EXPRESSIONS:
+        own = PRE_TOKENIZERS.get(self.v.pre) if self.v.model == "gpt2" else None
+        if own is not None and own.expressions in THEIR_EXPRESSIONS:
             PRE_TOKENIZERS[self.v.pre] = own._replace(expressions=(THEIR_EXPRESSIONS[own.expressions],))
             self.theirs = Vocabulary(g)
             assert isinstance(self.theirs._bpe, BytePairEncoder)  # made now, of their expression
