@@ -144,6 +144,7 @@ class _Library:
         self._lib.llama_log_set(self._log, None)
         self._lib.llama_backend_init()
         self._model = self._vocab = None
+        self.n_vocab = 0
         model, context = self._lib.llama_model_default_params(), self._lib.llama_context_default_params()
         found = (model.n_gpu_layers, model.split_mode, model.vocab_only, model.check_tensors, model.use_extra_bufts,
                  context.n_ctx, context.n_batch, context.n_ubatch, context.n_seq_max, context.rope_scaling_type,
@@ -312,9 +313,9 @@ class Peer:
             fine, answer = self._pipe.recv()
         except (EOFError, OSError):
             said = self._stderr.read_text(errors="replace").strip().splitlines()
-            child, self._child = self._child, None
-            child.join()
-            self._pipe.close()
+            child = self._child
+            assert child is not None  # started above
+            self.close()
             raise PeerCrashed(f"{name}: exit status {child.exitcode}: " + "\n".join(said[:6])) from None
         if not fine:
             raise answer

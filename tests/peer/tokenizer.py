@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     failed = 0
     with tempfile.TemporaryDirectory() as folder, libllama.Peer() as peer:
         makers: list[tuple[str, Callable[[], Path]]] = [
-            *((name, lambda path=path: path) for name, path in vocabularies.at_hand(args.vocabularies)),  # type: ignore[misc]
+            *((name, lambda path=path: path) for name, path in vocabularies.at_hand(args.vocabularies)),
             *vocabularies.written(Path(folder), args.seed)]  # fmt: skip
         for name, make in makers:
             if not re.search(args.only, name):

@@ -83,7 +83,7 @@ def written(folder: Path, seed: int) -> Iterator[tuple[str, Callable[[], Path]]]
         tokens, types, scores = _sentencepiece(rng, special)
         if bare:
             return write(folder / f"{name}.gguf", "llama", tokens, name=model, **keys)
-        numbers = [int(s) for s in scores] if whole else scores
+        numbers: list[float] = [int(s) for s in scores] if whole else scores
         return write(folder / f"{name}.gguf", "llama", tokens, types=types + [NORMAL] * longer,
                      scores=numbers + numbers[:longer], name=model, **keys)  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,8 @@ import gguf
 
 
 def write(
-    path: Path, model: str, tokens: list[str | bytes], *, types: list[int] | None = None,
-    scores: list[float] | list[int] | None = None, merges: list[str] | None = None, pre: str | None = None,
+    path: Path, model: str, tokens: Sequence[str | bytes], *, types: Sequence[int] | None = None,
+    scores: Sequence[float] | None = None, merges: Sequence[str] | None = None, pre: str | None = None,
     name: str | None = None, **keys: Any,
 ) -> Path:  # fmt: skip
     """A file with a vocabulary and nothing else. `keys`: of `tokenizer.ggml.`, integers as u32, lists as i32."""
