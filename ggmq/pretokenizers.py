@@ -53,7 +53,7 @@ _BY_CASE = PreTokenizer((_O200K,))
 
 PRE_TOKENIZERS: dict[str, PreTokenizer] = {
     "default": PreTokenizer((r"[\p{P}$+<=>\^~|]+", _GPT2, r"\p{N}+", "[0-9]{3}")),
-    **dict.fromkeys(("gpt-2", "phi-2", "jina-en", "mpt", "olmo", "jais", "exaone4", "trillion", "granite-docling", "mellum",
+    **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais", "exaone4", "trillion", "granite-docling", "mellum",
                      "gigachat", "a.x-4.0"), _WORDS),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"), _DIGITS),
     **dict.fromkeys(("dbrx", "smaug-bpe"), _BY_THREES),
