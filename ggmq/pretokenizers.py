@@ -104,8 +104,11 @@ class BytePairEncoder:
             number(left)
             number(right)
             number(left + right)
+        # a word that is written in pieces is no token, whatever the library would take it for
+        self._whole = ids if pre.ignore_merges and self._written else None
+        whole = pre.ignore_merges and self._whole is None
         # of equal merges the first counts
-        self._tokenizer = Tokenizer(models.BPE(known, list(dict.fromkeys(merges)), ignore_merges=pre.ignore_merges))
+        self._tokenizer = Tokenizer(models.BPE(known, list(dict.fromkeys(merges)), ignore_merges=whole))
         self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
             *(pre_tokenizers.Split(Regex(e), "isolated") for e in pre.expressions),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
@@ -113,7 +116,13 @@ class BytePairEncoder:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text of whole characters."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        ids: list[int]
+        if self._whole is None:
+            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        else:
+            ids = []
+            for word, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(text):
+                ids += [self._whole[word]] if word in self._whole else [t.id for t in self._tokenizer.model.tokenize(word)]
         if not self._written:
             return ids
         return [t for i in ids for t in self._written.get(i, (i,))]

@@ -246,6 +246,13 @@ def test_merges_of_and_into_what_is_no_token(tmp_path: Path) -> None:
     assert v.encode("axbc") == [ids["a"], ids["b"], ids["c"]]
 
 
+def test_a_word_that_is_no_token_is_merged_even_where_words_come_first(tmp_path: Path) -> None:
+    tokens = [*ALPHABET, "ab", "dab", "bc"]
+    v = Vocabulary(GGUF(write(tmp_path / "m.gguf", "gpt2", tokens, merges=["b c", "a b", "ab c"], pre="llama-bpe")))
+    assert v.encode("abc", add_special=False) == [v.ids["a"], v.ids["bc"]]  # `abc` is what a merge makes, and no token
+    assert v.encode("dab", add_special=False) == [v.ids["dab"]]
+
+
 @pytest.mark.parametrize("whole", [True, False])
 def test_longer_arrays_and_whole_scores(tmp_path: Path, whole: bool) -> None:
     number: Callable[[int], float] = int if whole else float

@@ -59,6 +59,7 @@ class _Count:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", default="", help="vocabularies whose name matches this expression")
     parser.add_argument("--kinds", default=",".join(strings.KINDS), help="kinds of texts (default %(default)s)")
+    parser.add_argument("--files", type=int, default=20, help="how many random vocabularies (default %(default)s)")
     parser.add_argument("--every", action="store_true", help="first a text for every code point that there is")
     parser.add_argument("--vocabularies", type=Path, help="a directory with more GGUF files, say llama.cpp's models/")
 
@@ -70,14 +71,18 @@ def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as folder, libllama.Peer() as peer:
         makers: list[tuple[str, Callable[[], Path]]] = [
             *((name, lambda path=path: path) for name, path in vocabularies.at_hand(args.vocabularies)),
-            *vocabularies.written(Path(folder), args.seed)]  # fmt: skip
+            *vocabularies.written(Path(folder), args.seed),
+            *((f"random-{i}", lambda i=i: vocabularies.random_file(
+                Path(folder) / "random.gguf", random.Random(f"{args.seed} {i}"))) for i in range(args.files))]  # fmt: skip
         for name, make in makers:
             if not re.search(args.only, name):
                 continue
             try:
                 comparison = _Comparison(name, make(), peer)
             except (libllama.PeerRefused, libllama.PeerCrashed) as e:
-                print(f"{name}: libllama does not read it: {str(e).splitlines()[0]}", flush=True)
+                lines = str(e).splitlines()
+                why = next((line for line in lines if "error" in line), lines[0])
+                print(f"{name}: libllama does not read it: {why}", flush=True)
                 continue
             failed += not comparison.run(args.n, args.seed, kinds, args.every)
     return int(failed > 0)

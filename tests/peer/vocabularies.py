@@ -18,6 +18,9 @@ from tests.support.fixtures import BUNDLED, SHARED
 from tests.support.vocabularies import write
 
 N_MERGES = 2500
+HARMONY = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|constrain|>", "<|return|>", "<|call|>")
+SLOW = ("tekken", "gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2", "deepseek-v3", "hunyuan-dense", "joyai-llm")
+"""Pre-tokenizers that cost libllama a hundred times what others do."""
 OVERLAPPING = ["<|a|>", "<|a|><|b|>", "|b|><|", "<|b|>c", " <|s|> ", "\n\n", "aa", "ab", "ba"]
 """Special tokens that begin within one another."""
 
@@ -101,16 +104,15 @@ def written(folder: Path, seed: int) -> Iterator[tuple[str, Callable[[], Path]]]
     yield "spm-ids", lambda: spm("spm-ids", [("</s>", NORMAL), *((t, CONTROL) for t in OVERLAPPING)], bos_token_id=3,
                                  eos_token_id=2, add_bos_token=False)  # fmt: skip
 
-    def bpe(name: str, special: list[str], kind: int = CONTROL, **keys: Any) -> Path:
+    def bpe(name: str, special: Sequence[str], kind: int = CONTROL, **keys: Any) -> Path:
         tokens, types = _bpe(trained(), special, kind)
         return write(folder / f"{name}.gguf", "gpt2", tokens, types=types, merges=trained(), **keys)
 
     for pre in sorted(PRE_TOKENIZERS):
         yield f"bpe-{pre}", lambda pre=pre: bpe(f"bpe-{pre}", ["<|endoftext|>", "<|im_end|>"], pre=pre)  # type: ignore[misc]
 
-    harmony = ["<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|constrain|>", "<|return|>", "<|call|>"]
     found = [*dict.fromkeys([*END_TEXTS, *(texts[0] for _, texts in ROLES.values())])]
-    yield "bpe-harmony", lambda: bpe("bpe-harmony", harmony, pre="gpt-4o", eos_token_id=256 + N_MERGES + 5)
+    yield "bpe-harmony", lambda: bpe("bpe-harmony", HARMONY, pre="gpt-4o", eos_token_id=256 + N_MERGES + 5)
     yield "bpe-found", lambda: bpe("bpe-found", found, NORMAL, pre="qwen2")
     yield "bpe-overlapping", lambda: bpe("bpe-overlapping", OVERLAPPING, USER_DEFINED, pre="llama-bpe")
 
@@ -128,3 +130,55 @@ def written(folder: Path, seed: int) -> Iterator[tuple[str, Callable[[], Path]]]
 
     yield "bpe-bare", bare
     yield "bpe-incomplete", incomplete
+
+
+_FIM = [texts for role, (_, texts) in ROLES.items() if role.startswith("fim")]
+_PIECES = ("a", "b", "\u2581", "\u00e9", "\n", "<", "|", "1", " ")
+
+
+def random_file(path: Path, rng: random.Random) -> Path:
+    """A small vocabulary of which everything is by chance: tokens, types, merges or scores, keys there and not there."""
+
+    def chance(of: float = 0.3) -> bool:
+        return rng.random() < of
+
+    special = [*rng.sample(END_TEXTS, rng.randint(0, 6)), *rng.sample(HARMONY, rng.randint(0, 7))]
+    special += [rng.choice(texts) for texts in _FIM if chance()]  # of several that fit, libllama takes any
+    special += ["".join(rng.choices("<|ab>", k=k)) for k in range(2, 9) if chance(0.5)]
+    special += [t for t in ("<unk>", "<s>", "</s>", "", "\n", "a<") if chance(0.5)]
+    odd = (NORMAL, UNKNOWN, CONTROL, CONTROL, USER_DEFINED, UNUSED, UNDEFINED)
+    keys: dict[str, Any] = {f"add_{k}": chance(0.5) for k in ("bos_token", "eos_token", "space_prefix") if chance()}
+    model = rng.choice(("gpt2", "llama"))
+    kinds: dict[str, int] = {}
+    if model == "llama":
+        kinds |= dict.fromkeys((f"<0x{b:02X}>" for b in range(256)), BYTE)
+        for _ in range(rng.randint(0, 300)):
+            kinds.setdefault("".join(rng.choices(_PIECES, k=rng.randint(1, 5))), NORMAL)
+    else:
+        pres = [None, "", *(p for p in PRE_TOKENIZERS if p not in SLOW)]
+        keys["pre"] = rng.choice(pres)
+        alphabet = list(byte_alphabet())
+        known, merges = [c for c in alphabet if not chance(0.02)], []
+        for _ in range(rng.randint(1, 400)):
+            left, right = rng.choice((known, list("ab1\u0120"))), rng.choice((known, list("ab1\u0120")))
+            pair = rng.choice(left), rng.choice(right)
+            merges.append(" ".join(pair))
+            known.append("".join(pair))
+        kinds |= dict.fromkeys((t for t in known if not chance(0.05)), NORMAL)
+        keys["merges"] = merges
+    for text in special:
+        kinds.setdefault(text, rng.choice(odd))
+    for text in rng.sample(list(kinds), 5):
+        if kinds[text] == NORMAL:
+            kinds[text] = rng.choice(odd)
+    tokens = list(kinds)
+    rng.shuffle(tokens)
+    named = ("bos", "eos", "unknown", *(k.removesuffix("_token_id") for names, _ in ROLES.values() for k in names))
+    keys |= {f"{k}_token_id": rng.randrange(len(tokens)) for k in named if chance(0.15)}
+    if chance():
+        keys["suppress_tokens"] = [rng.randrange(-5, 400) for _ in range(9)]
+    if chance(0.8):
+        keys["types"] = [kinds[t] for t in tokens]
+    if chance(0.8):
+        keys["scores"] = [-float(rng.randrange(99)) for _ in tokens]
+    return write(path, model, tokens, name=rng.choice((None, "Phi-3", "x")), **keys)
