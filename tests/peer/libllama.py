@@ -193,7 +193,7 @@ class _Library:
             size = -n
 
     def tokenize(self, texts: Sequence[bytes], add_special: bool, parse_special: bool) -> list[list[int]]:
-        room = 64 + 2 * max(map(len, texts), default=0)
+        room = 64 + 6 * max(map(len, texts), default=0)  # a blank is three bytes, and may come after each token
         ids = (_INT * room)()
         out = []
         for text in texts:

@@ -19,7 +19,8 @@ from tests.support.vocabularies import write
 
 N_MERGES = 2500
 HARMONY = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|constrain|>", "<|return|>", "<|call|>")
-SLOW = ("tekken", "gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2", "deepseek-v3", "hunyuan-dense", "joyai-llm")
+SLOW = ("tekken", "gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2", "deepseek-v3", "hunyuan-dense", "joyai-llm",
+        "minicpm5", "seed-coder", "ufakzeka")
 """Pre-tokenizers that cost libllama a hundred times what others do."""
 OVERLAPPING = ["<|a|>", "<|a|><|b|>", "|b|><|", "<|b|>c", " <|s|> ", "\n\n", "aa", "ab", "ba"]
 """Special tokens that begin within one another."""
