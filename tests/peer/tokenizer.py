@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", default="", help="vocabularies whose name matches this expression")
     parser.add_argument("--kinds", default=",".join(strings.KINDS), help="kinds of texts (default %(default)s)")
     parser.add_argument("--files", type=int, default=20, help="how many random vocabularies (default %(default)s)")
-    parser.add_argument("--every", action="store_true", help="first a text for every code point that there is")
+    parser.add_argument("--every", action="store_true", help="first a text for every code point of planes with characters")
     parser.add_argument("--vocabularies", type=Path, help="a directory with more GGUF files, say llama.cpp's models/")
 
 
@@ -111,7 +111,7 @@ class _Comparison:
             print(f"  {self.name}: {line}", flush=True)
         rng = random.Random(f"{seed} {self.name}")
         special = [self.v.tokens[i] for i, t in enumerate(self.v.types) if t in (CONTROL, UNKNOWN, USER_DEFINED)][:500]
-        codes = [*range(0xD800), *range(0xE000, 0x110000)] if every else []
+        codes = [*range(0xD800), *range(0xE000, 0x40000), *range(0xE0000, 0xE1000)] if every else []
         start = time.perf_counter()
         for at in range(0, len(codes) + n, BATCH):
             left = min(BATCH, len(codes) + n - at)

@@ -117,6 +117,18 @@ def written(folder: Path, seed: int) -> Iterator[tuple[str, Callable[[], Path]]]
     yield "bpe-found", lambda: bpe("bpe-found", found, NORMAL, pre="qwen2")
     yield "bpe-overlapping", lambda: bpe("bpe-overlapping", OVERLAPPING, USER_DEFINED, pre="llama-bpe")
 
+    def edges(pre: str) -> Path:
+        # the first and the last byte of a character merge with what stands beside it, unless a cut lies between
+        beside = [t for t, b in byte_alphabet().items() if chr(b) in "ab12. \n"]
+        first = [t for t, b in byte_alphabet().items() if 0xC2 <= b <= 0xF4]
+        last = [t for t, b in byte_alphabet().items() if 0x80 <= b <= 0xBF]
+        lines = [f"{a} {b}" for left, right in ((beside, first), (last, beside), (last, first)) for a in left for b in right]
+        tokens, types = _bpe(lines)
+        return write(folder / f"edges-{pre}.gguf", "gpt2", tokens, types=types, merges=lines, pre=pre)
+
+    for pre in ("default", "gpt-2", "smollm", "llama-bpe", "qwen35", "deepseek-v3"):
+        yield f"edges-{pre}", lambda pre=pre: edges(pre)  # type: ignore[misc]
+
     def bare() -> Path:
         tokens, _ = _bpe(trained())
         return write(folder / "bpe-bare.gguf", "gpt2", tokens, merges=trained())
