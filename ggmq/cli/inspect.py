@@ -80,7 +80,7 @@ def _line(text: str) -> str:
 
 def _tokenize(args: argparse.Namespace) -> int:
     vocabulary = Vocabulary(GGUF(model_path(args)))
-    text = sys.stdin.buffer.read().decode("utf-8", "replace")
+    text = sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
     ids = vocabulary.encode(text, add_special=not args.no_special, parse_special=not args.no_special)
     if args.ids:
         print(" ".join(map(str, ids)))

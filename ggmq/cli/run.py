@@ -77,7 +77,7 @@ def _run(args: argparse.Namespace) -> int:
                               f"{s.arch.hp.n_vocab} rows in token_embd.weight")  # fmt: skip
         params = SamplingParams(
             args.temp, args.top_k, args.top_p, args.min_p, args.repeat_penalty, args.repeat_last_n,
-            chosen_seed(args.seed), vocabulary.end_ids if args.ignore_eos else frozenset(),
+            chosen_seed(args.seed), vocabulary.suppressed | (vocabulary.end_ids if args.ignore_eos else frozenset()),
         )  # fmt: skip
         engine = Engine(s.runner, vocabulary.end_ids, args.batch_size)
         try:

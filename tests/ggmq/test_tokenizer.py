@@ -91,3 +91,9 @@ def test_tokens_that_are_no_utf8_are_bytes_as_they_are(tmp_path: Path, model: st
 def test_what_is_no_utf8_is_read_as_the_replacement_character(name: str) -> None:
     v = BUNDLED_VOCABULARY if name == "bundled" else vocabulary(name)
     assert v.encode("caf\udce9 \ud800x") == v.encode("caf\ufffd \ufffdx")
+
+
+def test_qwen2_ends_at_a_token_that_the_file_calls_normal(shared: Path) -> None:
+    v = vocabulary("ggml-vocab-qwen2.gguf")
+    assert v.end_ids == {151643, 151645, 128247} and v.encode("</s>") == [128247]
+    assert v.encode("</s>", parse_special=False) != [128247] and v.piece(128247) == b""
