@@ -17,7 +17,7 @@ from typing import Any
 from ggmq.tokenizer import Vocabulary
 from protocol.errors import FormatError, Unavailable
 
-Message = dict[str, str]
+Message = dict[str, Any]
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -40,21 +40,27 @@ class ChatTemplate:
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
-        self._tokens = {name: vocabulary.tokens[i] if i is not None else ""
+        self._tokens = {name: vocabulary.decode([i], special=True) if i is not None else ""
                         for name, i in (("bos_token", vocabulary.bos), ("eos_token", vocabulary.eos))}  # fmt: skip
+        self._added = {"add_bos": vocabulary.add_bos, "add_eos": vocabulary.add_eos}
         self._where = f"{vocabulary.name}: tokenizer.chat_template"
         self._source = vocabulary.chat_template or CHATML
         if len(self._source) > MAX_TEMPLATE_CHARS:
             raise FormatError(f"{self._where}: expected at most {MAX_TEMPLATE_CHARS} characters, got {len(self._source)}")
         self._process: subprocess.Popen[bytes] | None = None
         self._end: weakref.finalize[..., Any] | None = None
+        self._unread = bytearray()
         self._start()
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
-        """The prompt for a conversation. Messages have `role` and `content`."""
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, enable_thinking: bool = True) -> str:
+        """The prompt for a conversation, without the tokens that the vocabulary puts around a text itself.
+
+        Messages have `role` and `content`: a text, a list of parts such as {"type": "text", "text": ...}, or None.
+        """
         if self._process is None:
             self._start()
-        request = {"messages": list(messages), "add_generation_prompt": add_generation_prompt, **self._tokens}
+        request = {"messages": list(messages), "add_generation_prompt": add_generation_prompt,
+                   "enable_thinking": enable_thinking}  # fmt: skip
         return self._ask(request, "refuses the conversation")
 
     def _start(self) -> None:
@@ -63,12 +69,13 @@ class ChatTemplate:
         # a session of its own: Ctrl-C comes to us, and we end it
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                                    bufsize=0, start_new_session=True)  # fmt: skip
-        self._process, self._end = process, weakref.finalize(self, _end, process)
+        self._process, self._end, self._unread = process, weakref.finalize(self, _end, process), bytearray()
         setup = {"path": [p for p in sys.path if p], "template": self._source, "max_output_chars": MAX_OUTPUT_CHARS,
-                 "max_memory_bytes": MAX_MEMORY_BYTES, "max_cpu_s": int(MAX_RENDER_S) + 1}  # fmt: skip
+                 "max_memory_bytes": MAX_MEMORY_BYTES, "max_cpu_s": int(MAX_RENDER_S) + 1,
+                 **self._tokens, **self._added}  # fmt: skip
         try:
             _send(process, setup)
-            ready = "ready" in _receive(process, START_S)
+            ready = "ready" in _receive(process, self._unread, START_S)
         except (BrokenPipeError, TimeoutError, ValueError):
             ready = False
         except BaseException:
@@ -86,7 +93,7 @@ class ChatTemplate:
         try:
             if request is not None:
                 _send(process, request)
-            answer = _receive(process, MAX_RENDER_S)
+            answer = _receive(process, self._unread, MAX_RENDER_S)
         except TimeoutError:
             answer = {"failed": "time"}
         except (BrokenPipeError, ValueError):  # it ended without a word, or with half of one
@@ -139,19 +146,25 @@ def _send(process: subprocess.Popen[bytes], request: dict[str, Any]) -> None:
         left = left[process.stdin.write(left) :]
 
 
-def _receive(process: subprocess.Popen[bytes], within_s: float) -> dict[str, Any]:
-    """The next answer. Errors: TimeoutError; ValueError when the process ended, or said something that is no answer."""
+def _receive(process: subprocess.Popen[bytes], unread: bytearray, within_s: float) -> dict[str, Any]:
+    """The next answer; what came after it stays in `unread`.
+
+    Errors: TimeoutError; ValueError when the process ended, or said something that is no answer.
+    """
     assert process.stdout is not None  # a pipe was asked for
-    due, line = time.monotonic() + within_s, bytearray()
+    due, end = time.monotonic() + within_s, unread.find(b"\n")
     poll = select.poll()
     poll.register(process.stdout, select.POLLIN)
-    while not line.endswith(b"\n"):
+    while end < 0:
         if not poll.poll(max(0.0, due - time.monotonic()) * 1000):
             raise TimeoutError
-        piece = os.read(process.stdout.fileno(), 1 << 16)
-        line += piece
-        if not piece or len(line) > _ANSWER_BYTES:
+        piece, n = os.read(process.stdout.fileno(), 1 << 16), len(unread)
+        unread += piece
+        if not piece or len(unread) > _ANSWER_BYTES:
             raise ValueError("no answer")
+        end = unread.find(b"\n", n)
+    line = bytes(unread[:end])
+    del unread[: end + 1]
     answer = json.loads(line)
     if not isinstance(answer, dict):
         raise ValueError("no answer")

@@ -14,10 +14,11 @@ from __future__ import annotations
 import json
 import os
 import queue
+import re
 import sys
 import threading
 import time
-from datetime import datetime
+from functools import partial
 from typing import Any, NoReturn
 
 MAX_REASON_CHARS = 1000
@@ -32,15 +33,15 @@ def main() -> NoReturn:
     _limit("RLIMIT_AS", setup["max_memory_bytes"])
     requests: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(requests,), daemon=True).start()
-    template = None
+    model = None
     while True:
-        request = setup if template is None else json.loads(requests.get())
+        request = setup if model is None else json.loads(requests.get())
         _limit("RLIMIT_CPU", int(time.process_time()) + setup["max_cpu_s"])
         try:
-            if template is None:
-                template, text = environment.from_string(setup["template"]), ""
+            if model is None:
+                model, text = _Model(environment, setup), ""
             else:
-                text = _render(template, request, setup["max_output_chars"])
+                text = model.render(request)
             _answer({"text": text})
         except MemoryError:
             os.write(1, b'{"failed": "memory", "text": ""}\n')
@@ -53,7 +54,7 @@ def main() -> NoReturn:
             _answer({"failed": "depth" if "nested" in str(e) else "refused", "text": str(e)[:MAX_REASON_CHARS]})
         except Exception as e:
             _answer({"failed": "refused", "text": str(e)[:MAX_REASON_CHARS] or type(e).__name__})
-        if template is None:
+        if model is None:
             os._exit(1)
 
 
@@ -61,28 +62,289 @@ class _TooLong(Exception):
     pass
 
 
+# -- what a template may use -------------------------------------------------------------------------------------------
+
+
 def _environment() -> Any:
+    """Jinja as llama.cpp's own engine has it, where the two differ and templates depend on it."""
     import jinja2
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2 import nodes
+    from jinja2.compiler import CodeGenerator
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import SandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %}`: what a model is trained on. It means nothing here, and opens no scope."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> list[nodes.Node]:
+            next(parser.stream)
+            return list(parser.parse_statements(("name:endgeneration",), drop_needle=True))
+
+    class Generator(CodeGenerator):
+        def visit_Concat(self, node: nodes.Concat, frame: Any) -> None:
+            self.write("environment.joined((")
+            for part in node.nodes:
+                self.visit(part, frame)
+                self.write(", ")
+            self.write("))")
+
+    class Environment(SandboxedEnvironment):
+        code_generator_class = Generator
+        intercepted_binops = frozenset({"+"})
+        joined = staticmethod(_joined)
+
+        def getattr(self, obj: Any, attribute: str) -> Any:
+            if isinstance(obj, str) and attribute in _STRIPS:
+                return partial(_STRIPS[attribute], str(obj))
+            return super().getattr(obj, attribute)
+
+        def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
+            raise jinja2.exceptions.SecurityError(f"access to attribute {attribute!r} of {type(obj).__name__!r} is unsafe")
 
     def refuse(message: str) -> NoReturn:
         raise jinja2.TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda f: datetime.now().strftime(f)
+    def default(value: Any, default_value: Any = "", boolean: bool = False) -> Any:
+        missing = value is None or isinstance(value, jinja2.Undefined)
+        return default_value if missing or (boolean and not value) else value
+
+    def items(value: Any) -> Any:
+        return () if value is None or isinstance(value, jinja2.Undefined) else value.items()
+
+    def plus(left: Any, right: Any) -> Any:
+        """A text plus something else is as if they were joined."""
+        plain = (str, int, float, list, tuple, dict, type(None), jinja2.Undefined)
+        if isinstance(left, str) != isinstance(right, str) and isinstance(left, plain) and isinstance(right, plain):
+            return _joined((left, right))
+        return left + right
+
+    def is_string(value: Any) -> bool:
+        if isinstance(value, (_WatchedText, _WatchedParts)):
+            value.tested = True
+        return isinstance(value, str)
+
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation],
+                              undefined=jinja2.ChainableUndefined, finalize=_printed)  # fmt: skip
+    environment.binop_table = environment.binop_table | {"+": plus}
+    environment.globals |= {"raise_exception": refuse, "strftime_now": lambda f: time.strftime(f, time.localtime())}
+    environment.filters |= {"tojson": _to_json, "default": default, "d": default, "trim": _STRIPS["strip"],
+                            "items": items, "safe": lambda value: value}  # fmt: skip
+    # Jinja's own test would begin to iterate, which in a trial says that a text is taken for a list
+    environment.tests |= {"string": is_string, "iterable": lambda value: hasattr(value, "__iter__")}
     return environment
 
 
-def _render(template: Any, variables: dict[str, Any], max_chars: int) -> str:
-    pieces, n = [], 0
-    for piece in template.generate(variables):
-        n += len(piece)
-        if n > max_chars:
-            raise _TooLong
-        pieces.append(piece)
-    return "".join(pieces)
+_SPACES = " \t\n\v\f\r"
+"""Python takes Unicode's spaces off too; llama.cpp leaves them."""
+_STRIPS = {"strip": lambda s, chars=None: str(s).strip(_SPACES if chars is None else chars),
+           "lstrip": lambda s, chars=None: str(s).lstrip(_SPACES if chars is None else chars),
+           "rstrip": lambda s, chars=None: str(s).rstrip(_SPACES if chars is None else chars)}  # fmt: skip
+
+
+def _printed(value: Any) -> str:
+    """What `{{ value }}` prints. None, mappings and functions print nothing, lists and the like what is in them."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float):
+        text = f"{value:.6f}".rstrip("0")
+        return text + "0" if text.endswith(".") else text
+    if isinstance(value, (bool, int)):
+        return str(value)
+    return "" if isinstance(value, dict) or not hasattr(value, "__iter__") else "".join(map(_printed, value))
+
+
+def _joined(parts: Any) -> str:
+    """What `~` makes: None is nothing."""
+    return "".join("" if x is None else _printed(x) if isinstance(x, float) else str(x) for x in parts)
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None,
+             sort_keys: bool = False) -> str:  # fmt: skip
+    """JSON for a prompt: nothing is escaped for HTML, keys keep their order, numbers have six digits."""
+    comma, colon = separators or (", " if indent is None else ",", ": ")
+
+    def write(value: Any, outer: str) -> str:
+        if isinstance(value, str):
+            return json.dumps(str(value), ensure_ascii=ensure_ascii)
+        if isinstance(value, (bool, int)):
+            return json.dumps(value)
+        if isinstance(value, float):
+            return f"{value:g}"
+        inner = outer + " " * (indent or 0)
+        first, between, last = ("", comma, "") if indent is None else ("\n" + inner, comma + "\n" + inner, "\n" + outer)
+        if isinstance(value, dict):
+            pairs = sorted(value.items()) if sort_keys else value.items()
+            parts = [write(str(k), inner) + colon + write(v, inner) for k, v in pairs]
+            return "{" + first + between.join(parts) + last + "}" if parts else "{}"
+        if isinstance(value, (list, tuple)):
+            parts = [write(v, inner) for v in value[:]]
+            return "[" + first + between.join(parts) + last + "]" if parts else "[]"
+        return "null"
+
+    return write(value, "")
+
+
+# -- a conversation as a template takes it -----------------------------------------------------------------------------
+
+
+class _WatchedText(str):
+    """A message's text in a trial: whether it was asked if it is a text, and whether it was taken for a list."""
+
+    tested = listed = False
+
+    def __iter__(self) -> NoReturn:
+        self.listed = True
+        raise TypeError("a text is no list")
+
+    def __getitem__(self, at: Any) -> str:
+        self.listed = self.listed or isinstance(at, int)
+        return super().__getitem__(at)
+
+
+class _WatchedParts(list[Any]):
+    """A message's parts in a trial: as `_WatchedText`."""
+
+    tested = listed = False
+
+    def __iter__(self) -> Any:
+        self.listed = True
+        return super().__iter__()
+
+    def __getitem__(self, at: Any) -> Any:
+        self.listed = self.listed or isinstance(at, int)
+        return super().__getitem__(at)
+
+
+class _WatchedMessage(dict[str, Any]):
+    """A message in a trial: whether its content was looked at."""
+
+    looked_at = False
+
+    def __getitem__(self, key: str) -> Any:
+        self.looked_at = self.looked_at or key == "content"
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.looked_at = self.looked_at or key == "content"
+        return super().get(key, default)
+
+    def items(self) -> Any:
+        self.looked_at = True
+        return super().items()
+
+
+def _as_text(content: Any) -> str:
+    return content if isinstance(content, str) else "\n".join(p["text"] for p in content if p["type"] == "text")
+
+
+def _stripped(content: Any) -> Any:
+    if isinstance(content, str):
+        return content.strip(_SPACES)
+    return [part | {"text": part["text"].strip(_SPACES)} for part in content]
+
+
+class _Model:
+    """A template with what is known of it: the tokens around a prompt, and after the first trials what it takes."""
+
+    def __init__(self, environment: Any, setup: dict[str, Any]) -> None:
+        source = setup["template"]
+        self.max_chars = setup["max_output_chars"]
+        self.bos, self.eos = setup["bos_token"], setup["eos_token"]
+        self.adds_bos, self.adds_eos = setup["add_bos"], setup["add_eos"]
+        # families of models for which llama.cpp prepares messages, or mends a prompt, in a way of their own
+        self.channels = "<|channel|>" in source
+        self.strips = "You have access to the following functions in JSONSchema format" in source
+        self.blocks = all(x in source for x in ("[SYSTEM_PROMPT]", "[TOOL_CALLS]", "[ARGS]")) and "[CALL_ID]" not in source
+        self.opens_turn = "'<|tool_call>call:'" in source
+        for marker, check in _CHECKS:
+            if marker in source:
+                source = re.sub(check, "{%- if false %}", source)
+        self.template = environment.from_string(source)
+        self.takes: dict[str, bool] | None = None
+
+    def render(self, request: dict[str, Any]) -> str:
+        if self.takes is None:
+            self.takes = self._try_out()
+        prompt = request["add_generation_prompt"]
+        now = time.localtime()
+        text = self._generate({
+            "messages": self._prepared(request["messages"]), "bos_token": self.bos, "eos_token": self.eos,
+            "enable_thinking": request["enable_thinking"], "preserve_reasoning": True, "preserve_thinking": True,
+            "clear_thinking": False, "truncate_history_thinking": False, "drop_thinking": False,
+            "datetime": time.strftime("%b %d %Y", now), "date_string": time.strftime("%d %b %Y", now),
+        } | ({"add_generation_prompt": True} if prompt else {}))  # fmt: skip
+        if self.adds_bos:
+            text = text.removeprefix(self.bos)
+        if self.adds_eos:
+            text = text.removesuffix(self.eos)
+        if self.channels and not prompt:
+            text = "<|end|>".join(text.rsplit("<|return|>", 1))
+        if self.opens_turn and prompt and text.endswith("<turn|>\n"):
+            text += "<|turn>model\n"
+        return text
+
+    def _prepared(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The messages in a form that the template takes: content as a text or as a list of parts, or either."""
+        takes = self.takes
+        assert takes is not None  # render tries out first
+        out = []
+        for message in messages:
+            role, content = message["role"], message.get("content") or ""
+            if role == "developer" and not self.channels:
+                role = "system"
+            if self.strips:
+                content = _stripped(content)
+            out.append({"role": role, "content": content if takes["parts"] else _as_text(content)})
+        if out and out[0]["role"] == "system" and not takes["system"]:
+            first = out.pop(0)
+            if out:
+                out[0]["content"] = _as_text(first["content"]) + "\n" + _as_text(out[0]["content"])
+        for message in out:
+            needed = not takes["text"] and takes["parts"]
+            if isinstance(message["content"], str) and (needed or (self.blocks and message["role"] in _BLOCK_ROLES)):
+                message["content"] = [{"type": "text", "text": message["content"]}]
+        return out
+
+    def _try_out(self) -> dict[str, bool]:
+        """What content the template takes, and whether it shows a system message, from how it treats three trials."""
+        text, parts = _WatchedText("STRING_MARKER"), _WatchedParts()
+        system = _WatchedMessage(role="system", content="System message")
+        shown = self._trial({"role": "user", "content": text})
+        takes_parts = text.listed
+        if text.tested and self._trial({"role": "user", "content": parts}) is not None:
+            takes_parts = takes_parts or parts.listed
+        self._trial(system, {"role": "user", "content": "User message"})
+        return {"text": shown is not None and (not text.listed or text in shown), "parts": takes_parts,
+                "system": system.looked_at}  # fmt: skip
+
+    def _trial(self, *messages: dict[str, Any]) -> str | None:
+        """What comes of messages; None when the template refuses them."""
+        try:
+            return self._generate({"messages": list(messages), "tools": [], "bos_token": "", "eos_token": "",
+                                   "add_generation_prompt": True})  # fmt: skip
+        except MemoryError:
+            raise
+        except Exception:
+            return None
+
+    def _generate(self, variables: dict[str, Any]) -> str:
+        pieces, n = [], 0
+        for piece in self.template.generate(variables):
+            n += len(piece)
+            if n > self.max_chars:
+                raise _TooLong
+            pieces.append(piece)
+        return "".join(pieces)
+
+
+_BLOCK_ROLES = ("system", "assistant")
+_CHECKS = (
+    ("<|channel|>", r"\{%-? if [^%]* in message\.content or [^%]* in message\.content -?%\}"),
+    ("[TOOL_CALLS]", r"\{%-? if \(message\['content'\] is none or [^%]*message\['tool_calls'\]\|length == 0\) -?%\}"),
+)
+"""Where templates refuse an answer that is empty or has channels in it, which a chat may well hold."""
 
 
 def _read(requests: queue.SimpleQueue[bytes]) -> None:

@@ -108,6 +108,31 @@ def test_without_a_prompt_lines_are_answered() -> None:
     assert r.returncode == 0 and len(r.stdout.splitlines()) >= 2
 
 
+def shown(*args: str | Path) -> bytes:
+    """What a run of the bundled model prints before the first token that it makes."""
+    run = [*GGMQ, "run", "-n", "1", "--temp", "0", "--workers", "1", *map(str, args)]
+    done = subprocess.run(run, capture_output=True, timeout=120, cwd=ROOT, check=True)
+    made = subprocess.run([*run, "--no-display-prompt"], capture_output=True, timeout=120, cwd=ROOT, check=True)
+    return done.stdout.removesuffix(made.stdout)
+
+
+def test_a_prompt_from_a_file_loses_one_newline_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_bytes(b"One\r\nday\n\n")
+    assert shown("-f", tmp_path / "p.txt") == b"One\r\nday\n"
+    (tmp_path / "p.txt").write_bytes(rb"One\tday\x21" + b"\xff")
+    assert shown("-p", "Tom", "-f", tmp_path / "p.txt") == "One\tday!\ufffd".encode()
+    assert shown("--no-escape", "-f", tmp_path / "p.txt", "-p", "Tom") == b"Tom"
+    r = ggmq("run", "-f", tmp_path / "none.txt")
+    assert r.returncode == 2 and f"{tmp_path / 'none.txt'}: no such file" in r.stderr and "Traceback" not in r.stderr
+
+
+def test_escapes_of_a_prompt_are_expanded_unless_said() -> None:
+    assert shown("-p", r"a\n\r\t\'\"\\b\x41\xc3\xa9") == b"a\n\r\t'\"\\bA\xc3\xa9"
+    assert shown("-e", "-p", r"\q\x4\xg1\\n\\\n\xFF \x") == "\\q\\x4\\xg1\\n\\\n\ufffd \\x".encode()
+    assert shown("-p", "a\\") == b"a\\" and shown("-p", r"\x 9\x-1") == "\t\ufffd".encode()
+    assert shown("--no-escape", "-p", r"a\n\x41") == rb"a\n\x41"
+
+
 def test_a_cached_load_sends_nothing_whatever_the_name(workers: list[Worker], tmp_path: Path) -> None:
     workers.append(Worker("-t", "1", "--cache-dir", tmp_path / "c"))
     assert "local cache : " + str(tmp_path / "c") in workers[0].banner
@@ -177,7 +202,7 @@ def test_unequal_memories_and_too_little_memory() -> None:
     unequal = ggmq(*base, "--worker-mem", "332,132").stderr
     assert "0-2 + embedding on local0" in unequal and "3-3 + output on local1" in unequal
     r = ggmq(*base, "--worker-mem", "33,33")
-    assert r.returncode == 1 and re.search(r"needs 4\.\d MiB, the devices have 2\.0 MiB free", r.stderr), r.stderr
+    assert r.returncode == 1 and re.search(r"needs 3\.\d MiB, the devices have 2\.0 MiB free", r.stderr), r.stderr
 
 
 def _long_run(*more: str | Path) -> subprocess.Popen[str]:

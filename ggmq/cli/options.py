@@ -66,6 +66,29 @@ def endpoints(text: str) -> list[str]:
     return out
 
 
+def text_file(name: str) -> str:
+    """An argparse type: what a file holds, as it is but for one newline at its end."""
+    try:
+        raw = Path(name).read_bytes()
+    except OSError as e:
+        why = "no such file" if isinstance(e, FileNotFoundError) else e.strerror
+        raise argparse.ArgumentTypeError(f"{name}: {why}") from e
+    return raw.removesuffix(b"\n").decode("utf-8", "surrogateescape")
+
+
+_ESCAPE = re.compile(rb"\\(?:x([\s0-9A-Fa-f+-][0-9A-Fa-f])|([nrt'\"\\]))")
+_MEANS = {b"n": b"\n", b"r": b"\r", b"t": b"\t"}
+
+
+def expanded(text: str) -> str:
+    r"""A text in which `\n`, `\r`, `\t`, `\'`, `\"`, `\\` and `\xHH` (a byte) stand for what they mean; others stay."""
+
+    def meaning(match: re.Match[bytes]) -> bytes:
+        return bytes([int(match[1], 16) & 0xFF]) if match[1] else _MEANS.get(match[2], match[2])
+
+    return _ESCAPE.sub(meaning, text.encode("utf-8", "surrogateescape")).decode("utf-8", "surrogateescape")
+
+
 def add_model(p: argparse.ArgumentParser) -> None:
     g = p.add_mutually_exclusive_group()
     g.add_argument("-m", "--model", type=Path, metavar="FILE", help="GGUF file (default: the bundled story model)")

@@ -10,7 +10,18 @@ from typing import Any
 from config.terminal import for_stream
 from ggmq.chat import ChatTemplate, Message
 from ggmq.cli.clusters import apply_cluster
-from ggmq.cli.options import add_model, add_security, endpoints, model_path, real, require_file, shares, whole
+from ggmq.cli.options import (
+    add_model,
+    add_security,
+    endpoints,
+    expanded,
+    model_path,
+    real,
+    require_file,
+    shares,
+    text_file,
+    whole,
+)
 from ggmq.cli.session import Session, open_session, print_summary
 from ggmq.engine import Engine, chosen_seed
 from ggmq.gguf import GGUF
@@ -46,8 +57,15 @@ def add(commands: Any) -> None:
     add_model(p)
     p.add_argument("--cluster", type=Path, metavar="FILE", help="use the cluster that `ggmq up FILE` started")
     p.add_argument("-p", "--prompt", help="the prompt; without it a chat begins")
-    p.add_argument("-f", "--file", type=Path, help="file to take the prompt from")
-    p.add_argument("-sys", "--system-prompt", default="", help="system message of a chat")
+    p.add_argument("-f", "--file", dest="prompt", type=text_file, metavar="FILE",
+                   help="take the prompt from a file, without the newline at its end")  # fmt: skip
+    p.add_argument("-e", "--escape", action=argparse.BooleanOptionalAction, default=True,
+                   help=r"expand \n, \r, \t, \', \", \\ and \xHH in a prompt, -f's too (the default)")  # fmt: skip
+    p.add_argument("-sys", "--system-prompt", default="", help="system message of a chat, taken as it is")
+    p.add_argument("-sysf", "--system-prompt-file", dest="system_prompt", type=text_file, metavar="FILE",
+                   help="take the system message from a file, without the newline at its end")  # fmt: skip
+    p.add_argument("-rea", "--reasoning", choices=["on", "off", "auto"], default="auto",
+                   help="have the model think first in a chat, if its template can choose (default auto: on)")  # fmt: skip
     p.add_argument("-n", "--predict", "--n-predict", dest="n_predict", type=whole(-1), default=-1,
                    help="tokens to make (default: until the model ends)")  # fmt: skip
     p.add_argument("-b", "--batch-size", type=whole(1, 4096), default=512, help="prompt tokens at once (default 512)")
@@ -68,7 +86,7 @@ def add(commands: Any) -> None:
 def _run(args: argparse.Namespace) -> int:
     if args.cluster is not None:
         apply_cluster(args, require_file(args.cluster))
-    prompt = require_file(args.file).read_text(encoding="utf-8", errors="replace") if args.file else args.prompt
+    prompt = expanded(args.prompt) if args.prompt is not None and args.escape else args.prompt
     g = GGUF(model_path(args))
     vocabulary = Vocabulary(g)
     with open_session(args, g) as s:
@@ -131,11 +149,8 @@ def _chat(args: argparse.Namespace, engine: Engine, vocabulary: Vocabulary, para
         messages.append({"role": "user", "content": line})
         try:
             if template is not None:
-                tokens = vocabulary.encode(template.render(messages), add_special=False)
-                if vocabulary.add_bos and vocabulary.bos is not None and tokens[:1] != [vocabulary.bos]:
-                    tokens.insert(0, vocabulary.bos)
-            else:
-                tokens = vocabulary.encode(line)
+                line = template.render(messages, enable_thinking=args.reasoning != "off")
+            tokens = vocabulary.encode(line)
             engine.start(tokens, params)
             answer = _stream(args, engine, vocabulary)
         except KeyboardInterrupt:

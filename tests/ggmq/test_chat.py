@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from ggmq.chat import ChatTemplate
 from ggmq.gguf import GGUF
 from ggmq.tokenizer import Vocabulary
 from protocol.errors import FormatError
+from tests.peer import templates
 from tests.support.fixtures import BUNDLED, ROOT
 from tests.support.gguf_factory import STRING, key, text
 
@@ -50,7 +52,8 @@ def test_turns_share_a_process_and_what_a_template_may_use() -> None:
 @pytest.mark.parametrize(("source", "words"), [
     ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "refuses the conversation: .*unsafe"),
     ("{{ raise_exception('roles must alternate') }}", "refuses the conversation: roles must alternate;"),
-    ("{{ messages.append(1) }}", "refuses the conversation"), ("{{ 1 / 0 }}", "refuses the conversation: division"),
+    ("{{ ''|attr('__class__') }}", "refuses the conversation: .*unsafe"),
+    ("{{ 1 / 0 }}", "refuses the conversation: division"),
     ("{% include 'other' %}", "refuses the conversation"), ("{% for", "cannot be parsed: unexpected"),
     ("{{ range(10 ** 9) | list }}", "refuses the conversation: Range too big"),
     (ENDLESS, r"took longer than 0\.5 s"), ("{{ 7 ** (10 ** 8) }}", r"took longer than 0\.5 s"),
@@ -68,6 +71,111 @@ def test_a_template_that_fails_says_what_it_did(monkeypatch: pytest.MonkeyPatch,
         monkeypatch.setattr(chat, "MAX_RENDER_S", 0.5)
     with pytest.raises(FormatError, match=r"^stories\.gguf: tokenizer\.chat_template.*" + words):
         template(source).render(HI)
+
+
+TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " <b>é</b>\u3000"},
+        {"role": "assistant", "content": "ok"}, {"role": "user", "content": "x\ny"}]  # fmt: skip
+SHOWN = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
+PARTS = "{% for m in messages %}{% for p in m.content if p.type == 'text' %}[{{ p.text }}]{% endfor %}{% endfor %}"
+EITHER = ("{% for m in messages %}{% if m.content is string %}{{ m.content }};{% else %}{% for p in m.content %}"
+          "[{{ p.text }}]{% endfor %}{% endif %}{% endfor %}")  # fmt: skip
+REFUSING = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + SHOWN
+DROPPING = "{% for m in messages if m.role != 'system' %}{{ m.role }}:{{ m.content }};{% endfor %}"
+MERGED = "user:Be brief.\n <b>é</b>\u3000;assistant:ok;user:x\ny;"
+
+
+@pytest.mark.parametrize(("source", "expected"), [
+    ("{{ messages[0]|tojson }}", '{"role": "system", "content": "Be brief."}'),
+    ("{{ {'b': 'é<&>', 'a': [1, none, true, {}], 'c': 0.1, 'd': 100000.0 * 1000}|tojson }}",
+     '{"b": "é<&>", "a": [1, null, true, {}], "c": 0.1, "d": 1e+08}'),
+    ("{{ {'b': [1, 'x'], 'a': []}|tojson(indent=2) }}", '{\n  "b": [\n    1,\n    "x"\n  ],\n  "a": []\n}'),
+    ("{{ {'b': [1, 2]}|tojson(separators=(',', ':')) }}", '{"b":[1,2]}'),
+    ("{{ {'b': 'é'}|tojson(ensure_ascii=true) }}", '{"b": "\\u00e9"}'),
+    ("{% generation %}b{% set x = 1 %}{% endgeneration %}{{ x }}", "b1"),
+    ("{%- generation -%} a {%- endgeneration -%} b", "ab"),
+    ("{{ tools is defined }}{{ functions is defined }}{% for t in tools %}{% endfor %}{% if not functions %}!{% endif %}",
+     "FalseFalse!"),
+    ("{{ messages[1].tool_calls.name }}{{ messages[9].content.text }}.{{ 'x' in nothing }}", ".False"),
+    ("{{ none }}{{ 'a' + none }}{{ none + 'b' }}{{ nothing + 'c' }}{{ 'd' + 1 }}", "abcd1"),
+    ("{{ 'e' ~ none ~ messages[0].nothing ~ 1.5 ~ 1 }}{% for x in none|items %}{% endfor %}", "e1.51"),
+    ("{{ none|default('a') }}{{ nothing|default('b') }}{{ ''|default('c', true) }}", "abc"),
+    ("{{ 1.5 }}{{ 3.0 }}{{ [1, 'a', none] }}{{ {'a': 1} }}{{ messages[:1]|map(attribute='role') }}", "1.53.01auser"),
+    ("{{ {'a': 'b'}.items() }}{{ 'xax'.strip('') }}", "abxax"),
+    ("{{ '<b>'|safe + '<i>' }}", "<b><i>"),
+    ("[{{ ' é\u3000'|trim }}][{{ '\u00a0é\t'.strip() }}][{{ 'xax'.strip('x') }}][{{ ' a '.rstrip() }}]",
+     "[é\u3000][\u00a0é][a][ a]"),
+    ("{% set found = [] %}{% set _ = found.append('a') %}{{ found[0] }}", "a"),
+    ("{{ preserve_thinking }}{{ clear_thinking }}{{ truncate_history_thinking }}{{ drop_thinking }}", "TrueFalseFalseFalse"),
+    (SHOWN, "system:Be brief.;" + MERGED.replace("Be brief.\n", "")), (REFUSING, MERGED), (DROPPING, MERGED),
+    (PARTS, "[Be brief.][ <b>é</b>\u3000][ok][x\ny]"), (EITHER, "Be brief.; <b>é</b>\u3000;ok;x\ny;"),
+    ("{{ bos_token }}{{ bos_token }}a", "<|endoftext|>a"),
+    ("{{ 'You have access to the following functions in JSONSchema format'[:0] }}" + SHOWN,
+     "system:Be brief.;user:<b>é</b>\u3000;assistant:ok;user:x\ny;"),
+    ("{{ '[SYSTEM_PROMPT][TOOL_CALLS][ARGS]'[:0] }}" + EITHER, "[Be brief.] <b>é</b>\u3000;[ok]x\ny;"),
+    ("{{ \"'<|tool_call>call:'\"[:0] }}{{ messages[0].content }}<turn|>\n\n", "Be brief.<turn|>\n<|turn>model\n"),
+], ids=lambda x: x[:30])  # fmt: skip
+def test_templates_render_as_in_llama_cpp(source: str, expected: str) -> None:
+    assert template(source).render(TALK) == expected
+
+
+def test_without_tools_there_are_none_and_json_of_nothing_is_null() -> None:
+    assert template("{{ tools|tojson }}{{ functions|tojson }}{{ functions.first.name }}").render(HI) == "nullnull"
+
+
+@pytest.mark.peer
+@pytest.mark.skipif(find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
+@pytest.mark.parametrize("source", [REFUSING, EITHER + "{{ enable_thinking }}{{ bos_token }}", "{{ bos_token }}" + PARTS],
+                         ids=["refusing", "either", "parts"])  # fmt: skip
+def test_all_conversations_render_as_by_a_peer(tmp_path: Path, source: str) -> None:
+    models = {adds: templates.vocabulary(tmp_path / f"{adds}.gguf", adds) for adds in (False, True)}
+    result = templates.compare(source, templates.conversations(24, 1), models, tmp_path)
+    assert not result.different and result.counts["same"] > 100, result.different[:3]
+
+
+def test_thinking_is_on_unless_said_and_a_prompt_for_an_answer_is_defined_or_not() -> None:
+    t = template("{{ enable_thinking }}{{ add_generation_prompt is defined }}")
+    assert t.render(HI) == "TrueTrue"
+    assert t.render(HI, enable_thinking=False) == "FalseTrue"
+    assert t.render(HI, add_generation_prompt=False) == "TrueFalse"
+
+
+def test_dates_are_written_as_in_llama_cpp() -> None:
+    t = template("{{ date_string }}|{{ datetime }}|{{ strftime_now('%d %b %Y|%b %d %Y|%Z') }}")
+    day, us, *again, zone = t.render(HI).split("|")
+    assert [day, us] == again and re.fullmatch(r"\d\d [A-Z]\w\w \d{4}", day) and re.fullmatch(r"[A-Z]\w\w \d\d \d{4}", us)
+    assert zone == time.strftime("%Z")
+
+
+def test_messages_come_as_parts_empty_and_from_developers() -> None:
+    talk: list[chat.Message] = [
+        {"role": "developer", "content": "Be kind."}, {"role": "assistant", "content": None},
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]  # fmt: skip
+    assert template(SHOWN).render(talk) == "system:Be kind.;assistant:;user:a\nb;"
+    assert template(EITHER).render(talk) == "Be kind.;;[a][b]"
+    assert template(DROPPING).render(talk[:1]) == ""  # nothing to merge it into
+    assert template(PARTS).render(talk[2:]) == "[a][b]"
+
+
+def test_channels_in_an_answer_and_empty_answers_are_no_reason_to_refuse() -> None:
+    said = [*HI, {"role": "assistant", "content": "<|channel|>final<|message|>Hi"}]
+    check = '"<|channel|>a" in message.content or "<|channel|>f" in message.content'
+    t = template("{% for message in messages %}{%- if " + check + " %}"
+                 "{{ raise_exception('channels') }}{% endif %}{{ message.role }}<|return|>{% endfor %}")  # fmt: skip
+    assert t.render(said) == "user<|return|>assistant<|return|>"
+    assert t.render(said, add_generation_prompt=False) == "user<|return|>assistant<|end|>"  # another turn may follow
+    t = template("{% for message in messages %}{%- if (message['content'] is none or message['content'] == '') and "
+                 "(message['tool_calls'] is not defined or message['tool_calls']|length == 0) %}"
+                 "{{ raise_exception('[TOOL_CALLS]') }}{% endif %}{{ message.role }}{% endfor %}")  # fmt: skip
+    assert t.render([*HI, {"role": "assistant", "content": ""}]) == "userassistant"
+
+
+def test_two_answers_in_one_piece_are_read_one_by_one() -> None:
+    unread = bytearray()
+    with subprocess.Popen(["printf", r'{"ready": true}\n{"text": ""}\n'], stdout=subprocess.PIPE) as process:
+        process.wait()
+        assert [chat._receive(process, unread, 5) for _ in range(2)] == [{"ready": True}, {"text": ""}]
+        with pytest.raises(ValueError, match="no answer"):
+            chat._receive(process, unread, 5)
 
 
 def test_output_is_counted_to_the_character(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,6 +260,23 @@ def test_a_chat_ends_with_what_its_template_did(tmp_path: Path) -> None:
                            timeout=60)  # fmt: skip
         assert r.returncode == code and words in r.stderr, r.stderr
         assert "bug" not in r.stderr and "Traceback" not in r.stderr
+
+
+def test_a_chat_takes_a_system_message_as_it_is_and_thinks_unless_said(tmp_path: Path) -> None:
+    system = tmp_path / "s.txt"
+    system.write_bytes(b"Tom\n\n")
+    source = "{% if enable_thinking %}Once upon a time{% else %}{{ messages[0].content }}{% endif -%}"
+    run = [*RUN, "-n", "6", "-m", str(with_template(tmp_path / "m.gguf", source))]
+
+    def out(*options: str) -> str:
+        r = subprocess.run([*run, *options], cwd=ROOT, input="Hi\n", capture_output=True, text=True, timeout=60)
+        assert r.returncode == 0, r.stderr
+        return r.stdout.rstrip("\n")
+
+    on, line, written = (out("--no-display-prompt", "-p", p, "--no-escape") for p in ("Once upon a time", "Tom\n", r"Tom\n"))
+    assert len({on, line, written}) == 3
+    assert out("-sys", r"Tom\n") == out("--reasoning", "on", "-sysf", str(system)) == on
+    assert (out("-rea", "off", "-sysf", str(system)), out("--reasoning", "off", "-sys", r"Tom\n")) == (line, written)
 
 
 def test_ctrl_c_ends_a_chat_whose_template_does_not(tmp_path: Path) -> None:
