@@ -33,6 +33,7 @@ from protocol.graph import encode_graph, graph_digest
 ALIGN = 64
 KV_STEP = 256
 """Cells seen are rounded up to this, so that a graph serves many tokens."""
+CTX_STEP = 256
 SLOT_STEP = 512
 """A slot's cells begin at a multiple of this: attention's blocks then fall alike in every slot, and so do the bits."""
 TURN_S = 0.1
@@ -128,7 +129,8 @@ class Runner:
     """A loaded model.
 
     Attributes:
-        n_ctx: cells of a sequence, which is the longest context.
+        n_ctx: the longest context of a sequence, in tokens.
+        n_slot_cells: cells that a sequence has in the cache, at least n_ctx.
         n_slots: sequences that the KV cache has cells for.
         activations: their type between stages, F32 or F16.
         direct: activations go from worker to worker; otherwise they pass through the broker.
@@ -143,7 +145,7 @@ class Runner:
         activations: GGMLType = GGMLType.F32,
     ) -> None:  # fmt: skip
         self.client, self.arch, self.n_slots, self.activations = client, arch, n_slots, activations
-        self.n_ctx = n_cells(n_ctx, n_slots) // n_slots
+        self.n_ctx, self.n_slot_cells = n_ctx, n_cells(n_ctx, n_slots) // n_slots
         self.load_s = 0.0
         self.direct = False
         self.stages = [_StageOnDevice(a) for a in assignments]
@@ -196,10 +198,10 @@ class Runner:
                 at += -(-t.n_bytes // ALIGN) * ALIGN
             kv_at = 0
             for il in s.assignment.layers:
-                n_cells = self.n_ctx * self.n_slots
-                k = 2 * n_cells * self.arch.hp.n_head_kv[il] * self.arch.hp.d_k
-                s.caches[il] = KVCache(2 * i + 2, kv_at, kv_at + k, n_cells)
-                kv_at += self.arch.kv_bytes(il, n_cells)
+                cells = self.n_slot_cells * self.n_slots
+                k = 2 * cells * self.arch.hp.n_head_kv[il] * self.arch.hp.d_k
+                s.caches[il] = KVCache(2 * i + 2, kv_at, kv_at + k, cells)
+                kv_at += self.arch.kv_bytes(il, cells)
             session, device = self.client.session, s.assignment.device
             pending.append(self.client.submit(m.AllocBuffer(session, 2 * i + 1, max(at, 1), "weights"), device=device))
             pending.append(self.client.submit(m.AllocBuffer(session, 2 * i + 2, max(kv_at, 1), "kv"), device=device))
@@ -282,6 +284,11 @@ class Runner:
                 if progress is not None:
                     progress("loading", done, total)
 
+    @property
+    def _n_ctx_counted(self) -> int:
+        """The context as llama.cpp counts it when it chooses between short and long factors: in steps of 256."""
+        return -(-self.n_ctx // CTX_STEP) * CTX_STEP
+
     # -- running -------------------------------------------------------------------------------------------------------
 
     def _compile(self, batch: Batch) -> Compiled:
@@ -350,13 +357,13 @@ class Runner:
             raise FormatError(f"tokens: expected at least one, each of 0 to {hp.n_vocab - 1}")
         last = max(e.position for e in entries)
         if last >= self.n_ctx:
-            raise FormatError(f"context: {last + 1} tokens do not fit {self.n_ctx} cells; use a larger -c")
+            raise FormatError(f"context: {last + 1} tokens do not fit {self.n_ctx}; use a larger -c")
         if not all(0 <= e.slot < self.n_slots for e in entries):
             raise FormatError(f"slots: expected 0 to {self.n_slots - 1}; the model was loaded for {self.n_slots} sequences")
         many = any(e.slot for e in entries)
-        end = max(e.slot * self.n_ctx + e.position for e in entries) + 1
-        n_kv = min(self.n_ctx * self.n_slots, -(-end // KV_STEP) * KV_STEP)
-        compiled = self._compile(Batch(n, n_kv, len(outputs), argmax, top_k, many, self.activations))
+        end = max(e.slot * self.n_slot_cells + e.position for e in entries) + 1
+        n_kv = min(self.n_slot_cells * self.n_slots, -(-end // KV_STEP) * KV_STEP)
+        compiled = self._compile(Batch(n, n_kv, len(outputs), argmax, top_k, many, self._n_ctx_counted, self.activations))
         feeds = self._feeds(entries, outputs)
         payloads: list[list[Frame]] = [
             [feeds[name]() for name in names if name != "hidden"] for names in compiled.inputs
@@ -389,7 +396,7 @@ class Runner:
     def _feeds(self, entries: Sequence[Entry], outputs: Sequence[int]) -> dict[str, Callable[[], Frame]]:
         """The bytes of each input, made only when a stage wants it."""
         pos = np.array([e.position for e in entries])
-        base = np.array([e.slot for e in entries]) * self.n_ctx
+        base = np.array([e.slot for e in entries]) * self.n_slot_cells
 
         def temperature() -> Frame:
             scale, length = self.arch.attn_temperature()

@@ -27,8 +27,10 @@ ARCHS: dict[str, type[Arch]] = {
 
 
 def open_arch(g: GGUF) -> Arch:
-    """The architecture of a file. Errors: FormatError lists the known ones."""
+    """The architecture of a file. Errors: FormatError lists the known ones, or says what keeps this model from running."""
     name = g.text("general.architecture")
     if name not in ARCHS:
         raise FormatError(f"{g.path.name}: architecture {name!r} is unknown; expected one of {', '.join(sorted(ARCHS))}")
-    return ARCHS[name](g)
+    arch = ARCHS[name](g)
+    arch.check()
+    return arch

@@ -1,7 +1,8 @@
-"""What the architectures share: hyperparameters, the pieces that layers are made of, and the stage around them.
+"""What the architectures share: the pieces that layers are made of, and the stage around them.
 
 An architecture is a file of its own with a class that names its choices and writes one layer. Weights are looked up by
-their GGUF names; a bias that the file has is applied. Source: the GGUF key table and llama.cpp's model graphs.
+their GGUF names, and held against the shape that the metadata gives them. Source: the GGUF key table and llama.cpp's model
+graphs.
 """
 
 from __future__ import annotations
@@ -9,152 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
-from ggmq.archs.builder import GraphBuilder, T
+from ggmq.archs.builder import GraphBuilder, T, pad
+from ggmq.archs.hparams import Rope, read_hparams
+from ggmq.archs.keys import Keys
 from ggmq.gguf import GGUF, TensorInfo
 from protocol.dtypes import GGMLType
-from protocol.errors import FormatError
+from protocol.errors import FormatError, GraphError
 from protocol.graph import Graph
-from protocol.ops import ROPE_NEOX
-
-MAX_LAYERS = 4096
-MAX_HEADS = 65_536
-
-
-@dataclass(frozen=True, slots=True)
-class Rope:
-    """How positions turn queries and keys. Source: Su et al.; Peng et al. (YaRN)."""
-
-    n_dims: int
-    freq_base: float
-    freq_base_swa: float
-    freq_scale: float
-    ext_factor: float
-    attn_factor: float
-    beta_fast: float
-    beta_slow: float
-    n_ctx_orig: int
-
-
-@dataclass(frozen=True, slots=True)
-class HParams:
-    """Sizes and constants of a model, read strictly from its metadata.
-
-    Attributes:
-        n_head, n_head_kv: one number a layer.
-        d_k, d_v: width of a head's keys and values.
-    """
-
-    arch: str
-    n_vocab: int
-    n_ctx_train: int
-    n_embd: int
-    n_layer: int
-    n_head: tuple[int, ...]
-    n_head_kv: tuple[int, ...]
-    d_k: int
-    d_v: int
-    norm_eps: float
-    norm_rms_eps: float
-    n_expert: int
-    n_expert_used: int
-    expert_weights_scale: float
-    attention_scale: float
-    attn_softcap: float
-    final_softcap: float
-    n_swa: int
-    rope: Rope
-
-
-def _per_layer(g: GGUF, key: str, n_layer: int, default: int | None) -> tuple[int, ...]:
-    v = g.metadata.get(key)
-    if v is not None and v.is_array:
-        values = tuple(int(x) for x in g.numbers(key))
-        if len(values) != n_layer:
-            raise FormatError(f"{g.path.name}: byte {v.offset}: {key}: expected one value a layer ({n_layer}), "
-                              f"got {len(values)}")  # fmt: skip
-        return values
-    one = g.integer(key) if default is None else g.integer(key, default)
-    return (one,) * n_layer
-
-
-def _bounded(g: GGUF, key: str, value: int, low: int, high: int) -> int:
-    if not low <= value <= high:
-        v = g.metadata.get(key)
-        where = f"byte {v.offset}" if v is not None else "metadata"
-        raise FormatError(f"{g.path.name}: {where}: key {key}: expected {low} to {high}, got {value}")
-    return value
-
-
-def read_hparams(g: GGUF) -> HParams:
-    """Errors: FormatError names the key that is missing or out of range."""
-    arch = g.text("general.architecture")
-
-    def key(name: str) -> str:
-        return f"{arch}.{name}"
-
-    def integer(name: str, low: int, high: int, default: int | None = None) -> int:
-        value = g.integer(key(name)) if default is None else g.integer(key(name), default)
-        return _bounded(g, key(name), value, low, high)
-
-    n_layer = integer("block_count", 1, MAX_LAYERS)
-    n_embd = integer("embedding_length", 1, 1 << 20)
-    embd = g.tensors.get("token_embd.weight")
-    if embd is None:
-        raise FormatError(f"{g.path.name}: tensor token_embd.weight is missing; the file holds no model "
-                          "(a vocabulary alone can be used with `ggmq tokenize`)")  # fmt: skip
-    if embd.ne[0] != n_embd:
-        raise FormatError(f"{g.path.name}: token_embd.weight: expected rows of {n_embd}, got {embd.ne[0]}")
-    n_head = _per_layer(g, key("attention.head_count"), n_layer, None)
-    n_head_kv = _per_layer(g, key("attention.head_count_kv"), n_layer, n_head[0])
-    for h, hk in zip(n_head, n_head_kv, strict=True):
-        _bounded(g, key("attention.head_count"), h, 1, MAX_HEADS)
-        _bounded(g, key("attention.head_count_kv"), hk, 1, h)
-        if h % hk:
-            raise FormatError(f"{g.path.name}: {h} heads are no multiple of {hk} key heads")
-    d_k = integer("attention.key_length", 1, 1 << 16, n_embd // n_head[0])
-    d_v = integer("attention.value_length", 1, 1 << 16, n_embd // n_head[0])
-    n_ctx_train = integer("context_length", 1, 1 << 30)
-    return HParams(
-        arch=arch, n_vocab=embd.ne[1], n_ctx_train=n_ctx_train, n_embd=n_embd, n_layer=n_layer, n_head=n_head,
-        n_head_kv=n_head_kv, d_k=d_k, d_v=d_v,
-        norm_eps=g.number(key("attention.layer_norm_epsilon"), 0.0),
-        norm_rms_eps=g.number(key("attention.layer_norm_rms_epsilon"), 0.0),
-        n_expert=integer("expert_count", 0, 1 << 16, 0),
-        n_expert_used=integer("expert_used_count", 0, max(0, g.integer(key("expert_count"), 0)), 0),
-        expert_weights_scale=g.number(key("expert_weights_scale"), 0.0),
-        attention_scale=g.number(key("attention.scale"), 0.0),
-        attn_softcap=g.number(key("attn_logit_softcapping"), 0.0),
-        final_softcap=g.number(key("final_logit_softcapping"), 0.0),
-        n_swa=integer("attention.sliding_window", 0, 1 << 30, 0),
-        rope=_read_rope(g, arch, n_ctx_train, d_k),
-    )  # fmt: skip
-
-
-def _read_rope(g: GGUF, arch: str, n_ctx_train: int, d_k: int) -> Rope:
-    base = g.number(f"{arch}.rope.freq_base", 10000.0)
-    factor = g.number(f"{arch}.rope.scaling.factor", g.number(f"{arch}.rope.scale_linear", 0.0))
-    kind = g.text(f"{arch}.rope.scaling.type", "linear")
-    scale = 1.0 if factor == 0 or kind == "none" else 1.0 / factor
-    attn = g.number(f"{arch}.rope.scaling.attn_factor", 1.0)
-    ext = g.number(f"{arch}.rope.scaling.yarn_ext_factor", -1.0)
-    if ext < 0:
-        ext = 1.0 if kind == "yarn" else 0.0
-    if ext:
-        # the ROPE op multiplies by 1 + 0.1 ln(1 / scale) itself; only what differs from that stays here
-        log_mul = g.number(f"{arch}.rope.scaling.yarn_log_multiplier", 0.0)
-        own = 1 + 0.1 * math.log(1 / scale) if scale < 1 else 1.0
-        wanted = own / (1 + 0.1 * log_mul * math.log(1 / scale)) if log_mul and scale < 1 else own
-        attn *= wanted / (1 + 0.1 * math.log(1 / scale))
-    return Rope(
-        n_dims=_bounded(g, f"{arch}.rope.dimension_count", g.integer(f"{arch}.rope.dimension_count", d_k), 0, d_k),
-        freq_base=base,
-        freq_base_swa=g.number(f"{arch}.rope.freq_base_swa", base),
-        freq_scale=scale, ext_factor=ext, attn_factor=attn,
-        beta_fast=g.number(f"{arch}.rope.scaling.yarn_beta_fast", 32.0),
-        beta_slow=g.number(f"{arch}.rope.scaling.yarn_beta_slow", 1.0),
-        n_ctx_orig=g.integer(f"{arch}.rope.scaling.original_context_length", n_ctx_train),
-    )  # fmt: skip
+from protocol.ops import ROPE_NEOX, validate
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +59,7 @@ class Batch:
         n_tokens, n_kv, n_outputs: tokens in it, cache cells seen, rows of logits wanted (0: only the cache is filled).
         argmax: token ids instead of logits.
         top_k: ids and logits of so many tokens instead of all; 0: all.
+        n_ctx: context of a sequence, in tokens.
         many: tokens may be of any sequence: each sees the cells from its sequence's first to its own; else of the one
             whose cells begin at 0.
         hidden: type of the activations that cross from stage to stage, F32 or F16.
@@ -205,7 +71,11 @@ class Batch:
     argmax: bool = False
     top_k: int = 0
     many: bool = False
+    n_ctx: int = 0
     hidden: GGMLType = GGMLType.F32
+
+
+QKV = frozenset({"attn_q", "attn_k", "attn_v", "attn_qkv"})
 
 
 class Arch:
@@ -213,30 +83,43 @@ class Arch:
 
     Attributes:
         rope_mode: ggml's mode number: 0 turns neighbouring pairs, 2 (neox) halves.
+        turns_part: the file may have only the first dimensions of a head turned.
         swa_period: every n-th layer sees the whole context, the others a window; 0 for none.
+        tied: whether the output's weights are the embedding's: True, False, or None where that is so if the file has none.
+        biases: which weights may have a bias; one that the file has is applied.
+        needs_biases: which must have one.
+        unused: tensors that a file may hold and no text needs.
     """
 
     rope_mode = 0
+    turns_part = False
     swa_period = 0
+    tied: bool | None = None
+    biases = QKV
+    needs_biases: frozenset[str] = frozenset()
+    unused: frozenset[str] = frozenset()
 
     def __init__(self, g: GGUF) -> None:
         self.gguf = g
         self.hp = read_hparams(g)
+        self.keys = Keys(g, self.hp.arch)
         self.swa_layers = self._swa_layers()
 
     # -- choices that some architectures make otherwise ----------------------------------------------------------------
 
     def _swa_layers(self) -> tuple[bool, ...]:
         """For each layer whether it sees only the window; the file may say, else the period does."""
-        hp = self.hp
-        if not self.swa_period or not hp.n_swa:
-            return (False,) * hp.n_layer
-        key = f"{hp.arch}.attention.sliding_window_pattern"
-        v = self.gguf.metadata.get(key)
-        if v is not None and v.is_array:
-            return tuple(bool(x) for x in _per_layer(self.gguf, key, hp.n_layer, None))
-        period = self.gguf.integer(key, self.swa_period)
-        return tuple(period > 1 and il % period < period - 1 for il in range(hp.n_layer))
+        n, key = self.hp.n_layer, "attention.sliding_window_pattern"
+        if not self.swa_period or not self.hp.n_swa:
+            return (False,) * n
+        if self.keys.is_array(key):
+            return tuple(bool(x) for x in self.keys.per_layer(key, n, 0, 1))
+        period = self.keys.integer(key, 0, 1 << 31, self.swa_period)
+        return tuple(period == 0 or il % period < period - 1 for il in range(n))
+
+    def windowed_rope(self) -> Rope:
+        """How positions turn the layers that see only the window."""
+        return self.hp.rope
 
     def kq_scale(self) -> float:
         return self.hp.attention_scale or 1.0 / math.sqrt(self.hp.d_k)
@@ -252,13 +135,18 @@ class Arch:
         return 0.0, 0
 
     def embed(self, s: StageGraph, tokens: T) -> T:
-        x = s.b.get_rows(s.w("token_embd.weight"), tokens)
+        x = s.b.get_rows(s.w("token_embd.weight", self.hp.n_embd, self.hp.n_vocab), tokens)
         return s.b.scale(x, self.embed_scale()) if self.embed_scale() != 1.0 else x
 
     def head(self, s: StageGraph, x: T) -> T:
         """Final norm and logits."""
         x = self.norm(s, "output_norm", x)
-        x = s.linear("output" if s.has("output.weight") else "token_embd", x)
+        own = self.tied is False or (self.tied is None and s.has("output.weight"))
+        name = "output" if own else "token_embd"
+        y = s.product(name, x, self.hp.n_vocab)
+        if own and s.placed["output.weight"].info.type == GGMLType.NVFP4:
+            y = s.scaled(name, y)
+        x = s.biased(name, y)
         if self.logit_scale() != 1.0:
             x = s.b.scale(x, self.logit_scale())
         if self.hp.final_softcap:
@@ -274,35 +162,46 @@ class Arch:
 
     # -- pieces --------------------------------------------------------------------------------------------------------
 
-    def rotate(self, s: StageGraph, x: T, il: int, plain: bool = False) -> T:
-        """Rotary positions for [d, n_head, n_tokens]; `plain` leaves context scaling out."""
-        r, swa = self.hp.rope, self.swa_layers[il]
-        factors = self.rope_factors(s, il)
+    def rotate(self, s: StageGraph, x: T, il: int) -> T:
+        """Rotary positions for [d, n_head, n_tokens]."""
+        r = self.windowed_rope() if self.swa_layers[il] else self.hp.rope
+        if not s.b.tensors[x].contiguous:
+            x = s.b.cont(x)
         return s.b.rope(
-            x, s.positions(), factors, n_dims=r.n_dims, mode=self.rope_mode, n_ctx_orig=r.n_ctx_orig,
-            freq_base=r.freq_base_swa if swa else r.freq_base, freq_scale=1.0 if plain else r.freq_scale,
-            ext_factor=0.0 if plain else r.ext_factor, attn_factor=1.0 if plain else r.attn_factor,
+            x, s.positions(), self.rope_factors(s), n_dims=r.n_dims, mode=self.rope_mode, n_ctx_orig=r.n_ctx_orig,
+            freq_base=r.freq_base, freq_scale=r.freq_scale, ext_factor=r.ext_factor, attn_factor=r.attn_factor,
             beta_fast=r.beta_fast, beta_slow=r.beta_slow,
         )  # fmt: skip
 
-    def rope_factors(self, s: StageGraph, il: int) -> T | None:
-        return s.opt("rope_freqs.weight")
+    def rope_factors(self, s: StageGraph) -> T | None:
+        """What each frequency is divided by; None for nothing."""
+        return None
+
+    def long_rope_factors(self, s: StageGraph) -> T | None:
+        """Those for the context that a sequence has, short or long. Source: Ding et al. (LongRoPE)."""
+        long = s.batch.n_ctx > self.hp.rope.n_ctx_short
+        return s.opt(f"rope_factors_{'long' if long else 'short'}.weight", self.hp.rope.n_dims // 2)
+
+    def projections(self, s: StageGraph, x: T, il: int) -> list[T]:
+        """Queries, keys and values [d * heads, n_tokens], from separate weights or views of fused ones."""
+        hp, b, p = self.hp, s.b, f"blk.{il}."
+        sizes = {"attn_q": hp.d_k * hp.n_head[il], "attn_k": hp.d_k * hp.n_head_kv[il], "attn_v": hp.d_v * hp.n_head_kv[il]}
+        if not s.has(p + "attn_qkv.weight"):
+            return [s.linear(p + name, x, size) for name, size in sizes.items()]
+        fused, out, at = s.linear(p + "attn_qkv", x, sum(sizes.values())), [], 0
+        whole = s.has(p + "attn_qkv.bias")
+        for name, size in sizes.items():
+            y = b.view(fused, (size, b.ne(x)[1]), (b.tensors[fused].nb[1],), 4 * at)
+            out.append(y if whole else s.biased(p + name, y))
+            at += size
+        return out
 
     def qkv(self, s: StageGraph, x: T, il: int) -> tuple[T, T, T]:
-        """Queries, keys and values [d, heads, n_tokens], from separate or fused weights."""
-        hp, b, p = self.hp, s.b, f"blk.{il}."
-        nh, nk, n = hp.n_head[il], hp.n_head_kv[il], b.ne(x)[1]
-        if s.has(p + "attn_qkv.weight"):
-            qkv = s.linear(p + "attn_qkv", x)
-            row = 4 * b.ne(qkv)[0]
-            q = b.view(qkv, (hp.d_k, nh, n), (4 * hp.d_k, row), 0)
-            k = b.view(qkv, (hp.d_k, nk, n), (4 * hp.d_k, row), 4 * hp.d_k * nh)
-            v = b.view(qkv, (hp.d_v, nk, n), (4 * hp.d_v, row), 4 * hp.d_k * (nh + nk))
-            return q, k, v
-        q = b.reshape(s.linear(p + "attn_q", x), hp.d_k, nh, n)
-        k = b.reshape(s.linear(p + "attn_k", x), hp.d_k, nk, n)
-        v = b.reshape(s.linear(p + "attn_v", x), hp.d_v, nk, n)
-        return q, k, v
+        """Queries, keys and values [d, heads, n_tokens]."""
+        hp, n = self.hp, s.b.ne(x)[1]
+        q, k, v = self.projections(s, x, il)
+        return (s.heads(q, hp.d_k, hp.n_head[il], n), s.heads(k, hp.d_k, hp.n_head_kv[il], n),
+                s.heads(v, hp.d_v, hp.n_head_kv[il], n))  # fmt: skip
 
     def attend(
         self, s: StageGraph, q: T, k: T, v: T, il: int, scale: float, softcap: float = 0.0, sinks: T | None = None
@@ -315,31 +214,38 @@ class Arch:
         keys, values = s.store(k, v, il)
         y = b.flash_attn(b.permute(q, 0, 2, 1, 3), keys, values, s.mask(self.swa_layers[il]), sinks, scale, softcap)
         y = b.reshape(y, hp.d_v * hp.n_head[il], b.ne(q)[2])
-        return s.linear(f"blk.{il}.attn_output", y)
+        return s.linear(f"blk.{il}.attn_output", y, hp.n_embd)
+
+    def n_ff(self, il: int) -> int:
+        n = self.hp.n_ff[il]
+        if not n:
+            raise self.keys.wrong("feed_forward_length", "the width of the feed-forward layers", "nothing")
+        return n
 
     def ffn(self, s: StageGraph, x: T, il: int, act: str = "SWIGLU") -> T:
-        """act(gate x) * (up x), projected down; without a gate, `act` works on up x (a GLU splits it in halves)."""
-        p = f"blk.{il}."
-        up = s.linear(p + "ffn_up", x)
-        if s.has(p + "ffn_gate.weight"):
-            y = s.b.glu(act, s.linear(p + "ffn_gate", x), up)
-        elif act.endswith("GLU"):
-            y = s.b.glu(act, up)
-        else:
-            y = s.b.unary(act, up)
-        return s.linear(p + "ffn_down", y)
+        """act(gate x) * (up x), projected down."""
+        p, n = f"blk.{il}.", self.n_ff(il)
+        up = s.ffn_linear(p + "ffn_up", x, n)
+        return s.ffn_linear(p + "ffn_down", s.b.glu(act, s.ffn_linear(p + "ffn_gate", x, n), up), self.hp.n_embd)
+
+    def ffn_without_gate(self, s: StageGraph, x: T, il: int, act: str) -> T:
+        """act(up x), projected down; a GLU splits up x in halves."""
+        p, n = f"blk.{il}.", self.n_ff(il)
+        glu = act.endswith("GLU")
+        up = s.ffn_linear(p + "ffn_up", x, 2 * n if glu else n)
+        return s.ffn_linear(p + "ffn_down", s.b.glu(act, up) if glu else s.b.unary(act, up), self.hp.n_embd)
 
     def moe(
-        self, s: StageGraph, x: T, il: int, *, softmax_weight: bool = False, norm_weights: bool = True,
+        self, s: StageGraph, x: T, il: int, n_ff: int, *, softmax_weight: bool = False, norm_weights: bool = True,
         act: Callable[[GraphBuilder, T, T], T] | None = None,
     ) -> T:  # fmt: skip
         """The router's best experts on each token, weighted. Source: Shazeer et al.; Jiang et al. (Mixtral).
 
-        `softmax_weight`: the softmax runs over the chosen experts only (gpt-oss), not over all.
+        `n_ff`: width of an expert. `softmax_weight`: the softmax runs over the chosen experts only (gpt-oss), not over all.
         """
         hp, b, p = self.hp, s.b, f"blk.{il}."
         n, used = b.ne(x)[1], hp.n_expert_used
-        logits = s.linear(p + "ffn_gate_inp", x)
+        logits = s.biased(p + "ffn_gate_inp", s.product(p + "ffn_gate_inp", x, hp.n_expert))
         probs = logits if softmax_weight else b.soft_max(logits)
         chosen = b.top_k(probs, used)
         weights = b.get_rows(b.reshape(probs, 1, hp.n_expert, n), chosen)
@@ -348,14 +254,16 @@ class Arch:
             weights = b.soft_max(weights)
         elif norm_weights:
             weights = b.div(weights, b.clamp(b.sum_rows(weights), 6.103515625e-5, math.inf))
-        if hp.expert_weights_scale not in (0.0, 1.0):
-            weights = b.scale(weights, hp.expert_weights_scale)
         weights = b.reshape(weights, 1, used, n)
         column = b.reshape(x, hp.n_embd, 1, n)
-        up = s.linear_id(p + "ffn_up_exps", column, chosen)
-        gate = s.linear_id(p + "ffn_gate_exps", column, chosen)
-        y = act(b, gate, up) if act is not None else b.glu("SWIGLU", gate, up)
-        y = b.mul(s.linear_id(p + "ffn_down_exps", y, chosen), weights)
+        up = s.linear_id(p + "ffn_up_exps", column, chosen, n_ff)
+        if act is not None:
+            y = act(b, s.linear_id(p + "ffn_gate_exps", column, chosen, n_ff), up)
+        elif s.has(p + "ffn_gate_exps.weight"):
+            y = b.glu("SWIGLU", s.linear_id(p + "ffn_gate_exps", column, chosen, n_ff), up)
+        else:
+            y = b.unary("SILU", up)
+        y = b.mul(s.linear_id(p + "ffn_down_exps", y, chosen, hp.n_embd), weights)
         row = 4 * hp.n_embd
         parts = [b.view(y, (hp.n_embd, n), (row * used,), i * row) for i in range(used)]
         total = parts[0]
@@ -363,14 +271,58 @@ class Arch:
             total = b.add(total, part)
         return total if used > 1 else b.cont(total)
 
+    # -- the whole -----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def used(self) -> frozenset[str]:
+        """The tensors of the file that the graphs use.
+
+        Errors: FormatError for one that is missing, has another shape, or a type that its op does not take.
+        """
+        hp = self.hp
+        stage, placed, at = Stage(0, range(hp.n_layer), True, True), {}, 0
+        for t in self.gguf:
+            placed[t.name] = Placed(t, 1, at)
+            at += t.n_bytes
+        caches = {il: KVCache(2, 2 * il << 40, (2 * il + 1) << 40, 32) for il in stage.layers}
+        used: set[str] = set()
+        contexts = (1, 1 << 31) if any(t.startswith("rope_factors_") for t in placed) else (1,)
+        for n_ctx in contexts:
+            s = StageGraph(self, placed, caches, Batch(1, 32, 1, n_ctx=n_ctx))
+            graph = self._graph(s, stage)
+            used |= s.used
+        try:
+            validate(graph)
+        except GraphError as e:
+            raise FormatError(f"{self.gguf.path.name}: {e}; the file's tensors make no graph of architecture "
+                              f"{hp.arch}") from None  # fmt: skip
+        return frozenset(used)
+
+    def check(self) -> None:
+        """See that this is a model that can be run, before anything is sent.
+
+        Errors: FormatError as of `used`, and for a tensor that no graph uses: what is left out would change the answer.
+        """
+        hp = self.hp
+        if not self.turns_part and hp.rope.n_dims != hp.d_k:
+            raise self.keys.wrong("rope.dimension_count", f"the whole of a head ({hp.d_k})", hp.rope.n_dims)
+        allowed = self.used | self.unused | {u.removesuffix(".weight") + ".input_scale" for u in self.used}
+        left = [t.name for t in self.gguf if t.name not in allowed]
+        if left:
+            others = f" and {len(left) - 1} others" if len(left) > 1 else ""
+            raise FormatError(f"{self.gguf.path.name}: tensor {left[0]}{others}: architecture {hp.arch} does not use such a "
+                              "tensor; without it the answers would be wrong")  # fmt: skip
+
     # -- the stage -----------------------------------------------------------------------------------------------------
 
     def stage_weights(self, stage: Stage) -> list[TensorInfo]:
         """The tensors that a stage needs, in file order."""
-        first = ("token_embd.", "position_embd.", "token_types.")
+        first = ("token_embd.", "position_embd.")
         last = ["output_norm.", "output."] + ([] if "output.weight" in self.gguf.tensors else ["token_embd."])
         out = []
         for t in self.gguf:
+            if t.name not in self.used:
+                continue
             if t.name.startswith("blk."):
                 number = t.name.split(".", 2)[1]
                 use = number.isdigit() and int(number) in stage.layers
@@ -391,6 +343,10 @@ class Arch:
     ) -> tuple[Graph, list[str]]:
         """The graph of a stage for a batch, and the names of its inputs in order."""
         s = StageGraph(self, placed, caches, batch)
+        return self._graph(s, stage), s.b.input_names
+
+    def _graph(self, s: StageGraph, stage: Stage) -> Graph:
+        batch = s.batch
         if stage.first:
             x = self.embed(s, s.b.input("tokens", GGMLType.I32, (batch.n_tokens,)))
         else:
@@ -399,7 +355,7 @@ class Arch:
         for il in stage.layers:
             x = self.layer(s, x, il)
         if stage.last and not batch.n_outputs:
-            return s.b.graph([]), s.b.input_names
+            return s.b.graph([])
         if stage.last:
             if batch.n_outputs < batch.n_tokens:
                 x = s.b.get_rows(x, s.b.input("out_ids", GGMLType.I32, (batch.n_outputs,)))
@@ -409,12 +365,12 @@ class Arch:
             elif batch.top_k:
                 ids = s.b.top_k(x, batch.top_k)
                 values = s.b.get_rows(s.b.reshape(x, 1, *s.b.ne(x)[:2]), ids)
-                return s.b.graph([ids, values]), s.b.input_names
+                return s.b.graph([ids, values])
         elif batch.hidden != GGMLType.F32:
             x = s.b.dup(x, batch.hidden)
         elif s.b.tensors[x].view_src >= 0 or s.b.tensors[x].op == "NONE":
             x = s.b.cont(x)
-        return s.b.graph([x]), s.b.input_names
+        return s.b.graph([x])
 
 
 BEYOND_F16 = 1e30
@@ -427,44 +383,83 @@ class StageGraph:
     def __init__(self, arch: Arch, placed: dict[str, Placed], caches: dict[int, KVCache], batch: Batch) -> None:
         self.arch, self.placed, self.caches, self.batch = arch, placed, caches, batch
         self.b = GraphBuilder()
+        self.used: set[str] = set()
         self._masks: dict[bool, T] = {}
 
     def has(self, name: str) -> bool:
         return name in self.placed
 
-    def opt(self, name: str) -> T | None:
+    def opt(self, name: str, *ne: int) -> T | None:
+        """A tensor of the file, if it is there. Errors: FormatError when its shape is not `ne`."""
         p = self.placed.get(name)
-        return None if p is None else self.b.leaf(p.info.type, p.info.ne, p.buffer, p.offset)
+        if p is None:
+            return None
+        if p.info.ne != pad(ne):
+            raise FormatError(f"{self.arch.gguf.path.name}: tensor {name}: expected shape {list(ne)} by the metadata, got "
+                              f"{_short(p.info.ne)}")  # fmt: skip
+        self.used.add(name)
+        return self.b.leaf(p.info.type, p.info.ne, p.buffer, p.offset)
 
-    def w(self, name: str) -> T:
-        """A weight. Errors: FormatError when the file lacks it."""
-        t = self.opt(name)
+    def w(self, name: str, *ne: int) -> T:
+        """A weight. Errors: FormatError when the file lacks it, or it has another shape."""
+        t = self.opt(name, *ne)
         if t is None:
             raise FormatError(f"{self.arch.gguf.path.name}: tensor {name} is missing; "
                               f"architecture {self.arch.hp.arch} cannot run without it")  # fmt: skip
         return t
 
-    def linear(self, name: str, x: T) -> T:
-        """Product with `name.weight`, plus `name.bias` if there is one."""
-        y = self.b.mul_mat(self.w(name + ".weight"), x)
-        bias = self.opt(name + ".bias")
+    def product(self, name: str, x: T, n_out: int) -> T:
+        """Product with `name.weight` [n_in, n_out]."""
+        return self.b.mul_mat(self.w(name + ".weight", self.b.ne(x)[0], n_out), x)
+
+    def scaled(self, name: str, y: T) -> T:
+        """y times `name.scale`, if there is one: what converters take out of a weight's blocks (NVFP4)."""
+        scale = self.opt(name + ".scale", 1)
+        return y if scale is None else self.b.mul(y, scale)
+
+    def biased(self, name: str, y: T) -> T:
+        """y plus `name.bias`, if the architecture takes one there and the file has it."""
+        bias = self._bias(name, self.b.ne(y)[0])
         return y if bias is None else self.b.add(y, bias)
 
-    def linear_id(self, name: str, x: T, ids: T) -> T:
-        """The same with the experts that `ids` chooses."""
-        y = self.b.mul_mat_id(self.w(name + ".weight"), x, ids)
-        bias = self.opt(name + ".bias")
-        return y if bias is None else self.b.add_id(y, bias, ids)
+    def _bias(self, name: str, *ne: int) -> T | None:
+        kind = name.rsplit(".", 1)[-1]
+        if kind in self.arch.needs_biases:
+            return self.w(name + ".bias", *ne)
+        return self.opt(name + ".bias", *ne) if kind in self.arch.biases else None
+
+    def linear(self, name: str, x: T, n_out: int) -> T:
+        return self.biased(name, self.scaled(name, self.product(name, x, n_out)))
+
+    def ffn_linear(self, name: str, x: T, n_out: int) -> T:
+        """The same in a dense feed-forward layer, where a scale that is no part of the weight comes after the bias."""
+        if self.has(name + ".weight") and self.placed[name + ".weight"].info.type == GGMLType.NVFP4:
+            return self.linear(name, x, n_out)
+        return self.scaled(name, self.biased(name, self.product(name, x, n_out)))
+
+    def linear_id(self, name: str, x: T, ids: T, n_out: int) -> T:
+        """The same with the experts that `ids` chooses; scale and bias are one an expert."""
+        b, n_expert, n = self.b, self.arch.hp.n_expert, self.b.ne(x)[2]
+        y = b.mul_mat_id(self.w(name + ".weight", b.ne(x)[0], n_out, n_expert), x, ids)
+        scale = self.opt(name + ".scale", n_expert)
+        if scale is not None:
+            each = b.repeat(b.reshape(scale, 1, n_expert), 1, n_expert, n)
+            y = b.mul(y, b.get_rows(each, ids))
+        bias = self._bias(name, n_out, n_expert)
+        return y if bias is None else b.add_id(y, bias, ids)
+
+    def heads(self, x: T, d: int, n_head: int, n: int) -> T:
+        """[d * n_head, n] as [d, n_head, n]; x may be a view of a wider tensor."""
+        t = self.b.tensors[x]
+        return self.b.reshape(x, d, n_head, n) if t.contiguous else self.b.view(x, (d, n_head, n), (4 * d, t.nb[1]), 0)
 
     def rms_norm(self, name: str, x: T) -> T:
-        y = self.b.mul(self.b.rms_norm(x, self.arch.hp.norm_rms_eps), self.w(name + ".weight"))
-        bias = self.opt(name + ".bias")
-        return y if bias is None else self.b.add(y, bias)
+        y = self.b.rms_norm(x, self.arch.hp.norm_rms_eps)
+        return self.biased(name, self.b.mul(y, self.w(name + ".weight", self.b.ne(x)[0])))
 
     def layer_norm(self, name: str, x: T) -> T:
-        y = self.b.mul(self.b.norm(x, self.arch.hp.norm_eps), self.w(name + ".weight"))
-        bias = self.opt(name + ".bias")
-        return y if bias is None else self.b.add(y, bias)
+        y = self.b.norm(x, self.arch.hp.norm_eps)
+        return self.biased(name, self.b.mul(y, self.w(name + ".weight", self.b.ne(x)[0])))
 
     def positions(self) -> T:
         return self.b.input("positions", GGMLType.I32, (self.batch.n_tokens,))
@@ -507,6 +502,11 @@ class StageGraph:
             row = 2 * d * nk
             out.append(b.permute(b.view(cache, (d, nk, n_kv), (2 * d, row), 0), 0, 2, 1, 3))
         return out[0], out[1]
+
+
+def _short(ne: tuple[int, ...]) -> list[int]:
+    """A shape without the ones at its end."""
+    return list(ne[: max((i + 1 for i, n in enumerate(ne) if n != 1), default=1)])
 
 
 NEOX = ROPE_NEOX

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from ggmq.archs.base import NEOX, Arch, StageGraph
 from ggmq.archs.builder import T
+from ggmq.archs.hparams import Rope
 
 
 class Gemma2(Arch):
     rope_mode = NEOX
+    turns_part = True
     swa_period = 2
+    tied: bool | None = True
     large_n_layer = 46
     """Layers of the largest size, whose queries are scaled by n_embd / n_head instead of the head's width."""
 
     def embed_scale(self) -> float:
         return math.sqrt(self.hp.n_embd)
 
+    def windowed_rope(self) -> Rope:
+        r = self.hp.rope
+        return replace(r, freq_base=r.freq_base_swa or r.freq_base, freq_scale=r.freq_scale_train)
+
     def kq_scale(self) -> float:
         hp = self.hp
-        return 1.0 / math.sqrt(hp.n_embd / hp.n_head[0] if hp.n_layer == self.large_n_layer else hp.d_k)
+        return 1.0 / math.sqrt(hp.n_embd // hp.n_head[0] if hp.n_layer == self.large_n_layer else hp.d_k)
 
     def attention(self, s: StageGraph, x: T, il: int) -> T:
         q, k, v = self.qkv(s, x, il)

@@ -7,22 +7,20 @@ from dataclasses import replace
 from ggmq.archs.base import StageGraph
 from ggmq.archs.builder import T
 from ggmq.archs.gemma2 import Gemma2
-from ggmq.gguf import GGUF
+from ggmq.archs.hparams import Rope
 
 
 class Gemma3(Gemma2):
     swa_period = 6
+    tied = None
     large_n_layer = 62
+    unused = frozenset({"dense_2.weight", "dense_3.weight"})  # of EmbeddingGemma's head
 
-    def __init__(self, g: GGUF) -> None:
-        super().__init__(g)
-        # the windowed layers keep base 10000 unless the file says otherwise
-        base = g.number(f"{self.hp.arch}.rope.freq_base_swa", 10000.0)
-        self.hp = replace(self.hp, rope=replace(self.hp.rope, freq_base_swa=base))
+    def windowed_rope(self) -> Rope:
+        return replace(self.hp.rope, freq_base=self.hp.rope.freq_base_swa, freq_scale=1.0)
 
     def attention(self, s: StageGraph, x: T, il: int) -> T:
         q, k, v = self.qkv(s, x, il)
-        plain = self.swa_layers[il]
-        q = self.rotate(s, self.norm(s, f"blk.{il}.attn_q_norm", q), il, plain)
-        k = self.rotate(s, self.norm(s, f"blk.{il}.attn_k_norm", k), il, plain)
+        q = self.rotate(s, self.norm(s, f"blk.{il}.attn_q_norm", q), il)
+        k = self.rotate(s, self.norm(s, f"blk.{il}.attn_k_norm", k), il)
         return self.attend(s, q, k, v, il, self.kq_scale())

@@ -7,8 +7,11 @@ from ggmq.archs.builder import T
 
 
 class GPT2(Arch):
+    needs_biases = frozenset({"attn_norm", "attn_qkv", "attn_output", "ffn_norm", "ffn_up", "ffn_down", "output_norm"})
+
     def embed(self, s: StageGraph, tokens: T) -> T:
-        return s.b.add(super().embed(s, tokens), s.b.get_rows(s.w("position_embd.weight"), s.positions()))
+        positions = s.w("position_embd.weight", self.hp.n_embd, self.hp.n_ctx_train)
+        return s.b.add(super().embed(s, tokens), s.b.get_rows(positions, s.positions()))
 
     def norm(self, s: StageGraph, name: str, x: T) -> T:
         return s.layer_norm(name, x)
@@ -16,4 +19,4 @@ class GPT2(Arch):
     def layer(self, s: StageGraph, x: T, il: int) -> T:
         q, k, v = self.qkv(s, self.norm(s, f"blk.{il}.attn_norm", x), il)
         x = s.b.add(self.attend(s, q, k, v, il, self.kq_scale()), x)
-        return s.b.add(self.ffn(s, self.norm(s, f"blk.{il}.ffn_norm", x), il, "GELU"), x)
+        return s.b.add(self.ffn_without_gate(s, self.norm(s, f"blk.{il}.ffn_norm", x), il, "GELU"), x)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ggmq.archs.base import NEOX, Arch, StageGraph
 from ggmq.archs.builder import GraphBuilder, T
+from ggmq.archs.hparams import Rope
 
 
 def clamped_swiglu(b: GraphBuilder, gate: T, up: T) -> T:
@@ -13,12 +16,18 @@ def clamped_swiglu(b: GraphBuilder, gate: T, up: T) -> T:
 class GptOss(Arch):
     rope_mode = NEOX
     swa_period = 2
+    tied = False
+    needs_biases = frozenset({"attn_output", "ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"})
+
+    def windowed_rope(self) -> Rope:
+        r = self.hp.rope
+        return replace(r, freq_base=r.freq_base_swa or r.freq_base, freq_scale=r.freq_scale_train)
 
     def layer(self, s: StageGraph, x: T, il: int) -> T:
-        p = f"blk.{il}."
+        hp, p = self.hp, f"blk.{il}."
         q, k, v = self.qkv(s, self.norm(s, p + "attn_norm", x), il)
         q, k = self.rotate(s, q, il), self.rotate(s, k, il)
-        y = self.attend(s, q, k, v, il, self.kq_scale(), sinks=s.w(p + "attn_sinks.weight"))
-        x = s.b.add(y, x)
+        sinks = s.w(p + "attn_sinks.weight", hp.n_head[il])
+        x = s.b.add(self.attend(s, q, k, v, il, self.kq_scale(), sinks=sinks), x)
         h = self.norm(s, p + "post_attention_norm", x)
-        return s.b.add(self.moe(s, h, il, softmax_weight=True, act=clamped_swiglu), x)
+        return s.b.add(self.moe(s, h, il, hp.n_ff_exp, softmax_weight=True, act=clamped_swiglu), x)

@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-from ggmq.archs.base import Arch, StageGraph
+from ggmq.archs.base import StageGraph
 from ggmq.archs.builder import T
+from ggmq.archs.llama import Llama
 
 
-class Granite(Arch):
-    def _multiplier(self, name: str) -> float:
-        return self.gguf.number(f"{self.hp.arch}.{name}", 0.0)
-
+class Granite(Llama):
     def embed_scale(self) -> float:
-        return self._multiplier("embedding_scale") or 1.0
+        return self.keys.number("embedding_scale") or 1.0
 
     def logit_scale(self) -> float:
-        return 1.0 / (self._multiplier("logit_scale") or 1.0)
+        scale = self.keys.number("logit_scale")
+        if not scale:
+            raise self.keys.wrong("logit_scale", "what logits are divided by", 0)
+        return 1.0 / scale
 
-    def rotate(self, s: StageGraph, x: T, il: int, plain: bool = False) -> T:
+    def rotate(self, s: StageGraph, x: T, il: int) -> T:
         # in this family the key is the switch for positions, not a remark on training
-        turned = self.gguf.boolean(f"{self.hp.arch}.rope.scaling.finetuned", True)
-        return super().rotate(s, x, il, plain) if turned else x
+        return super().rotate(s, x, il) if self.keys.boolean("rope.scaling.finetuned") else x
 
-    def layer(self, s: StageGraph, x: T, il: int) -> T:
-        residual = self._multiplier("residual_scale")
+    def experts(self, s: StageGraph, x: T, il: int) -> T:
+        y, p, n = super().experts(s, x, il), f"blk.{il}.", self.hp.n_ff_shexp
+        if not n:
+            return y
+        act = s.b.glu("SWIGLU", s.linear(p + "ffn_gate_shexp", x, n), s.linear(p + "ffn_up_shexp", x, n))
+        return s.b.add(y, s.linear(p + "ffn_down_shexp", act, self.hp.n_embd))
 
-        def joined(y: T, x: T) -> T:
-            return s.b.add(s.b.scale(y, residual) if residual else y, x)
-
-        q, k, v = self.qkv(s, self.norm(s, f"blk.{il}.attn_norm", x), il)
-        q, k = self.rotate(s, q, il), self.rotate(s, k, il)
-        x = joined(self.attend(s, q, k, v, il, self.kq_scale()), x)
-        h = self.norm(s, f"blk.{il}.ffn_norm", x)
-        return joined(self.moe(s, h, il) if s.has(f"blk.{il}.ffn_gate_inp.weight") else self.ffn(s, h, il), x)
+    def joined(self, s: StageGraph, y: T, x: T) -> T:
+        residual = self.keys.number("residual_scale")
+        return s.b.add(s.b.scale(y, residual) if residual else y, x)

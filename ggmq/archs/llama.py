@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from ggmq.archs.base import Arch, StageGraph
+from ggmq.archs.base import QKV, Arch, StageGraph
 from ggmq.archs.builder import T
 
 
 class Llama(Arch):
+    biases = QKV | {"attn_output", "ffn_gate", "ffn_up", "ffn_down"}
+
+    def rope_factors(self, s: StageGraph) -> T | None:
+        if self.hp.rope.scaling == "longrope":
+            return self.long_rope_factors(s)
+        return s.opt("rope_freqs.weight", self.hp.rope.n_dims // 2)
+
+    def experts(self, s: StageGraph, x: T, il: int) -> T:
+        return self.moe(s, x, il, self.n_ff(il))
+
+    def joined(self, s: StageGraph, y: T, x: T) -> T:
+        """What a half of a layer made, and what came into it."""
+        return s.b.add(y, x)
+
     def layer(self, s: StageGraph, x: T, il: int) -> T:
         h = self.norm(s, f"blk.{il}.attn_norm", x)
         q, k, v = self.qkv(s, h, il)
         q, k = self.rotate(s, q, il), self.rotate(s, k, il)
-        x = s.b.add(self.attend(s, q, k, v, il, self.kq_scale()), x)
+        x = self.joined(s, self.attend(s, q, k, v, il, self.kq_scale()), x)
         h = self.norm(s, f"blk.{il}.ffn_norm", x)
-        y = self.moe(s, h, il) if s.has(f"blk.{il}.ffn_gate_inp.weight") else self.ffn(s, h, il)
-        return s.b.add(y, x)
+        return self.joined(s, self.experts(s, h, il) if self.hp.n_expert else self.ffn(s, h, il), x)

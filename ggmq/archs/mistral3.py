@@ -7,7 +7,7 @@ from ggmq.archs.llama import Llama
 
 class Mistral3(Llama):
     def attn_temperature(self) -> tuple[float, int]:
-        g, arch = self.gguf, self.hp.arch
-        scale = g.number(f"{arch}.attention.temperature_scale", 0.0)
-        length = g.integer(f"{arch}.attention.temperature_length", 0) or self.hp.rope.n_ctx_orig
+        scale, length = self.keys.number("attention.temperature_scale"), self.hp.rope.n_ctx_short
+        if scale and not length:
+            raise self.keys.wrong("rope.scaling.original_context_length", "the length over which queries warm", 0)
         return scale, length

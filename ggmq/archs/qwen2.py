@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from ggmq.archs.base import NEOX
-from ggmq.archs.llama import Llama
+from ggmq.archs.base import NEOX, QKV, Arch, StageGraph
+from ggmq.archs.builder import T
 
 
-class Qwen2(Llama):
+class Qwen2(Arch):
     rope_mode = NEOX
+    biases = QKV | {"output"}
+
+    def layer(self, s: StageGraph, x: T, il: int) -> T:
+        q, k, v = self.qkv(s, self.norm(s, f"blk.{il}.attn_norm", x), il)
+        q, k = self.rotate(s, q, il), self.rotate(s, k, il)
+        x = s.b.add(self.attend(s, q, k, v, il, self.kq_scale()), x)
+        return s.b.add(self.ffn(s, self.norm(s, f"blk.{il}.ffn_norm", x), il), x)

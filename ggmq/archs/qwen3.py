@@ -8,6 +8,7 @@ from ggmq.archs.builder import T
 
 class Qwen3(Arch):
     rope_mode = NEOX
+    unused = frozenset({"cls.output.weight"})  # of the reranker's head
 
     def feed_forward(self, s: StageGraph, x: T, il: int) -> T:
         return self.ffn(s, x, il)

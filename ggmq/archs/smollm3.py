@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from ggmq.archs.base import StageGraph
+from ggmq.archs.base import QKV, StageGraph
 from ggmq.archs.builder import T
-from ggmq.archs.llama import Llama
+from ggmq.archs.qwen2 import Qwen2
 
 NOPE_PERIOD = 4
 
 
-class SmolLM3(Llama):
-    def rotate(self, s: StageGraph, x: T, il: int, plain: bool = False) -> T:
-        return x if (il + 1) % NOPE_PERIOD == 0 else super().rotate(s, x, il, plain)
+class SmolLM3(Qwen2):
+    rope_mode = 0
+    biases = QKV
+
+    def rotate(self, s: StageGraph, x: T, il: int) -> T:
+        return x if (il + 1) % NOPE_PERIOD == 0 else super().rotate(s, x, il)

@@ -54,7 +54,7 @@ def open_session(args: argparse.Namespace, g: GGUF, n_ctx: int = 0, n_slots: int
         infos = settled(client)
         cells = n_cells(n_ctx, n_slots)
         assignments = plan(arch, infos, cells, args.tensor_split, args.ngl, host, order)
-        runner = Runner(client, arch, cells // n_slots, assignments, n_slots, GGMLType[args.activations.upper()])
+        runner = Runner(client, arch, n_ctx, assignments, n_slots, GGMLType[args.activations.upper()])
         runner.note = note
         try:
             with progress_bars() as show:

@@ -130,7 +130,7 @@ def test_one_byte_changed_is_refused_or_read(tmp_path_factory: pytest.TempPathFa
 @pytest.mark.parametrize(("name", "value", "match"), [
     ("block_count", 0, "block_count"), ("block_count", 1 << 31, "block_count"),
     ("attention.head_count", 0, "head_count"), ("attention.head_count_kv", 0, "head_count"),
-    ("attention.head_count_kv", 3, "multiple"), ("embedding_length", 63, "token_embd"),
+    ("attention.head_count_kv", 3, "divisor"), ("embedding_length", 63, "token_embd"),
     ("context_length", 0, "context_length"), ("rope.dimension_count", 1000, "dimension_count"),
 ])  # fmt: skip
 def test_absurd_hyperparameters_are_refused(tmp_path: Path, name: str, value: int, match: str) -> None:
