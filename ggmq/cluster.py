@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from broker.loop import BrokerLoop
 from config.auth import new_socket, socket_folder
@@ -31,8 +32,12 @@ SOFTWARE = f"ggmq {__version__}"
 CONNECT_S = 10.0
 START_S = 600.0
 END_S = 3.0
+QUIET_S = 1.0
+"""Who takes a connection and says nothing for so long is asleep, not another program: that would close it, or answer."""
 NOTED_S = 2.5
 """After a silence of the broker of this long a user is told what is waited for."""
+_ENDS = (zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+         | zmq.EVENT_HANDSHAKE_FAILED_AUTH)  # fmt: skip
 
 
 class Client:
@@ -46,14 +51,17 @@ class Client:
     Threads: use from one.
     """
 
-    def __init__(self, context: zmq.Context[Any], endpoint: str, keys: KeyPair | None = None) -> None:
-        self.endpoint = endpoint
+    def __init__(
+        self, context: zmq.Context[Any], endpoint: str, keys: KeyPair | None = None,
+        note: Callable[[str], None] = lambda text: None,
+    ) -> None:  # fmt: skip
+        self.endpoint, self.note = endpoint, note
         self._socket = new_socket(context, zmq.DEALER, keys if endpoint.startswith("tcp") else None, server=False)
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._monitor: zmq.Socket[Any] | None = None
         if not endpoint.startswith("inproc"):
-            self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+            self._monitor = self._socket.get_monitor_socket(zmq.EVENT_CONNECTED | _ENDS)
             self._poller.register(self._monitor, zmq.POLLIN)
         self._socket.connect(endpoint)
         self._seq = 0
@@ -61,13 +69,14 @@ class Client:
         self._replies: dict[int, Message] = {}
         self._clock = LivedClock()
         self._heard_s = self._asked_s = self._clock.now_s()
-        self.note: Callable[[str], None] = lambda text: None
         self._said = False
+        self._open_s: float | None = None
+        self._quiet = False
         self.session, self.lost = 0, ""
         self.n_round_trips = 0
         self.on_wait: Callable[[], None] | None = None
         try:
-            hello = self.request(m.Hello(PROTOCOL_VERSION, "client", software=SOFTWARE), timeout_s=CONNECT_S).header
+            hello = self._greet().header
         except BaseException:
             self.close()
             raise
@@ -108,9 +117,7 @@ class Client:
             if self._socket in ready:
                 self._take(self._socket.recv_multipart(copy=False))
             elif self._monitor is not None and self._monitor in ready:
-                self._monitor.recv_multipart()
-                if self.session:  # before, it may have been anything: ZeroMQ tries again
-                    self.lost = "the broker closed the connection; it was stopped or killed"
+                self._watch(recv_monitor_message(self._monitor)["event"])
             else:
                 self._look_after()
             if self.on_wait is not None:
@@ -121,6 +128,28 @@ class Client:
         if isinstance(reply.header, m.Error):
             raise from_wire(reply.header.code, reply.header.message)
         return reply
+
+    def _greet(self) -> Message:
+        """HELLO. A broker that is asleep is waited for longer than one that is not there."""
+        seq = self.submit(m.Hello(PROTOCOL_VERSION, "client", software=SOFTWARE))
+        try:
+            return self.wait(seq, CONNECT_S)
+        except DeadlineExceeded:
+            asleep = self._quiet if self._open_s is None else self._clock.now_s() - self._open_s > QUIET_S
+            if not asleep:
+                raise
+        self.note(f"{self.endpoint} answers nothing; waiting for it, {limits.RETURN_S:.0f} s at most")
+        return self.wait(seq, limits.RETURN_S - CONNECT_S)
+
+    def _watch(self, event: int) -> None:
+        """What became of the connection."""
+        now = self._clock.now_s()
+        if event == zmq.EVENT_CONNECTED:
+            self._open_s = now
+        elif self._open_s is not None:
+            self._quiet, self._open_s = now - self._open_s > QUIET_S, None
+        if event == zmq.EVENT_DISCONNECTED and self.session:  # before, it may have been anything: ZeroMQ tries again
+            self.lost = "the broker closed the connection; it was stopped or killed"
 
     def _look_after(self) -> None:
         """Nothing comes: ask whether the broker is there, and give up on one that has said nothing for a long time."""
@@ -282,11 +311,11 @@ def local_bus(keys: KeyPair | None = None, listen: str | None = None) -> Iterato
         bus.close()
 
 
-def connect(endpoint: str, keys: KeyPair | None = None) -> Client:
+def connect(endpoint: str, keys: KeyPair | None = None, note: Callable[[str], None] = lambda text: None) -> Client:
     """A session with a broker elsewhere. Errors: DeadlineExceeded when nothing answers there."""
     context: zmq.Context[Any] = zmq.Context.instance()
     try:
-        return Client(context, endpoint, keys)
+        return Client(context, endpoint, keys, note)
     except zmq.ZMQError as e:
         raise ProtocolError(f"{endpoint}: expected an endpoint such as tcp://host:5555, {e}") from None
 

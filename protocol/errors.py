@@ -37,9 +37,14 @@ class ProtocolError(GgmqError):
 
 
 class GraphError(ProtocolError):
-    """A graph, a node, a shape, a stride or an op parameter is not one that the op table allows."""
+    """A graph, a node, a shape, a stride or an op parameter is not one that the op table allows.
+
+    Attributes:
+        tensor: index of the one that is wrong, or -1.
+    """
 
     code = "graph"
+    tensor = -1
 
 
 class HandleError(ProtocolError):

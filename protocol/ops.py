@@ -472,7 +472,9 @@ def validate(graph: Graph) -> None:
         try:
             _validate_node(tensors, t, i)
         except GraphError as e:
-            raise GraphError(f"tensor {i} ({t.op}): {e}") from None
+            wrong = GraphError(f"tensor {i} ({t.op}): {e}")
+            wrong.tensor = i
+            raise wrong from None
         if op_of(t).writes >= 0:
             target = t.src[op_of(t).writes]
             if (roots[i], starts[i], t.nb) != (roots[target], starts[target], tensors[target].nb):

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ import pytest
 
 from ggmq.cluster import NOTED_S, connect, local_bus
 from protocol import limits
-from protocol.errors import Unavailable
+from protocol.errors import DeadlineExceeded, Unavailable
 from tests.support.fixtures import free_port
 from tests.support.processes import GGMQ, WORKER, await_devices, children_of, read_some, started, until
 
@@ -148,6 +149,22 @@ def test_a_broker_that_sleeps_is_waited_for_and_a_note_says_so() -> None:
         assert p.returncode == 0, err.decode()
         assert got + out == text_of(300)
         assert err.count(b"the broker answers nothing; waiting for it") == 1
+
+
+def test_a_run_that_begins_while_its_broker_sleeps_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ggmq.cluster.CONNECT_S", 1.5)
+    notes: list[str] = []
+    with bus() as (endpoint, _, broker, _):
+        broker.send_signal(signal.SIGSTOP)
+        again = threading.Timer(4, broker.send_signal, [signal.SIGCONT])
+        again.start()
+        client = connect(endpoint, None, notes.append)
+        client.close()
+        again.join()
+    assert len(notes) == 1 and f"{endpoint} answers nothing; waiting for it" in notes[0]
+    with pytest.raises(DeadlineExceeded, match=r"no reply within 2 s"):
+        connect(endpoint, None, notes.append)
+    assert len(notes) == 1
 
 
 def test_one_interrupt_ends_a_run_whose_broker_sleeps() -> None:

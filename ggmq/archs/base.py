@@ -76,6 +76,7 @@ class Batch:
 
 
 QKV = frozenset({"attn_q", "attn_k", "attn_v", "attn_qkv"})
+LONG_ROPE = frozenset({"rope_factors_long.weight", "rope_factors_short.weight"})
 
 
 class Arch:
@@ -88,7 +89,6 @@ class Arch:
         tied: whether the output's weights are the embedding's: True, False, or None where that is so if the file has none.
         biases: which weights may have a bias; one that the file has is applied.
         needs_biases: which must have one.
-        unused: tensors that a file may hold and no text needs.
     """
 
     rope_mode = 0
@@ -97,13 +97,13 @@ class Arch:
     tied: bool | None = None
     biases = QKV
     needs_biases: frozenset[str] = frozenset()
-    unused: frozenset[str] = frozenset()
 
     def __init__(self, g: GGUF) -> None:
         self.gguf = g
         self.hp = read_hparams(g)
         self.keys = Keys(g, self.hp.arch)
         self.swa_layers = self._swa_layers()
+        self._idle: frozenset[str] = frozenset()
 
     # -- choices that some architectures make otherwise ----------------------------------------------------------------
 
@@ -116,6 +116,11 @@ class Arch:
             return tuple(bool(x) for x in self.keys.per_layer(key, n, 0, 1))
         period = self.keys.integer(key, 0, 1 << 31, self.swa_period)
         return tuple(period == 0 or il % period < period - 1 for il in range(n))
+
+    @property
+    def unused(self) -> frozenset[str]:
+        """Tensors that a file may hold and no text needs."""
+        return frozenset()
 
     def windowed_rope(self) -> Rope:
         """How positions turn the layers that see only the window."""
@@ -245,6 +250,8 @@ class Arch:
         """
         hp, b, p = self.hp, s.b, f"blk.{il}."
         n, used = b.ne(x)[1], hp.n_expert_used
+        if not used:
+            raise self.keys.wrong("expert_count", "at least one expert", 0)
         logits = s.biased(p + "ffn_gate_inp", s.product(p + "ffn_gate_inp", x, hp.n_expert))
         probs = logits if softmax_weight else b.soft_max(logits)
         chosen = b.top_k(probs, used)
@@ -286,7 +293,7 @@ class Arch:
             at += t.n_bytes
         caches = {il: KVCache(2, 2 * il << 40, (2 * il + 1) << 40, 32) for il in stage.layers}
         used: set[str] = set()
-        contexts = (1, 1 << 31) if any(t.startswith("rope_factors_") for t in placed) else (1,)
+        contexts = (0, 1 << 31) if LONG_ROPE & placed.keys() else (1,)
         for n_ctx in contexts:
             s = StageGraph(self, placed, caches, Batch(1, 32, 1, n_ctx=n_ctx))
             graph = self._graph(s, stage)
@@ -294,8 +301,11 @@ class Arch:
         try:
             validate(graph)
         except GraphError as e:
-            raise FormatError(f"{self.gguf.path.name}: {e}; the file's tensors make no graph of architecture "
-                              f"{hp.arch}") from None  # fmt: skip
+            names = {(p.buffer, p.offset): name for name, p in placed.items()}
+            leaves = [graph.tensors[i] for i in graph.tensors[e.tensor].src]
+            found = ", ".join(n for t in leaves if (n := names.get((t.buffer, t.offset))) is not None)
+            raise FormatError(f"{self.gguf.path.name}: {found}: {e}; architecture {hp.arch} cannot run it") from None
+        self._idle = frozenset(s.idle)
         return frozenset(used)
 
     def check(self) -> None:
@@ -306,7 +316,11 @@ class Arch:
         hp = self.hp
         if not self.turns_part and hp.rope.n_dims != hp.d_k:
             raise self.keys.wrong("rope.dimension_count", f"the whole of a head ({hp.d_k})", hp.rope.n_dims)
-        allowed = self.used | self.unused | {u.removesuffix(".weight") + ".input_scale" for u in self.used}
+        if any(self.swa_layers):  # layers of both kinds have the same heads here
+            for key, same in (("attention.key_length_swa", hp.d_k), ("attention.value_length_swa", hp.d_v),
+                              ("rope.dimension_count_swa", hp.rope.n_dims)):  # fmt: skip
+                self.keys.integer(key, same, same, same)
+        allowed = self.used | self.unused | self._idle
         left = [t.name for t in self.gguf if t.name not in allowed]
         if left:
             others = f" and {len(left) - 1} others" if len(left) > 1 else ""
@@ -378,12 +392,18 @@ BEYOND_F16 = 1e30
 
 
 class StageGraph:
-    """A graph under construction with the stage's weights, cache and inputs at hand."""
+    """A graph under construction with the stage's weights, cache and inputs at hand.
+
+    Attributes:
+        used: names of the tensors in it.
+        idle: names of tensors that may be there and that no product here needs.
+    """
 
     def __init__(self, arch: Arch, placed: dict[str, Placed], caches: dict[int, KVCache], batch: Batch) -> None:
         self.arch, self.placed, self.caches, self.batch = arch, placed, caches, batch
         self.b = GraphBuilder()
         self.used: set[str] = set()
+        self.idle: set[str] = set()
         self._masks: dict[bool, T] = {}
 
     def has(self, name: str) -> bool:
@@ -414,6 +434,7 @@ class StageGraph:
 
     def scaled(self, name: str, y: T) -> T:
         """y times `name.scale`, if there is one: what converters take out of a weight's blocks (NVFP4)."""
+        self.idle.add(name + ".input_scale")
         scale = self.opt(name + ".scale", 1)
         return y if scale is None else self.b.mul(y, scale)
 
@@ -441,6 +462,7 @@ class StageGraph:
         """The same with the experts that `ids` chooses; scale and bias are one an expert."""
         b, n_expert, n = self.b, self.arch.hp.n_expert, self.b.ne(x)[2]
         y = b.mul_mat_id(self.w(name + ".weight", b.ne(x)[0], n_out, n_expert), x, ids)
+        self.idle.add(name + ".input_scale")
         scale = self.opt(name + ".scale", n_expert)
         if scale is not None:
             each = b.repeat(b.reshape(scale, 1, n_expert), 1, n_expert, n)

@@ -14,7 +14,10 @@ class Gemma3(Gemma2):
     swa_period = 6
     tied = None
     large_n_layer = 62
-    unused = frozenset({"dense_2.weight", "dense_3.weight"})  # of EmbeddingGemma's head
+
+    @property
+    def unused(self) -> frozenset[str]:
+        return frozenset({"dense_2.weight", "dense_3.weight"})  # of EmbeddingGemma's head
 
     def windowed_rope(self) -> Rope:
         return replace(self.hp.rope, freq_base=self.hp.rope.freq_base_swa, freq_scale=1.0)

@@ -17,9 +17,17 @@ class Granite(Llama):
             raise self.keys.wrong("logit_scale", "what logits are divided by", 0)
         return 1.0 / scale
 
+    @property
+    def turned(self) -> bool:
+        """In this family the key is the switch for positions, not a remark on training."""
+        return self.keys.boolean("rope.scaling.finetuned")
+
+    @property
+    def unused(self) -> frozenset[str]:
+        return frozenset() if self.turned else self.rope_tensors
+
     def rotate(self, s: StageGraph, x: T, il: int) -> T:
-        # in this family the key is the switch for positions, not a remark on training
-        return super().rotate(s, x, il) if self.keys.boolean("rope.scaling.finetuned") else x
+        return super().rotate(s, x, il) if self.turned else x
 
     def experts(self, s: StageGraph, x: T, il: int) -> T:
         y, p, n = super().experts(s, x, il), f"blk.{il}.", self.hp.n_ff_shexp

@@ -101,7 +101,7 @@ def read_hparams(g: GGUF) -> HParams:
         raise keys.wrong("attention.value_length", f"the width of keys ({d_k})", d_v)
     n_ctx_train = keys.integer("context_length", 1, 1 << 30)
     n_expert = keys.integer("expert_count", 0, 1 << 16)
-    _refuse_what_is_not_done(keys, d_k)
+    _refuse_what_is_not_done(keys)
     return HParams(
         arch=keys.arch, n_vocab=n_vocab, n_ctx_train=n_ctx_train, n_embd=n_embd, n_layer=n_layer, n_head=n_head,
         n_head_kv=n_head_kv, d_k=d_k, d_v=d_v,
@@ -120,18 +120,15 @@ def read_hparams(g: GGUF) -> HParams:
     )  # fmt: skip
 
 
-def _refuse_what_is_not_done(keys: Keys, d_k: int) -> None:
+def _refuse_what_is_not_done(keys: Keys) -> None:
     if not keys.boolean("attention.causal"):
         raise keys.wrong("attention.causal", "true: tokens see those before them only", "false")
     for key, most in (("nextn_predict_layers", 0), ("expert_group_count", 1)):
         keys.integer(key, 0, most)
-    for key in ("attention.key_length_swa", "attention.value_length_swa"):
-        if key in keys:
-            keys.integer(key, d_k, d_k)
 
 
 def _read_rope(keys: Keys, n_ctx_train: int, d_k: int) -> Rope:
-    scaling = keys.text("rope.scaling.type", "none")
+    scaling = keys.text("rope.scaling.type")
     if scaling not in ROPE_SCALINGS:
         raise keys.wrong("rope.scaling.type", f"one of {', '.join(ROPE_SCALINGS)}", repr(scaling))
     factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 0.0, low=0.0), low=0.0)
@@ -147,13 +144,10 @@ def _read_rope(keys: Keys, n_ctx_train: int, d_k: int) -> Rope:
         log_mul = keys.number("rope.scaling.yarn_log_multiplier", 0.0, low=0.0)
         wanted = by_the_op / (1 + log_mul * (by_the_op - 1)) if scale < 1 else 1.0
         attn *= wanted / by_the_op
-    n_dims = keys.integer("rope.dimension_count", 0, d_k, d_k)
-    if "rope.dimension_count_swa" in keys:
-        keys.integer("rope.dimension_count_swa", n_dims, n_dims)
     n_ctx_short = keys.integer("rope.scaling.original_context_length", 0, 1 << 31, n_ctx_train)
     return Rope(
-        scaling=scaling, n_dims=n_dims, freq_base=keys.number("rope.freq_base", 1.0, low=1e-6), freq_scale=scale,
-        ext_factor=float(yarn), attn_factor=attn,
+        scaling=scaling, n_dims=keys.integer("rope.dimension_count", 0, d_k, d_k),
+        freq_base=keys.number("rope.freq_base", 1.0, low=1e-6), freq_scale=scale, ext_factor=float(yarn), attn_factor=attn,
         beta_fast=keys.number("rope.scaling.yarn_beta_fast", 32.0),
         beta_slow=keys.number("rope.scaling.yarn_beta_slow", 1.0),
         n_ctx_orig=n_ctx_short or n_ctx_train, n_ctx_short=n_ctx_short,

@@ -20,13 +20,14 @@ EVERY: dict[str, Any] = {
     "context_length": REQUIRED, "embedding_length": REQUIRED, "block_count": REQUIRED, "vocab_size": None,
     "feed_forward_length": None, "attention.head_count": REQUIRED, "attention.head_count_kv": None,
     "attention.key_length": None, "attention.value_length": None, "expert_count": 0, "expert_used_count": 0,
+    "rope.scaling.type": "linear",
     # read to be refused: what they ask for is not done here
     "attention.causal": True, "nextn_predict_layers": 0, "expert_group_count": 0,
 }  # fmt: skip
 """Read for every architecture, with what their absence means; None where it follows from other keys."""
 TURNED: dict[str, Any] = {
     "attention.layer_norm_rms_epsilon": REQUIRED, "rope.dimension_count": None, "rope.freq_base": 10000.0,
-    "rope.scaling.type": "linear", "rope.scaling.factor": None, "rope.scale_linear": 0.0, "rope.scaling.attn_factor": 1.0,
+    "rope.scaling.factor": None, "rope.scale_linear": 0.0, "rope.scaling.attn_factor": 1.0,
     "rope.scaling.original_context_length": None,
 }  # fmt: skip
 """Those with rotary positions and RMS norms."""
@@ -95,8 +96,8 @@ class Keys:
         value = self._default(key, default)
         if key in self or value is REQUIRED:
             value = self.gguf.integer(self.name(key))
-            if not low <= value <= high:
-                raise self.wrong(key, f"{low} to {high}", value)
+        if not low <= value <= high:
+            raise self.wrong(key, f"{low} to {high}", value if key in self else "nothing")
         return int(value)
 
     def number(self, key: str, default: Any = REQUIRED, low: float = -math.inf) -> float:

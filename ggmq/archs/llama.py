@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from ggmq.archs.base import QKV, Arch, StageGraph
+from ggmq.archs.base import LONG_ROPE, QKV, Arch, StageGraph
 from ggmq.archs.builder import T
 
 
 class Llama(Arch):
     biases = QKV | {"attn_output", "ffn_gate", "ffn_up", "ffn_down"}
 
+    @property
+    def rope_tensors(self) -> frozenset[str]:
+        """The tensors of which `rope_factors` chooses."""
+        return LONG_ROPE if self.hp.rope.scaling == "longrope" else frozenset({"rope_freqs.weight"})
+
     def rope_factors(self, s: StageGraph) -> T | None:
-        if self.hp.rope.scaling == "longrope":
+        if self.rope_tensors == LONG_ROPE:
             return self.long_rope_factors(s)
         return s.opt("rope_freqs.weight", self.hp.rope.n_dims // 2)
 

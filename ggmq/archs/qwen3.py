@@ -8,7 +8,10 @@ from ggmq.archs.builder import T
 
 class Qwen3(Arch):
     rope_mode = NEOX
-    unused = frozenset({"cls.output.weight"})  # of the reranker's head
+
+    @property
+    def unused(self) -> frozenset[str]:
+        return frozenset({"cls.output.weight"})  # of the reranker's head
 
     def feed_forward(self, s: StageGraph, x: T, il: int) -> T:
         return self.ffn(s, x, il)

@@ -8,12 +8,12 @@ from ggmq.archs.qwen3 import Qwen3
 
 
 class Qwen3MoE(Qwen3):
-    unused = frozenset()
+    @property
+    def unused(self) -> frozenset[str]:
+        return frozenset()
 
     def feed_forward(self, s: StageGraph, x: T, il: int) -> T:
         hp = self.hp
-        if not hp.n_expert:
-            raise self.keys.wrong("expert_count", "at least one expert", 0)
-        n_ff = hp.n_ff_exp or self.n_ff(il) // hp.n_expert_used
+        n_ff = hp.n_ff_exp or self.n_ff(il) // max(1, hp.n_expert_used)
         s.w(f"blk.{il}.ffn_gate_exps.weight", hp.n_embd, n_ff, hp.n_expert)  # without it `moe` would do as well
         return self.moe(s, x, il, n_ff)

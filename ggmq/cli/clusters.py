@@ -22,6 +22,7 @@ from config.schema import ClusterFile, expanded
 from config.terminal import print_line, safe_line, safe_text
 from ggmq.archs import open_arch
 from ggmq.cli.options import BUNDLED, add_security, endpoints, host_memory, require_file
+from ggmq.cli.session import note
 from ggmq.cluster import connect, local_bus, own_broker
 from ggmq.gguf import GGUF
 from ggmq.runner import default_n_ctx, plan
@@ -307,7 +308,7 @@ def _status(args: argparse.Namespace) -> int:
 
 
 def _print_broker(endpoint: str, keys: KeyPair | None, file: Path | None) -> None:
-    client = connect(endpoint, keys)
+    client = connect(endpoint, keys, note)
     try:
         infos = client.devices()
         layers: dict[int, str] = {}

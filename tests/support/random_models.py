@@ -19,8 +19,8 @@ import numpy.typing as npt
 
 F32, F16, BF16 = gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.BF16
 Array = npt.NDArray[np.float32]
-ARCHS = ("llama", "mistral3", "qwen2", "qwen3", "qwen3moe", "gemma2", "gemma3", "phi3", "smollm3", "olmo2", "granite", "gpt2",
-         "gpt-oss")  # fmt: skip
+ARCHS = ("llama", "mistral3", "qwen2", "qwen3", "qwen3moe", "gemma2", "gemma3", "phi3", "smollm3", "olmo2", "granite",
+         "gpt2", "gpt-oss")  # fmt: skip
 EXPERTS = ("llama", "mistral3", "granite", "qwen3moe", "gpt-oss")
 """Those that may have experts; the last two always do."""
 NORMED_QK = ("qwen3", "qwen3moe", "gemma3", "olmo2")
@@ -171,8 +171,8 @@ def base(arch: str, rng: random.Random, experts: bool | None = None) -> Model:
             m.matrix(p + "ffn_down", n_embd, n_ff)
     model = Model(arch, keys, m.tensors, n_vocab=n_vocab)
     if gpt2:
-        for name in ["output_norm", *(f"blk.{i}.{x}" for i in range(n_layer) for x in ("attn_norm", "attn_qkv", "attn_output",
-                                                                                      "ffn_norm", "ffn_up", "ffn_down"))]:  # fmt: skip
+        biased = ("attn_norm", "attn_qkv", "attn_output", "ffn_norm", "ffn_up", "ffn_down")
+        for name in ["output_norm", *(f"blk.{i}.{x}" for i in range(n_layer) for x in biased)]:
             add_bias(model, name, m.numbers)
     if oss:
         for i in range(n_layer):
@@ -248,8 +248,10 @@ KEYS: dict[str, Choice] = {
     "swiglu_clamp_exp": lambda rng: [0.5] * 7, "expert_feed_forward_length": _of(48),
 }  # fmt: skip
 """Keys that a file may hold, of whatever architecture."""
-REQUIRED_KEYS = ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon", "logit_scale", "attention.sliding_window",
-                 "expert_feed_forward_length", "feed_forward_length", "expert_used_count", "context_length")  # fmt: skip
+REQUIRED_KEYS = (
+    "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon", "logit_scale", "feed_forward_length",
+    "attention.sliding_window", "expert_feed_forward_length", "expert_used_count", "context_length",
+)  # fmt: skip
 
 
 def varied(arch: str, rng: random.Random) -> Model:
@@ -272,17 +274,19 @@ def varied(arch: str, rng: random.Random) -> Model:
     if arch in ("gemma2", "gemma3", "phi3") and rng.random() < 0.3:
         m.keys["rope.dimension_count"] = d // 2
         m.done.append("half of a head turned")
-    if "output.weight" not in m.tensors and rng.random() < (0.1 if arch == "gemma2" else 0.5):
+    if "output.weight" not in m.tensors and rng.random() < (0.03 if arch == "gemma2" else 0.5):
         m.tensors["output.weight"] = numbers.standard_normal(m.tensors["token_embd.weight"].shape).astype(np.float32) / 8
         m.done.append("an output of its own")
     if arch != "gpt2" and rng.random() < 0.5:
         _biases(m, rng, numbers)
-    if rng.random() < 0.25:
+    if rng.random() < (0.4 if arch in ("llama", "mistral3", "granite", "phi3") else 0.03):
         n = m.keys.get("rope.dimension_count", d) // 2
-        for name in rng.choice([("freqs",), ("factors_long", "factors_short"), ("factors_short",), ("factors_long",)]):
+        long = arch == "phi3" or rng.random() < 0.5
+        names = [("factors_long", "factors_short"), ("factors_short",), ("factors_long",)] if long else [("freqs",)]
+        for name in rng.choice(names):
             m.tensors[f"rope_{name}.weight"] = (1 + numbers.random(n)).astype(np.float32)
             m.done.append(f"rope_{name}")
-        if rng.random() < 0.5:
+        if rng.random() < (0.8 if long else 0.1):
             m.keys["rope.scaling.type"] = "longrope"
             m.done.append("longrope")
     if arch == "granite" and "expert_count" in m.keys and rng.random() < 0.5:
@@ -296,21 +300,23 @@ def varied(arch: str, rng: random.Random) -> Model:
         m = fuse(m, rng.choice(["separate", "fused"]))
         m.done.append("fused")
     if rng.random() < 0.2:
-        weights = [t.removesuffix(".weight") for t in m.tensors if t.endswith(".weight") and m.tensors[t].ndim > 1]
+        weights = [t.removesuffix(".weight") for t in m.tensors if t.endswith(".weight") and m.tensors[t].ndim > 1
+                   and ((t.startswith("blk.") and "gate_inp" not in t) or rng.random() < 0.05)]  # fmt: skip
         for name in rng.sample(weights, min(len(weights), rng.choice([1, 2, 5]))):
             scale(m, name, numbers)
             m.done.append(f"{name}.scale")
-    if rng.random() < 0.15:
+    if rng.random() < 0.12:
         _odd(m, rng, numbers)
-    if rng.random() < 0.5:
-        m.types = {t: rng.choice([F16, BF16]) for t, x in m.tensors.items() if x.ndim > 1 and x.shape[-1] % 32 == 0
+    kind = rng.choice([F32, F32, F16, F16, F16, BF16])
+    if kind != F32:
+        m.types = {t: kind for t, x in m.tensors.items() if x.ndim > 1 and x.shape[-1] % 32 == 0
                    and rng.random() < 0.7}  # fmt: skip
     return m
 
 
 def _biases(m: Model, rng: random.Random, numbers: np.random.Generator) -> None:
     kinds = ["attn_q", "attn_k", "attn_v"]
-    if rng.random() < 0.3:
+    if rng.random() < 0.2:
         kinds = rng.choice([["attn_q"], ["attn_output"], ["ffn_up"], ["ffn_down", "ffn_gate"], ["output"], ["ffn_gate_inp"],
                             ["attn_norm"], ["ffn_up_exps"], ["attn_q", "attn_k", "attn_v", "attn_output"]])  # fmt: skip
     for kind in kinds:
@@ -342,9 +348,10 @@ def _odd(m: Model, rng: random.Random, numbers: np.random.Generator) -> None:
         del m.tensors[name]
         m.done.append(f"without {name}")
     elif kind == "tensor more":
-        name = rng.choice(["blk.0.attn_sinks.weight", "blk.0.attn_q_norm.weight", "blk.0.layer_out_norm.weight", "extra.weight",
-                           "blk.99.attn_norm.weight", "token_types.weight", "blk.0.attn_rot_embd.weight", "output.bias",
-                           "blk.0.ffn_exp_probs.bias", "token_embd_norm.weight", "blk.0.attn_qkv.weight"])  # fmt: skip
+        name = rng.choice(["blk.0.attn_sinks.weight", "blk.0.attn_q_norm.weight", "blk.0.layer_out_norm.weight",
+                           "extra.weight", "blk.99.attn_norm.weight", "token_types.weight", "blk.0.attn_rot_embd.weight",
+                           "output.bias", "blk.0.exp_probs_b.bias", "token_embd_norm.weight",
+                           "blk.0.attn_qkv.weight"])  # fmt: skip
         if name not in m.tensors:
             m.tensors[name] = numbers.random(32).astype(np.float32)
             m.done.append(f"with {name}")
