@@ -175,6 +175,11 @@ class _Part:
                 raise c.fail("each key once, and none empty", repr(key), at)
             self.metadata[key] = _value(c, key)
         self.tensors = self._tensors(c, n_tensors, index)
+        self.n_parts, self.number = self._count("split.count", 1), self._count("split.no", -1)
+
+    def _count(self, key: str, default: int) -> int:
+        v = self.metadata.get(key)
+        return default if v is None or v.is_array or v.type not in _INTS else int(v.value)
 
     def _tensors(self, c: _Cursor, n_tensors: int, index: int) -> dict[str, TensorInfo]:
         raw: list[tuple[str, GGMLType, tuple[int, int, int, int], int, int, int]] = []
@@ -235,8 +240,13 @@ class GGUF:
 
     def __init__(self, path: Path | str) -> None:
         path = Path(path)
-        self.paths = split_paths(path)
-        self._parts = [_Part(p, i) for i, p in enumerate(self.paths)]
+        opened = _Part(path, 0)
+        self.paths = split_paths(path, opened.n_parts)
+        self._parts = [_Part(p, i) for i, p in enumerate(self.paths)] if len(self.paths) > 1 else [opened]
+        for i, part in enumerate(self._parts):
+            if len(self._parts) > 1 and (part.number, part.n_parts) != (i, len(self._parts)):
+                raise FormatError(f"{self.paths[i].name}: expected part {i} of {len(self._parts)} by its name, got split.no "
+                                  f"{part.number} and split.count {part.n_parts}")  # fmt: skip
         self.version = self._parts[0].version
         self.metadata = self._parts[0].metadata
         self.path = self.paths[0]
@@ -324,16 +334,16 @@ class GGUF:
         return iter(self.tensors.values())
 
 
-def split_paths(path: Path) -> list[Path]:
-    """All parts of a split file, in order, or just the path. Errors: FormatError names the first missing part."""
-    match = _SPLIT.match(path.name)
-    if match is None:
+def split_paths(path: Path, n_parts: int) -> list[Path]:
+    """All parts of a file that says it has so many, in order. Errors: FormatError names the first missing part."""
+    if n_parts <= 1:
         return [path]
-    stem, number, count = match[1], int(match[2]), int(match[3])
-    if not 1 <= number <= count <= MAX_SPLITS:
-        raise FormatError(f"{path.name}: part {number} of {count} is not a split that can be")
-    paths = [path.with_name(f"{stem}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]
+    match = _SPLIT.match(path.name)
+    if n_parts > MAX_SPLITS or match is None or int(match[3]) != n_parts:
+        raise FormatError(f"{path.name}: split.count: expected at most {MAX_SPLITS} parts, and a name such as "
+                          f"NAME-00001-of-{n_parts:05d}.gguf, got {n_parts} parts")  # fmt: skip
+    paths = [path.with_name(f"{match[1]}-{i:05d}-of-{n_parts:05d}.gguf") for i in range(1, n_parts + 1)]
     for p in paths:
         if not p.exists():
-            raise FormatError(f"{p}: part of a split file is missing; expected {count} parts beside {path.name}")
+            raise FormatError(f"{p}: part of a split file is missing; expected {n_parts} parts beside {path.name}")
     return paths

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from protocol import messages as m
 from protocol.errors import OutOfMemory
 from tests.support.fixtures import BUNDLED, ROOT, free_port
 from tests.support.gguf_factory import text, tiny_model
+from tests.support.random_models import base, write
 
 GGMQ = [sys.executable, "-m", "ggmq"]
 WORKER = [sys.executable, "-m", "workers"]
@@ -106,6 +108,17 @@ def test_the_text_does_not_depend_on_workers_device_or_batch() -> None:
 def test_without_a_prompt_lines_are_answered() -> None:
     r = ggmq("run", "--temp", "0", "-n", "5", stdin="Once upon\nThe dog\n")
     assert r.returncode == 0 and len(r.stdout.splitlines()) >= 2
+
+
+def test_info_says_which_keys_are_not_read_and_why_a_file_does_not_run(tmp_path: Path) -> None:
+    m = base("qwen2", random.Random(1)).having(expert_weights_scale=2.0, attention__sliding_window=7)
+    out = ggmq("info", write(tmp_path / "m.gguf", m)).stdout
+    ignored = out.partition("keys that are not read for architecture qwen2\n")[2].partition("tensors by name")[0].split()
+    assert "runs as  qwen2" in out and ignored == ["qwen2.expert_weights_scale", "qwen2.attention.sliding_window"]
+    m.tensors["blk.0.attn_gate.weight"] = m.tensors["blk.0.attn_q.weight"]
+    r = ggmq("info", write(tmp_path / "m.gguf", m))
+    assert r.returncode == 0 and "runs as  nothing: m.gguf: tensor blk.0.attn_gate.weight" in r.stdout
+    assert "blk.0.attn_gate.weight: F32" in r.stdout
 
 
 def shown(*args: str | Path) -> bytes:
@@ -351,6 +364,7 @@ def test_logits_command(tmp_path: Path) -> None:
 
 def test_info_and_tokenize() -> None:
     r = ggmq("info", BUNDLED)
+    assert "runs as  llama\n" in r.stdout and "keys that are not read" not in r.stdout
     assert "general.architecture: str = llama" in r.stdout and "blk.0.attn_q.weight: F16 [192, 192]" in r.stdout
     ids = ggmq("tokenize", "--ids", "--no-special", stdin="Once upon a time").stdout.split()
     assert len(ids) == 4 and len(ggmq("tokenize", "--ids", stdin="Once upon a time").stdout.split()) == 5

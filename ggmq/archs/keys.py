@@ -135,8 +135,7 @@ class Keys:
         return FormatError(f"{self.gguf.path.name}: {where}: key {self.name(key)}: expected {expected}, got {got}")
 
 
-def unread(g: GGUF) -> Iterator[str]:
-    """The keys of a file that are neither read for its architecture nor descriptions, in the file's order."""
-    arch = g.text("general.architecture", "")
-    read = {f"{arch}.{key}" for key in READ.get(arch, ())}
+def unread(g: GGUF, arch: str) -> Iterator[str]:
+    """The keys of a file that are neither read for an architecture nor descriptions, in the file's order."""
+    read = {f"{arch}.{key}" for key in READ[arch]}
     return (key for key in g.metadata if key not in read and not key.startswith(DESCRIBING))

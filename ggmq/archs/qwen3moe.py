@@ -15,5 +15,6 @@ class Qwen3MoE(Qwen3):
     def feed_forward(self, s: StageGraph, x: T, il: int) -> T:
         hp = self.hp
         n_ff = hp.n_ff_exp or self.n_ff(il) // max(1, hp.n_expert_used)
-        s.w(f"blk.{il}.ffn_gate_exps.weight", hp.n_embd, n_ff, hp.n_expert)  # without it `moe` would do as well
-        return self.moe(s, x, il, n_ff)
+        y = self.moe(s, x, il, n_ff)
+        s.w(f"blk.{il}.ffn_gate_exps.weight", hp.n_embd, n_ff, hp.n_expert)  # without it `moe` does as well
+        return y

@@ -15,11 +15,13 @@ from blake3 import blake3
 from config.auth import new_keys
 from config.keys import default_key_file, write_keys
 from config.terminal import print_line, safe_line, safe_text
+from ggmq.archs import open_arch
+from ggmq.archs.keys import READ, unread
 from ggmq.cli.options import add_model, model_path
 from ggmq.gguf import GGUF, SCALARS, STRING
 from ggmq.manifest import tensor_hashes
 from ggmq.tokenizer import Vocabulary
-from protocol.errors import ConfigError
+from protocol.errors import ConfigError, FormatError
 
 MAX_SHOWN = 6
 MAX_LINE_CHARS = 120
@@ -65,12 +67,27 @@ def _info(args: argparse.Namespace) -> int:
             print_line(f"  {key}: [{kind}] = {_line(shown)}{more}")
         else:
             print_line(f"  {key}: {kind} = {_line(str(v.value))}")
+    _print_what_is_read(g)
     print("tensors by name")
     for t in g:
         ne = t.ne[: max((i + 1 for i in range(4) if t.ne[i] > 1), default=1)]
         shape = ", ".join(map(str, ne))
         print_line(f"  {t.name}: {t.type.name} [{shape}], {t.n_bytes} bytes, {hashes[t.name].hex()[:16]}")
     return 0
+
+
+def _print_what_is_read(g: GGUF) -> None:
+    """Whether the file can be run, and which keys its architecture does not read."""
+    try:
+        arch = open_arch(g).hp.arch
+        print(f"runs as  {arch}")
+    except FormatError as e:
+        print_line(f"runs as  nothing: {e}")
+        arch = str(getattr(g.metadata.get("general.architecture"), "value", ""))
+    if arch in READ and (ignored := list(unread(g, arch))):
+        print(f"keys that are not read for architecture {arch}")
+        for key in ignored:
+            print_line(f"  {key}")
 
 
 def _line(text: str) -> str:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ggmq.archs import open_arch
-from ggmq.archs.base import read_hparams
+from ggmq.archs.hparams import read_hparams
 from ggmq.gguf import GGUF
 from ggmq.tokenizer import Vocabulary
 from protocol.errors import FormatError
@@ -189,6 +189,36 @@ def test_split_files_open_by_any_part(tmp_path: Path) -> None:
         g = GGUF(path)
         assert bytes(g.data("t0")) == bytes(16) and bytes(g.data("t1")) == b"\1" * 16
         assert g.integer("a.u32") == 7
+
+
+def test_a_name_of_a_part_makes_no_part(tmp_path: Path) -> None:
+    """A file is split if it says so, whatever its name; llama.cpp goes by split.count too."""
+    for name in ("m-00001-of-00002.gguf", "m-00002-of-00002.gguf"):
+        (tmp_path / name).write_bytes(VALID)
+        assert GGUF(tmp_path / name).paths == [tmp_path / name]
+        (tmp_path / name).unlink()
+
+
+def test_parts_must_be_those_that_their_names_say(tmp_path: Path) -> None:
+    first, second = _split(tmp_path)
+    lone = tmp_path / "model.gguf"
+    lone.write_bytes(first.read_bytes())
+    with pytest.raises(FormatError, match=r"a name such as NAME-00001-of-00002\.gguf, got 2 parts"):
+        GGUF(lone)
+    second.write_bytes(first.read_bytes())
+    with pytest.raises(FormatError, match=r"m-00002-of-00002\.gguf: expected part 1 of 2 by its name, got split\.no 0"):
+        GGUF(first)
+
+
+@pytest.mark.parametrize(("broken", "words"), [
+    (key("a.bool", BOOL, b"\2"), "a bool of 0 or 1"), (key("a.bool", BOOL, b"\xff"), "a bool of 0 or 1"),
+    (text(b"a.\xff") + struct.pack("<IB", BOOL, 1), "a key in UTF-8"),
+    (text("a" * 65_536) + struct.pack("<IB", BOOL, 1), "a key of at most 65535 bytes"),
+])  # fmt: skip
+def test_stricter_than_llama_cpp_and_docs_say_so(tmp_path: Path, broken: bytes, words: str) -> None:
+    with pytest.raises(FormatError, match=words):
+        opened(file([*KEYS, broken], TENSORS, bytes(256 + 16)), tmp_path)
+    assert opened(file([*KEYS, key("a" * 65_535, BOOL, b"\1")], TENSORS, bytes(256 + 16)), tmp_path).boolean("a" * 65_535)
 
 
 def test_a_missing_part_is_named(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from ggmq.gguf import GGUF
 from ggmq.runner import Runner, plan
 from protocol.errors import GgmqError
 from tests.peer.libllama import Peer, PeerCrashed, PeerRefused
-from tests.support.random_models import ARCHS, BF16, Model, folded, varied, write
+from tests.support.random_models import ARCHS, BF16, Model, fingerprint, folded, numbered, write
 
 BOUNDS = {False: (1e-5, 1e-4), True: (3e-4, 3e-3)}
 """Normalised mean squared error of all logits, and of a position's: with weights of F32 and F16, and where some are BF16,
@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--at", type=int, help="only the model of this number")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="leave the files that differ here")
     parser.add_argument("--refused", action="store_true", help="print what both refuse, too")
+    parser.add_argument("--record", type=Path, metavar="FILE.npz", help="write what tests/ggmq/test_archs.py holds against")
     parser.add_argument("--device", default="CPU", help="CPU or reference (default CPU)")
 
 
@@ -48,9 +49,10 @@ def run(args: argparse.Namespace) -> int:
             for _ in range(2):
                 started.spawn(args.device, 1)
             client = started.start()
+            if args.record:
+                return _record(args, client, peer, Path(folder))
             for i in range(args.n) if args.at is None else [args.at]:
-                rng = random.Random(f"{args.seed} {i}")
-                m = varied(archs[i % len(archs)], rng)
+                m, rng = numbered(args.seed, i, archs)
                 verdict, details = compare(client, peer, m, rng, Path(folder))
                 counts[verdict] += 1
                 if verdict.startswith("DIFFERENT") or (args.refused and verdict.startswith("refused")):
@@ -65,6 +67,34 @@ def run(args: argparse.Namespace) -> int:
             started.close()
     print(f"seed {args.seed}: {_line(counts)}")
     return int(any(v.startswith("DIFFERENT") for v in counts))
+
+
+N_RECORDED, N_REFUSED, N_TOKENS = 8, 3, 9
+"""Models of each architecture that are recorded, those of them that are refused, and the tokens of each."""
+
+
+def _record(args: argparse.Namespace, client: Client, peer: Peer, folder: Path) -> int:
+    """The logits of the last token of the first models of each architecture that are the same here and there."""
+    rows: list[tuple[int, bytes, int, list[int], npt.NDArray[np.float32]]] = []
+    left = Counter({(arch, refused): N_REFUSED if refused else N_RECORDED for arch in ARCHS for refused in (False, True)})
+    for i in range(args.n):
+        m, rng = numbered(args.seed, i)
+        n_ctx, tokens = rng.choice(CONTEXTS), [rng.randrange(m.n_vocab) for _ in range(N_TOKENS)]
+        path = write(folder / "m.gguf", m)
+        (ours, _), (theirs, _) = here(client, path, tokens, n_ctx), there(peer, path, tokens, n_ctx)
+        row = np.full(128, np.nan, np.float32)
+        if ours is not None and theirs is not None and not _off(ours, theirs, False)[0]:
+            row[: m.n_vocab] = theirs[-1]
+        elif ours is not None or theirs is not None:
+            continue
+        if left[m.arch, theirs is None]:
+            left[m.arch, theirs is None] -= 1
+            rows.append((i, fingerprint(m), n_ctx, tokens, row))
+    number, prints, contexts, texts, logits = zip(*rows, strict=True)
+    np.savez_compressed(args.record, seed=args.seed, number=number, n_ctx=contexts, tokens=np.array(texts, np.int32),
+                        fingerprint=np.array([list(x) for x in prints], np.uint8), logits=np.stack(logits))  # fmt: skip
+    print(f"{args.record}: {len(rows)} models, {sum(np.isnan(x[0]) for x in logits)} of them refused")
+    return 0
 
 
 def _line(counts: Counter[str]) -> str:

@@ -7,8 +7,9 @@ luck something odd. Nothing here decides what is right: a test says so, or llama
 from __future__ import annotations
 
 import copy
+import hashlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,20 @@ class Model:
         new = self.copy()
         new.keys |= {name.replace("__", "."): value for name, value in keys.items()}
         return new
+
+
+def numbered(seed: int, number: int, archs: Sequence[str] = ARCHS) -> tuple[Model, random.Random]:
+    """The same model for the same numbers, and what goes on at random from there."""
+    rng = random.Random(f"{seed} {number}")
+    return varied(archs[number % len(archs)], rng), rng
+
+
+def fingerprint(m: Model) -> bytes:
+    """16 bytes that tell whether another NumPy makes the same model."""
+    h = hashlib.blake2b(repr((m.arch, m.keys, m.types, m.n_vocab)).encode(), digest_size=16)
+    for name, data in m.tensors.items():
+        h.update(name.encode() + repr(data.shape).encode() + np.ascontiguousarray(data).tobytes())
+    return h.digest()
 
 
 def write(path: Path, m: Model) -> Path:
