@@ -11,6 +11,8 @@ from hypothesis import HealthCheck, settings
 
 from ggmq.cluster import Client, LocalBus
 from tests.support.fixtures import SHARED
+from workers.devices.base import cpu_model
+from workers.kernels import native
 
 COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 settings.register_profile("dev", max_examples=50, **COMMON)
@@ -45,13 +47,8 @@ def bus(device: str) -> Iterator[Client]:
 
 @pytest.fixture(scope="session")
 def kernels() -> None:
-    """Compiled for this CPU: a worker that others connect to is there at once."""
-    started = LocalBus()
-    try:
-        started.spawn("CPU", 1)
-        started.start()
-    finally:
-        started.close()
+    """Compiled for this CPU: a worker that others connect to computes at once."""
+    native.Kernels(cpu_model()).get()
 
 
 @pytest.fixture(scope="session")

@@ -142,6 +142,10 @@ def _main(args: argparse.Namespace) -> int:
     device = open_device(names[0], threads, args.mem * MIB, args.cpus)
     from workers.loop import WorkerLoop, serve
 
+    if args.parent_pid and not args.join:
+        device.prepare()  # a main host waits for this worker alone, and what is printed has its terminal
+    else:
+        device.begin()
     models = ModelFolder(args.model_dir) if args.model_dir else None
     loop = WorkerLoop(device, cache, SOFTWARE, keys, args.parent_pid, args.name[:256], models,
                       bytes.fromhex(args.instance), args.insecure, args.spin_us / 1e6,

@@ -79,6 +79,7 @@ class Executor:
         pace = paced(tick)
         match h:
             case m.AllocBuffer():
+                self.device.prepare(tick)
                 mine[h.buffer] = self._alloc(h.n_bytes)
             case m.FreeBuffer():
                 self._forget_plans(key, h.buffer)

@@ -10,9 +10,11 @@ from protocol.dtypes import TYPES, GGMLType
 from tests.support.fixtures import nmse
 from workers.kernels import layout, packing, products, quantize, quants
 from workers.kernels.simd import TARGET
+from workers.kernels.units import provide_pieces
 from workers.tensors import bf16_to_f32, f32_to_bf16
 
 K = 1536
+provide_pieces()
 
 
 @dataclass

@@ -94,6 +94,12 @@ class Device(ABC):
         """Where the time of the plans went, a line each; empty unless GGMQ_PROFILE is set."""
         return []
 
+    def begin(self) -> None:
+        """Start what `prepare` waits for, and go on."""
+
+    def prepare(self, tick: Tick = nothing) -> None:
+        """Have ready what work needs and descriptions do not; called before the first buffer. May take a while."""
+
     @abstractmethod
     def info(self) -> DeviceInfo:
         """Name, kind and memory, as they are now."""

@@ -55,7 +55,22 @@ class CPUDevice(HostDevice):
         self._n_threads = n_threads
         self.profiling = os.environ.get("GGMQ_PROFILE", "0") not in ("", "0")
         self.profiled: dict[str, list[float]] = {}
-        self.team = native.Team(native.load(cpu_model()), n_threads, cpus)
+        self._kernels, self._cpus = native.Kernels(cpu_model()), cpus
+        self._team: native.Team | None = None
+
+    def begin(self) -> None:
+        self._kernels.begin()
+
+    def prepare(self, tick: Tick = nothing) -> None:
+        """Kernels are compiled on the first work for this CPU, and kept."""
+        if self._team is None:
+            self._team = native.Team(self._kernels.get(tick), self._n_threads, self._cpus)
+
+    @property
+    def team(self) -> native.Team:
+        self.prepare()
+        assert self._team is not None  # prepared
+        return self._team
 
     def n_threads(self) -> int:
         return self._n_threads
@@ -234,10 +249,11 @@ class CPUDevice(HostDevice):
             super().free(buffer, steady)
 
     def scratch_bytes(self) -> int:
-        return super().scratch_bytes() + len(self.team.scratch)
+        return super().scratch_bytes() + (len(self._team.scratch) if self._team is not None else 0)
 
     def trim(self, tick: Tick = nothing) -> None:
-        self.team.scratch = np.zeros(0, np.uint8)  # a plan reserves what it needs when it runs
+        if self._team is not None:
+            self._team.scratch = np.zeros(0, np.uint8)  # a plan reserves what it needs when it runs
         super().trim(tick)
 
     # -- plans ---------------------------------------------------------------------------------------------------------

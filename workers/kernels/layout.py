@@ -82,3 +82,11 @@ CONTROL_BYTES = 13 * 64
 
 LEAD, HELP, WAKE, PACK_ROWS, UNPACK_ROWS = range(5)
 """What the one compiled function can be called for."""
+
+N_WORDS = 9
+"""int64 arguments of the one compiled function: what it is called for, and eight more."""
+TEAM = "team"
+KERNEL_UNITS = ("attention", "products", "rows0", "rows1", "packing")
+PIECE_UNITS = (*(t.name for t in KINDS[:N_QUANTIZED]), "tiles", "floats")
+UNITS = (*KERNEL_UNITS, TEAM, *PIECE_UNITS)
+"""What is compiled by itself, the longest first: the team calls kernels, and they call pieces."""

@@ -1,7 +1,6 @@
-"""The kernels as machine code: compiled once for a CPU in a process of its own, then loaded without the compiler.
+"""The kernels as machine code: compiled once for a CPU in processes of their own, then loaded without the compiler.
 
 A worker that loads them neither imports Numba nor compiles: it starts faster and holds some 100 MB less.
-`python -m workers.kernels.native FOLDER` compiles.
 """
 
 from __future__ import annotations
@@ -16,7 +15,9 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from hashlib import blake2b
 from importlib.metadata import version
 from pathlib import Path
@@ -31,20 +32,27 @@ from workers.kernels.layout import (
     CONTROL_BYTES,
     FIRST,
     HELP,
+    KERNEL_UNITS,
     LAST,
     LEAD,
+    N_WORDS,
+    PIECE_UNITS,
     PROFILE,
     PROGRAM,
     SCRATCH,
     SCRATCH_BYTES,
     STOP,
+    TEAM,
+    UNITS,
     WAKE,
 )  # fmt: skip
+from workers.ticks import Job, Tick, nothing
 
 Native = Callable[..., None]
 """`team.call`: what, and eight int64; the interpreter's lock is released while it runs."""
-_OBJECT, _ABOUT = "kernels.o", "kernels.json"
-N_WORDS = 9
+CLEAR = "\r\x1b[K"
+NOTED_S = 1.0
+"""How often a compilation that is under way says how far it is, on a terminal."""
 
 
 def _cache_folder(cpu: str) -> Path:
@@ -57,76 +65,99 @@ def _cache_folder(cpu: str) -> Path:
     return root / blake2b(text.encode() + source, digest_size=8).hexdigest()
 
 
-def compile_to(folder: Path) -> None:
-    """Compile the kernels into `folder`.
+def n_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-    Numba optimises each function together with all that it calls. Done for every function on the way up that would take
-    minutes; so they are made without, and only the outermost is optimised, which holds all others.
+
+class Kernels:
+    """The kernels of a CPU: compiled aside, on all cores, by the first process that needs them, and kept for all others.
+
+    Threads: use from one; it starts one of its own.
     """
-    import llvmlite.binding as llvm
-    from numba import cfunc, config, types
-    from numba.core.registry import cpu_target
 
-    from workers.kernels import team
+    def __init__(self, cpu: str) -> None:
+        self._folder = _cache_folder(cpu)
+        self._native: Native | None = None
+        self._compiling: Job[Path] | None = None
 
-    def optimise(level: int) -> None:
-        os.environ["NUMBA_OPT"] = str(level)
-        config.reload_config()
+    def begin(self) -> None:
+        """Have what is missing compiled, and go on."""
+        if self._compiling is None and not _complete(self._folder):
+            self._compiling = Job(partial(_made, self._folder))
+            threading.Thread(target=self._compiling.run, daemon=True, name="ggmq-kernels").start()
 
-    words = (types.int64,) * N_WORDS
-    cpu_target.target_context.codegen()  # takes its own level as it is now
-    optimise(0)
-    team.call.compile(words)
-    optimise(3)
-    compiled = cfunc(types.void(*words), nopython=True)(team.call.py_func)
-    code = compiled._library._compiled_object or compiled._library._get_compiled_object()
-    missing = [s for s in _undefined(code) if s.startswith(("NRT_", "numba_"))]
-    (folder / _ABOUT).write_text(json.dumps({"name": compiled.native_name, "unused": missing,
-                                             "cpu": llvm.get_host_cpu_name()}))  # fmt: skip
-    part = folder / (_OBJECT + ".part")
-    part.write_bytes(code)
-    part.rename(folder / _OBJECT)
-
-
-def _undefined(code: bytes) -> list[str]:
-    """Names that an ELF object leaves to others: those of its string table that begin as Numba's own do."""
-    words = {w.decode("ascii", "replace") for w in code.split(b"\0")}
-    return sorted(w for w in words if w.replace("_", "").isalnum())
+    def get(self, tick: Tick = nothing) -> Native:
+        """The kernels, as soon as they are there. Errors: KernelError with the compiler's words."""
+        if self._native is None:
+            self.begin()
+            folder = self._folder
+            if self._compiling is not None:
+                while not self._compiling.wait(tick, 60.0):
+                    pass
+                folder = self._compiling.outcome()
+            self._native = _load(folder)
+        return self._native
 
 
-def load(cpu: str) -> Native:
-    """The kernels for this CPU; compiled first where they are not kept yet. Several processes may ask at once.
+def _complete(folder: Path) -> bool:
+    return all((folder / f"{unit}.json").exists() for unit in UNITS)
 
-    Errors: KernelError with the compiler's words.
-    """
-    folder = _cache_folder(cpu)
+
+def _made(folder: Path) -> Path:
+    """Compile what is missing. Returns: where it is."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError:  # nowhere to keep them: compile for this process alone
-        with tempfile.TemporaryDirectory(prefix="ggmq-kernels-") as own:
-            _compile_apart(Path(own))
-            return _load(Path(own))
+        own = tempfile.TemporaryDirectory(prefix="ggmq-kernels-")
+        _kept.append(own)
+        _compile(Path(own.name))
+        return Path(own.name)
     try:
-        if not (folder / _OBJECT).exists():
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not (folder / _OBJECT).exists():
-                _compile_apart(folder)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not _complete(folder):
+            _compile(folder)
     finally:
         os.close(lock)
-    return _load(folder)
+    return folder
 
 
-def _compile_apart(folder: Path) -> None:
-    print("worker: compiling kernels for this CPU; this happens once and takes up to a minute", file=sys.stderr, flush=True)
+def _compile(folder: Path) -> None:
+    """Have processes share the units that are missing, and say how far they are."""
+    for unit in UNITS:
+        taken = folder / f"{unit}.taken"
+        if (folder / f"{unit}.json").exists():
+            taken.touch()
+        else:
+            taken.unlink(missing_ok=True)  # of one that was killed
     root = str(Path(__file__).resolve().parent.parent.parent)
     path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)
-    env = {**os.environ, "PYTHONPATH": path}
-    done = subprocess.run([sys.executable, "-m", "workers.kernels.native", str(folder)], env=env, capture_output=True,
-                          text=True, check=False)  # fmt: skip
-    if done.returncode:
-        raise KernelError(f"kernels for this CPU: the compiler ended with code {done.returncode}; its last words: "
-                          f"{done.stderr[-1500:]}")  # fmt: skip
+    command = [sys.executable, "-P", "-m", "workers.kernels.units", str(folder)]
+    start = time.monotonic()
+    words = "worker: compiling kernels for this CPU, once"
+    terminal = sys.stderr.isatty()
+    with tempfile.TemporaryFile() as said:
+        running = [subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, stdin=subprocess.DEVNULL,
+                                    stdout=subprocess.DEVNULL, stderr=said) for _ in range(n_cores())]  # fmt: skip
+        try:
+            if not terminal:
+                print(f"{words}; this takes some seconds", file=sys.stderr, flush=True)
+            while any(p.poll() is None for p in running):
+                if terminal:
+                    done = sum((folder / f"{unit}.json").exists() for unit in UNITS)
+                    print(f"\r{words}: {done} of {len(UNITS)}", end="", file=sys.stderr, flush=True)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    next((p for p in running if p.poll() is None), running[0]).wait(NOTED_S)
+        finally:
+            for p in running:
+                p.kill()
+                p.wait()
+        failed = next((p.returncode for p in running if p.returncode), 0)
+        if failed or not _complete(folder):
+            said.seek(0)
+            raise KernelError(f"kernels for this CPU: the compiler ended with code {failed}; its last words: "
+                              f"{said.read()[-1500:].decode('utf-8', 'replace')}")  # fmt: skip
+    print(f"{CLEAR if terminal else ''}{words}: done in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
 
 
 _kept: list[Any] = []
@@ -134,19 +165,29 @@ _kept: list[Any] = []
 
 
 def _load(folder: Path) -> Native:
+    """The units in an order in which each finds the names that it calls."""
     import llvmlite.binding as llvm
 
-    about = json.loads((folder / _ABOUT).read_text())
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     never_called = ctypes.cast(ctypes.CDLL(None).abort, ctypes.c_void_p).value
-    for name in about["unused"]:
-        llvm.add_symbol(name, never_called)
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), llvm.Target.from_default_triple().create_target_machine())
-    engine.add_object_file(llvm.object_file.ObjectFileRef.from_data((folder / _OBJECT).read_bytes()))
-    engine.finalize_object()
-    _kept.append(engine)
-    address = engine.get_function_address(about["name"])
+    address = 0
+    for units in (PIECE_UNITS, KERNEL_UNITS, (TEAM,)):
+        machine = llvm.Target.from_default_triple().create_target_machine()
+        engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+        exports: dict[str, str] = {}
+        for unit in units:
+            for i, about in enumerate(json.loads((folder / f"{unit}.json").read_text())):
+                for name in about["unused"]:
+                    llvm.add_symbol(name, never_called)
+                exports |= about["exports"]
+                code = (folder / f"{unit}.{i}.o").read_bytes()
+                engine.add_object_file(llvm.object_file.ObjectFileRef.from_data(code))
+        engine.finalize_object()
+        _kept.append(engine)
+        for name, native_name in exports.items():
+            address = engine.get_function_address(native_name)
+            llvm.add_symbol(name, address)
     return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * N_WORDS)(address)
 
 
@@ -214,7 +255,3 @@ class Team:
             h.join(5)
         self._helpers.clear()
 
-
-if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
-        compile_to(Path(sys.argv[1]))

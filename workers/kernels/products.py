@@ -9,8 +9,7 @@ Units: every argument is an address or a count unless said otherwise; strides ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -31,6 +30,7 @@ from workers.kernels.formats import (
 )
 from workers.kernels.layout import KIND_OF, KINDS, N_QUANTIZED, PANEL_BYTES, PIECE, X_BLOCK
 from workers.kernels.packing import copy_bytes, pack_group
+from workers.kernels.pieces import Body, call, piece
 from workers.kernels.simd import (
     TARGET,
     Emit,
@@ -70,23 +70,16 @@ CLASSES = tuple(sorted({_class(f) for f in FORMATS.values()}))
 CLASS_OF = tuple(CLASSES.index(_class(FORMATS[t])) for t in KINDS[:N_QUANTIZED])
 
 
-def _outlined(b: Any, name: str, arguments: Sequence[Any], body: Callable[[Emit, Sequence[Any]], None]) -> None:
-    """Call a function of the module, written there by `body` when it is not there yet."""
-    fn = b.module.globals.get(name)
-    if fn is None:
-        fn = ir.Function(b.module, ir.FunctionType(ir.VoidType(), [i64] * len(arguments)), name)
-        fn.linkage = "internal"
-        fn.attributes.add("noinline")
-        inner = ir.IRBuilder(fn.append_basic_block())
-        body(Emit(inner), fn.args)
-        inner.ret_void()
-    b.call(fn, arguments)
+def _pieces(prefix: str, n_arguments: int, bodies: dict[str, Body]) -> list[str]:
+    """One piece for each of the ways in which a kernel is written, and their names in the same order."""
+    return [piece(f"ggmq_{prefix}_{which}", n_arguments, body) for which, body in bodies.items()]
 
 
-def _switch(b: Any, index: Any, cases: Sequence[Callable[[], None]]) -> None:
-    for i, case in enumerate(cases):
+def _switch(b: Any, index: Any, names: Sequence[str], arguments: Sequence[Any]) -> None:
+    """Call the piece that stands at `index`."""
+    for i, name in enumerate(names):
         with b.if_then(b.icmp_signed("==", index, ir.Constant(i64, i))):
-            case()
+            call(b, name, arguments)
 
 
 def _fused(e: Emit, sub: Sub, dot: Any, x: Any, half: int | None, acc: Any) -> None:
@@ -108,7 +101,7 @@ def _x_words(e: Emit, x: Any, half: int | None) -> list[Any]:
 # -- few columns, straight from packed rows ----------------------------------------------------------------------------
 
 
-def _few_columns(f: Format, n: int) -> Callable[[Emit, Sequence[Any]], None]:
+def _few_columns(f: Format, n: int) -> Body:
     def body(e: Emit, args: Sequence[Any]) -> None:
         b = e.b
         w, n_blocks, columns, outputs, offset = args
@@ -136,15 +129,14 @@ def _few_columns(f: Format, n: int) -> Callable[[Emit, Sequence[Any]], None]:
 
 
 def _few(n: int) -> Any:
+    names = _pieces(f"few{n}", 5, {t.name: _few_columns(FORMATS[t], n) for t in KINDS[:N_QUANTIZED]})
+
     @intrinsic
     def few(typingctx: Any, kind: Any, w: Any, n_blocks: Any, columns: Any, outputs: Any, offset: Any) -> Any:
         """A packed group of rows times `n` quantised columns. `columns` and `outputs`: arrays of addresses."""
 
         def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
-            _switch(b, args[0], [
-                partial(_outlined, b, f"ggmq_few{n}_{t.name}", args[1:], _few_columns(FORMATS[t], n))
-                for t in KINDS[:N_QUANTIZED]
-            ])  # fmt: skip
+            _switch(b, args[0], names, args[1:])
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 6), codegen
@@ -159,7 +151,7 @@ _few_one, _few_many = _few(1), _few(FEW)
 # -- many columns: unpack a panel once, then tiles ---------------------------------------------------------------------
 
 
-def _unpack_panel(f: Format) -> Callable[[Emit, Sequence[Any]], None]:
+def _unpack_panel(f: Format) -> Body:
     def body(e: Emit, args: Sequence[Any]) -> None:
         b = e.b
         w, n_blocks, panel = args
@@ -178,21 +170,21 @@ def _unpack_panel(f: Format) -> Callable[[Emit, Sequence[Any]], None]:
     return body
 
 
+_PANELS = _pieces("panel", 3, {t.name: _unpack_panel(FORMATS[t]) for t in KINDS[:N_QUANTIZED]})
+
+
 @intrinsic
 def unpack_panel(typingctx: Any, kind: Any, w: Any, n_blocks: Any, panel: Any) -> Any:
     """Blocks of a packed group as bytes, scales and minima: PANEL_BYTES for at most PIECE * 32 columns."""
 
     def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        _switch(b, args[0], [
-            partial(_outlined, b, f"ggmq_panel_{t.name}", args[1:], _unpack_panel(FORMATS[t]))
-            for t in KINDS[:N_QUANTIZED]
-        ])  # fmt: skip
+        _switch(b, args[0], _PANELS, args[1:])
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 4), codegen
 
 
-def _tile(sub: int, peak: int, n: int, n_groups: int = 1) -> Callable[[Emit, Sequence[Any]], None]:
+def _tile(sub: int, peak: int, n: int, n_groups: int = 1) -> Body:
     def body(e: Emit, args: Sequence[Any]) -> None:
         b = e.b
         panel, n32, columns, x_offset, outputs, offset, first = args
@@ -229,6 +221,8 @@ def _tile(sub: int, peak: int, n: int, n_groups: int = 1) -> Callable[[Emit, Seq
 
 
 def _tiles(n: int, n_groups: int = 1) -> Any:
+    names = _pieces(f"tile{n_groups}x{n}", 7, {f"{sub}_{peak}": _tile(sub, peak, n, n_groups) for sub, peak in CLASSES})
+
     @intrinsic
     def tile(
         typingctx: Any, kind: Any, panel: Any, n32: Any, columns: Any, x_offset: Any, outputs: Any, offset: Any,
@@ -238,10 +232,7 @@ def _tiles(n: int, n_groups: int = 1) -> Any:
         offsets are added."""
 
         def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
-            _switch(b, args[0], [
-                partial(_outlined, b, f"ggmq_tile{n_groups}x{n}_{sub}_{peak}", args[1:], _tile(sub, peak, n, n_groups))
-                for sub, peak in CLASSES
-            ])  # fmt: skip
+            _switch(b, args[0], names, args[1:])
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 8), codegen
@@ -258,7 +249,7 @@ _tile_paired = _tiles(max(1, _PAIRED), 2)
 # -- floats ------------------------------------------------------------------------------------------------------------
 
 
-def _float_tile(t: GGMLType, n_groups: int, n: int) -> Callable[[Emit, Sequence[Any]], None]:
+def _float_tile(t: GGMLType, n_groups: int, n: int) -> Body:
     size = FLOAT_FIELDS[t][0].unit * 16
 
     def body(e: Emit, args: Sequence[Any]) -> None:
@@ -283,6 +274,8 @@ def _float_tile(t: GGMLType, n_groups: int, n: int) -> Callable[[Emit, Sequence[
 
 
 def _float_tiles(n_groups: int, n: int) -> Any:
+    names = _pieces(f"float{n_groups}x{n}", 6, {t.name: _float_tile(t, n_groups, n) for t in KINDS[N_QUANTIZED:]})
+
     @intrinsic
     def tile(
         typingctx: Any, kind: Any, w: Any, k: Any, stride: Any, columns: Any, outputs: Any, offset: Any
@@ -290,11 +283,7 @@ def _float_tiles(n_groups: int, n: int) -> Any:
         """Packed groups of floats, `stride` bytes apart, times `n` columns of float32, over k columns of weights."""
 
         def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
-            index = b.sub(args[0], ir.Constant(i64, N_QUANTIZED))
-            _switch(b, index, [
-                partial(_outlined, b, f"ggmq_float{n_groups}x{n}_{t.name}", args[1:], _float_tile(t, n_groups, n))
-                for t in KINDS[N_QUANTIZED:]
-            ])  # fmt: skip
+            _switch(b, b.sub(args[0], ir.Constant(i64, N_QUANTIZED)), names, args[1:])
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 7), codegen

@@ -14,6 +14,7 @@ import numpy as np
 from numba import njit, types
 
 from workers.kernels import attention, packing, products, rows
+from workers.kernels.exports import exported
 from workers.kernels.layout import (
     ADD_ID,
     ARANGE,
@@ -80,6 +81,32 @@ _sched_yield = types.ExternalFunction("sched_yield", types.int32())
 _clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.int64))
 
 
+# functions of other units: each is compiled by itself
+_times = exported(products.product)
+_quantize = exported(products.quantize)
+_packed_rows = exported(products.get_rows, truth=True)
+_pack_rows = exported(packing.pack_rows)
+_unpack_rows = exported(packing.unpack_rows)
+_attend = exported(attention.attend)
+_merge_parts = exported(attention.merge_parts)
+_elementwise = exported(rows.elementwise, floats=(10, 11))
+_rms_norm = exported(rows.rms_norm, floats=(7,))
+_rope = exported(rows.rope)
+_halves = exported(rows.store_halves)
+_by_row = exported(rows.by_row)
+_soft_max = exported(rows.soft_max, floats=(6,))
+_top_k = exported(rows.top_k)
+_rows = exported(rows.get_rows, truth=True)
+_sum_rows = exported(rows.sum_rows)
+_norm = exported(rows.norm, floats=(6,))
+_add_id = exported(rows.add_id, truth=True)
+_rope_table = exported(rows.rope_table, truth=True)
+_arange = exported(rows.arange, floats=(0, 1))
+_narrow = exported(rows.narrow)
+_widen = exported(rows.widen)
+_largest = exported(rows.largest)
+
+
 @njit(nogil=True)
 def _now_ns(room):  # type: ignore[no-untyped-def]
     _clock_gettime(1, room)
@@ -119,7 +146,7 @@ def _product(a, scratch, t, n_threads):  # type: ignore[no-untyped-def]
     for c in range(n):
         store64(columns + 8 * c, x + c * _arg(a, 7))
         store64(outputs + 8 * c, y + c * _arg(a, 9))
-    products.product(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), columns, outputs, n,
+    _times(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), columns, outputs, n,
                      scratch + 16 * n, t, n_threads)  # fmt: skip
 
 
@@ -145,7 +172,7 @@ def _product_id(a, control, scratch, t, n_threads):  # type: ignore[no-untyped-d
                     store64(outputs + 8 * n, y + (token * n_used + slot) * y_bytes)
                     n += 1
         if n:
-            products.product(_arg(a, 0), _arg(a, 1) + expert * n_rows * row_bytes, row_bytes, n_rows, _arg(a, 4),
+            _times(_arg(a, 0), _arg(a, 1) + expert * n_rows * row_bytes, row_bytes, n_rows, _arg(a, 4),
                              _arg(a, 5), columns, outputs, n, scratch + 16 * n_used * n_tokens, t, n_threads)  # fmt: skip
 
 
@@ -157,7 +184,7 @@ def _store_halves(a, control, t, n_threads):  # type: ignore[no-untyped-def]
         if row < 0 or row >= _arg(a, 7):
             atomic_store(control + BAD, _arg(a, 8) + 1)
             return
-    rows.store_halves(_arg(a, 0), _arg(a, 1), n_rows, _arg(a, 3), ids, _arg(a, 5), _arg(a, 6), t, n_threads)
+    _halves(_arg(a, 0), _arg(a, 1), n_rows, _arg(a, 3), ids, _arg(a, 5), _arg(a, 6), t, n_threads)
 
 
 @njit(nogil=True)
@@ -165,60 +192,60 @@ def _step(op, a, control, scratch, t, n_threads):  # type: ignore[no-untyped-def
     if op == PRODUCT:
         _product(a, scratch, t, n_threads)
     elif op == QUANTIZE:
-        products.quantize(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), t, n_threads)
+        _quantize(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), t, n_threads)
     elif op == ELEMENTWISE:
-        rows.elementwise(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), _arg(a, 6), _arg(a, 7),
+        _elementwise(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), _arg(a, 6), _arg(a, 7),
                          _arg(a, 8), _arg(a, 9), _float_arg(a, 10), _float_arg(a, 11), scratch, t, n_threads)  # fmt: skip
     elif op == RMS_NORM:
-        rows.rms_norm(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), _arg(a, 6),
+        _rms_norm(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), _arg(a, 6),
                       _float_arg(a, 7), t, n_threads)  # fmt: skip
     elif op == ATTEND:
-        attention.attend(a, scratch, t, n_threads)
+        _attend(a, scratch, t, n_threads)
     elif op == MERGE:
-        attention.merge_parts(a, scratch, t, n_threads)
+        _merge_parts(a, scratch, t, n_threads)
     elif op == ROPE:
-        rows.rope(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), _arg(a, 6), _arg(a, 7),
+        _rope(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), _arg(a, 6), _arg(a, 7),
                   _arg(a, 8), _arg(a, 9), _arg(a, 10), _arg(a, 11), _arg(a, 12), t, n_threads)  # fmt: skip
     elif op == STORE_HALVES:
         _store_halves(a, control, t, n_threads)
     elif op == PRODUCT_ID:
         _product_id(a, control, scratch, t, n_threads)
     elif op == BY_ROW:
-        rows.by_row(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), _arg(a, 6), _arg(a, 7),
+        _by_row(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), _arg(a, 6), _arg(a, 7),
                     _arg(a, 8), t, n_threads)  # fmt: skip
     elif op == SOFT_MAX:
-        rows.soft_max(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), _float_arg(a, 6), t,
+        _soft_max(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), _float_arg(a, 6), t,
                       n_threads)  # fmt: skip
     elif op == TOP_K:
-        rows.top_k(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), t, n_threads)
+        _top_k(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), t, n_threads)
     elif op == GET_ROWS:
-        if not rows.get_rows(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), _arg(a, 6),
+        if not _rows(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), _arg(a, 6),
                              _arg(a, 7), _arg(a, 8), _arg(a, 9), _arg(a, 10), t, n_threads):  # fmt: skip
             atomic_store(control + BAD, _arg(a, 11) + 1)
     elif op == SUM_ROWS:
-        rows.sum_rows(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), t, n_threads)
+        _sum_rows(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), t, n_threads)
     elif op == NORM:
-        rows.norm(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), _float_arg(a, 6), t, n_threads)
+        _norm(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), _float_arg(a, 6), t, n_threads)
     elif op == ADD_ID:
-        if not rows.add_id(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), _arg(a, 6), _arg(a, 7),
+        if not _add_id(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), _arg(a, 6), _arg(a, 7),
                            _arg(a, 8), _arg(a, 9), _arg(a, 10), _arg(a, 11), t, n_threads):  # fmt: skip
             atomic_store(control + BAD, _arg(a, 12) + 1)
     elif op == UNPACK:
-        if not products.get_rows(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), _arg(a, 6),
+        if not _packed_rows(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), _arg(a, 6),
                                  _arg(a, 7), _arg(a, 8), _arg(a, 9), scratch, t, n_threads):  # fmt: skip
             atomic_store(control + BAD, _arg(a, 10) + 1)
     elif op == ROPE_TABLE:
-        if not rows.rope_table(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), _arg(a, 6),
+        if not _rope_table(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), _arg(a, 6),
                                _arg(a, 7), t, n_threads):  # fmt: skip
             atomic_store(control + BAD, _arg(a, 8) + 1)
     elif op == ARANGE:
-        rows.arange(_float_arg(a, 0), _float_arg(a, 1), _arg(a, 2), _arg(a, 3), t, n_threads)
+        _arange(_float_arg(a, 0), _float_arg(a, 1), _arg(a, 2), _arg(a, 3), t, n_threads)
     elif op == NARROW:
-        rows.narrow(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), t, n_threads)
+        _narrow(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), t, n_threads)
     elif op == WIDEN:
-        rows.widen(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), t, n_threads)
+        _widen(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), t, n_threads)
     elif op == ARGMAX:
-        rows.largest(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), t, n_threads)
+        _largest(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), t, n_threads)
 
 
 @njit(nogil=True)
@@ -292,6 +319,6 @@ def call(what, a, b, c, d, e, f, g, h):  # type: ignore[no-untyped-def]
     elif what == WAKE:
         _wake(a, _FUTEX)
     elif what == PACK_ROWS:
-        packing.pack_rows(a, b, c, d, e, f)
+        _pack_rows(a, b, c, d, e, f)
     elif what == UNPACK_ROWS:
-        packing.unpack_rows(a, b, c, d, e, f, g, h)
+        _unpack_rows(a, b, c, d, e, f, g, h)
