@@ -135,8 +135,7 @@ class Client:
         try:
             return self.wait(seq, CONNECT_S)
         except DeadlineExceeded:
-            asleep = self._quiet if self._open_s is None else self._clock.now_s() - self._open_s > QUIET_S
-            if not asleep:
+            if not self._quiet and (self._open_s is None or self._clock.now_s() - self._open_s <= QUIET_S):
                 raise
         self.note(f"{self.endpoint} answers nothing; waiting for it, {limits.RETURN_S:.0f} s at most")
         return self.wait(seq, limits.RETURN_S - CONNECT_S)
