@@ -77,7 +77,7 @@ def ours(s: Scenario, model: Path, threads: int, cache: Path) -> dict[str, float
 
     Cold: the file's hashes are not known yet. Cached: they are; workers of this host read the file itself either way.
     """
-    each = ["--workers", str(s.rpc), "-t", "1"] if s.rpc else ["--workers", "1", "-t", str(threads)]
+    each = ["--workers", str(s.rpc), "-t", str(s.rpc)] if s.rpc else ["--workers", "1", "-t", str(threads)]
     command = [sys.executable, "-m", "ggmq", "bench", "-m", str(model), "-p", str(s.prompt), "-n", str(s.gen), "-d",
                str(s.depth), "--streams", str(s.streams), "-r", "1", "-o", "json", *each]  # fmt: skip
     return run(command, {"LLAMA_CACHE": str(cache), "XDG_CACHE_HOME": str(cache)} if s.name.startswith("load") else None)
@@ -210,7 +210,7 @@ def stages_against_one(args: argparse.Namespace) -> list[Row]:
     for _ in range(args.rounds):
         for n, found in rates.items():
             command = [sys.executable, "-m", "ggmq", "bench", "-m", str(model), "-p", "128", "-n", "64", "-r", "1", "-o",
-                       "json", "--workers", str(n), "-t", "1"]  # fmt: skip
+                       "json", "--workers", str(n), "-t", str(n)]  # fmt: skip
             found.append(run(command)["decode_tok_s"])
     two, one = statistics.median(rates[2]), statistics.median(rates[1])
     return [Row("2 workers x 1 thread ÷ 1 x 1, both ours", "decode_tok_s", two, one, 0.95)]

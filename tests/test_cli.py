@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ggmq.cli.options import local_threads
 from ggmq.cluster import Client
 from protocol import messages as m
 from protocol.errors import OutOfMemory
@@ -90,8 +91,18 @@ def test_the_first_command_of_the_readme_tells_a_story() -> None:
     r = ggmq("run", "-p", "Once upon a time", "-n", "40", "--temp", "0")
     assert r.returncode == 0, r.stderr
     assert r.stdout.startswith(STORY)
-    for word in ("load", "prefill", "decode", "tokens/s", "0-1 + embedding on local0 CPU", "2-3 + output on local1 CPU"):
+    for word in ("load", "prefill", "decode", "tokens/s", "0-3 + embedding + output on local0 CPU"):
         assert word in r.stderr
+    two = ggmq("run", "-p", "Once upon a time", "-n", "40", "--temp", "0", "--workers", "2")
+    assert two.stdout == r.stdout and "0-1 + embedding on local0 CPU" in two.stderr and "2-3 + output on local1 CPU" in two.stderr
+
+
+def test_threads_are_those_of_all_local_workers() -> None:
+    base = ("run", "-p", "Tom", "-n", "1", "--temp", "0", "--device", "reference")
+    few = ggmq(*base, "-t", "1", "--workers", "1").stderr
+    many = ggmq(*base, "-t", "64", "--workers", "2").stderr
+    assert "cores" not in few and re.search(r"note    64 threads on \d+ cores: .*use fewer with -t", many), many
+    assert [local_threads(n, w) for n, w in ((5, 2), (1, 3), (4, 1))] == [[3, 2], [1, 1, 1], [4]]
 
 
 def test_the_same_seed_gives_the_same_text() -> None:
@@ -187,7 +198,7 @@ def test_a_worker_that_has_the_file_is_sent_nothing(workers: list[Worker], tmp_p
 
 
 def test_bench_and_profile(tmp_path: Path) -> None:
-    done = subprocess.run([*GGMQ, "bench", "-p", "70", "-n", "4", "--streams", "3", "-r", "1", "-o", "json"], cwd=ROOT,
+    done = subprocess.run([*GGMQ, "bench", "-p", "70", "-n", "4", "--streams", "3", "-r", "1", "-o", "json", "--workers", "2"], cwd=ROOT,
                           capture_output=True, text=True, timeout=120, env={**os.environ, "GGMQ_PROFILE": "1"})  # fmt: skip
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
@@ -219,7 +230,8 @@ def test_unequal_memories_and_too_little_memory() -> None:
 
 
 def _long_run(*more: str | Path) -> subprocess.Popen[str]:
-    command = [*GGMQ, "run", "-p", "Once", "--temp", "0", "--ignore-eos", "--device", "reference", *map(str, more)]
+    command = [*GGMQ, "run", "-p", "Once", "--temp", "0", "--ignore-eos", "--device", "reference", "--workers", "2",
+               *map(str, more)]  # fmt: skip
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

@@ -60,7 +60,7 @@ def _replay(args: argparse.Namespace) -> int:
     for path in args.cases:
         require_file(path)
     with local_bus() as bus:
-        bus.spawn(args.device, local_threads(args.threads, 1))
+        bus.spawn(args.device, local_threads(args.threads, 1)[0])
         client = bus.start()
         for path in args.cases:
             for r in replay(client, path):

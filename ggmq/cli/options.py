@@ -6,6 +6,7 @@ import argparse
 import math
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from config.auth import find_keys
@@ -131,22 +132,20 @@ def host_memory() -> tuple[int, int]:
     return total, free
 
 
-def local_threads(wanted: int, n_workers: int) -> int:
-    """Threads of each of `n_workers` local workers: as said, else the cores divided among them."""
-    if wanted:
-        return wanted
-    return max(1, n_cores() // max(1, n_workers))
+def local_threads(wanted: int, n_workers: int) -> list[int]:
+    """Threads of each local worker: of `wanted` in all, else of the cores of this host; each has one at least."""
+    total = wanted or n_cores()
+    return [max(1, total // n_workers + (i < total % n_workers)) for i in range(n_workers)]
 
 
-def cpus_of(i: int, n_threads: int, n_workers: int) -> str:
+def cpus_of(i: int, threads: Sequence[int]) -> str:
     """CPUs for local worker `i`. Errors: ConfigError when there are not enough for every thread, or none can be chosen."""
     if not hasattr(os, "sched_getaffinity"):
         raise ConfigError("--pin: this system cannot keep threads on CPUs")
-    cpus = sorted(os.sched_getaffinity(0))
-    if n_threads * n_workers > len(cpus):
-        raise ConfigError(f"--pin: {n_workers} workers of {n_threads} threads need {n_threads * n_workers} CPUs, "
-                          f"this host has {len(cpus)}; use fewer with -t")  # fmt: skip
-    return ",".join(map(str, cpus[i * n_threads : (i + 1) * n_threads]))
+    cpus, first = sorted(os.sched_getaffinity(0)), sum(threads[:i])
+    if sum(threads) > len(cpus):
+        raise ConfigError(f"--pin: {sum(threads)} threads need as many CPUs, this host has {len(cpus)}; use fewer with -t")
+    return ",".join(map(str, cpus[first : first + threads[i]]))
 
 
 def require_file(path: Path) -> Path:

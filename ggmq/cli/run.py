@@ -34,11 +34,13 @@ def add_bus(p: argparse.ArgumentParser) -> None:
     """Options that say which devices take part."""
     p.add_argument("--rpc", type=endpoints, metavar="HOST:PORT,...", help="workers that listen on other hosts")
     p.add_argument("--broker", metavar="ENDPOINT", help="a broker that runs elsewhere (tcp://HOST:PORT)")
-    p.add_argument("--workers", type=whole(0, 64), help="local workers (default: 2, with --rpc none)")
+    p.add_argument("--workers", type=whole(0, 64),
+                   help="local workers (default: 1, as many as --worker-mem names, or none with --rpc)")  # fmt: skip
     p.add_argument("--device", default="CPU", help="device of the local workers (default CPU)")
     p.add_argument("--worker-mem", type=lambda t: [whole(1)(x) for x in t.split(",")], metavar="MIB,...",
                    help="memory that each local worker lends (default: what is free)")  # fmt: skip
-    p.add_argument("-t", "--threads", type=whole(1, 1024), default=0, help="threads of each local worker")
+    p.add_argument("-t", "--threads", type=whole(1, 1024), default=0,
+                   help="threads of the local workers together (default: all cores)")  # fmt: skip
     p.add_argument("--pin", action="store_true", help="keep each thread of the local workers on a CPU of its own")
     p.add_argument("--cache", action="store_true", help="local workers keep weights in a cache instead of reading the file")
     p.add_argument("-ngl", "--n-gpu-layers", "--gpu-layers", dest="ngl", type=whole(0), metavar="N",

@@ -25,7 +25,7 @@ from protocol.dtypes import GGMLType
 from protocol.errors import ConfigError, GgmqError
 
 MIB = 1 << 20
-DEFAULT_WORKERS = 2
+DEFAULT_WORKERS = 1
 DRAIN_S = 0.5
 
 
@@ -98,25 +98,28 @@ def open_bus(args: argparse.Namespace, n_layers: int, model: Path) -> Iterator[t
         return
     rpc: Sequence[str] = args.rpc or ()
     keep_here = bool(rpc) and args.ngl is not None and args.ngl < n_layers
-    n_local = args.workers if args.workers is not None else (0 if rpc else DEFAULT_WORKERS)
+    unsaid = 0 if rpc else len(args.worker_mem or ()) or DEFAULT_WORKERS
+    n_local = args.workers if args.workers is not None else unsaid
     if not rpc and not n_local:
         raise ConfigError("--workers 0: expected at least one worker here, or some with --rpc")
     with local_bus(keys) as bus:
         threads = local_threads(args.threads, n_local + keep_here)
+        if sum(threads) > n_cores():
+            note(f"{sum(threads)} threads on {n_cores()} cores: they wait for each other; use fewer with -t or --workers")
         # workers of this host read the file themselves, unless they are to keep a cache
         extra = ["--cache"] if args.cache else ["--model-dir", str(model.parent)]
         if n_local + keep_here >= n_cores():  # a worker that looks out for work would take a core from one that has some
             extra += ["--spin-us", "0"]
 
         def pinned(i: int) -> list[str]:
-            return ["--cpus", cpus_of(i, threads, n_local + keep_here)] if args.pin else []
+            return ["--cpus", cpus_of(i, threads)] if args.pin else []
 
         for i in range(n_local):
             memory = args.worker_mem[i] if args.worker_mem and i < len(args.worker_mem) else 0
-            bus.spawn(args.device, threads, [*extra, *pinned(i), *(["-m", str(memory)] if memory else [])])
+            bus.spawn(args.device, threads[i], [*extra, *pinned(i), *(["-m", str(memory)] if memory else [])])
         for endpoint in rpc:
             bus.add_remote(endpoint)
-        host = bus.spawn(args.device, threads, [*extra, *pinned(n_local)]) if keep_here else ""
+        host = bus.spawn(args.device, threads[n_local], [*extra, *pinned(n_local)]) if keep_here else ""
         yield bus.start(), bus.names, host
 
 

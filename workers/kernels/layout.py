@@ -75,10 +75,10 @@ OP_NAMES = ("QUANTIZE", "MUL_MAT", "MUL_MAT_ID", "elementwise", "RMS_NORM", "ele
             "FLASH_ATTN_EXT", "FLASH_ATTN_EXT merge", "ARGMAX", "SOFT_MAX", "TOP_K", "GET_ROWS", "SUM_ROWS", "NORM",
             "ADD_ID", "ARANGE", "to F16", "from F16", "ROPE table", "GET_ROWS of packed rows")  # fmt: skip
 
-(GENERATION, PHASE, ARRIVED, PROGRAM, FIRST, LAST, STOP, ASLEEP, SCRATCH, SCRATCH_BYTES, PROFILE, BAD,
- CLOCK) = range(0, 13 * 64, 64)  # fmt: skip
+(GENERATION, PHASE, ARRIVED, PROGRAM, FIRST, LAST, STOP, ASLEEP, SCRATCH, SCRATCH_BYTES, PROFILE, BAD, CLOCK,
+ DOZING) = range(0, 14 * 64, 64)  # fmt: skip
 """Byte offsets of the words that the team shares, each on a cache line of its own."""
-CONTROL_BYTES = 13 * 64
+CONTROL_BYTES = 14 * 64
 
 LEAD, HELP, WAKE, PACK_ROWS, UNPACK_ROWS = range(5)
 """What the one compiled function can be called for."""

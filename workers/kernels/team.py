@@ -25,6 +25,7 @@ from workers.kernels.layout import (
     BAD,
     BY_ROW,
     CLOCK,
+    DOZING,
     ELEMENTWISE,
     FIRST,
     GENERATION,
@@ -70,7 +71,8 @@ from workers.kernels.simd import (
 )
 
 SPINS = 2000
-YIELD_AFTER = 20_000
+SPINS_TO_MEET = 4000
+"""Some 100 microseconds: more than threads with a core each are apart."""
 
 _FUTEX = {"x86_64": 202, "aarch64": 98}.get(platform.machine(), -1) if sys.platform == "linux" else -1
 _WAIT, _WAKE = 128, 129
@@ -114,19 +116,27 @@ def _now_ns(room):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True)
-def _meet(control, n_threads):  # type: ignore[no-untyped-def]
-    """Wait until all threads are here."""
+def _meet(control, n_threads, futex):  # type: ignore[no-untyped-def]
+    """Wait until all threads are here. Who waits long sleeps: another may need this core to get here."""
     phase = atomic_load(control + PHASE)
     if atomic_add(control + ARRIVED, 1) == n_threads - 1:
         atomic_store(control + ARRIVED, 0)
         atomic_add(control + PHASE, 1)
+        if futex >= 0 and atomic_add(control + DOZING, 0) > 0:
+            _syscall(futex, control + PHASE, _WAKE, _EVERYONE, 0, 0, 0)
         return
     spins = 0
     while atomic_load(control + PHASE) == phase:
         pause()
         spins += 1
-        if spins > YIELD_AFTER:
-            _sched_yield()
+        if spins > SPINS_TO_MEET:
+            if futex < 0:
+                _sched_yield()
+                continue
+            atomic_add(control + DOZING, 1)
+            if atomic_load(control + PHASE) == phase:
+                _syscall(futex, control + PHASE, _WAIT, phase & 0xFFFFFFFF, 0, 0, 0)
+            atomic_add(control + DOZING, -1)
 
 
 @njit(nogil=True)
@@ -249,7 +259,7 @@ def _step(op, a, control, scratch, t, n_threads):  # type: ignore[no-untyped-def
 
 
 @njit(nogil=True)
-def _run(control, t, n_threads):  # type: ignore[no-untyped-def]
+def _run(control, t, n_threads, futex):  # type: ignore[no-untyped-def]
     """One thread's share of the steps that the shared words name."""
     program, first, last = load64(control + PROGRAM), load64(control + FIRST), load64(control + LAST)
     scratch = load64(control + SCRATCH) + t * load64(control + SCRATCH_BYTES)
@@ -258,7 +268,7 @@ def _run(control, t, n_threads):  # type: ignore[no-untyped-def]
     for i in range(first, last):
         step = program + 8 * WORDS * i
         if n_threads > 1 and load64(step + 8):
-            _meet(control, n_threads)
+            _meet(control, n_threads, futex)
         if profile != 0 and t == 0:
             start = _now_ns(clock)
             _step(load64(step), step + 16, control, scratch, t, n_threads)
@@ -266,7 +276,7 @@ def _run(control, t, n_threads):  # type: ignore[no-untyped-def]
         else:
             _step(load64(step), step + 16, control, scratch, t, n_threads)
     if n_threads > 1:
-        _meet(control, n_threads)
+        _meet(control, n_threads, futex)
 
 
 @njit(nogil=True)
@@ -276,7 +286,7 @@ def _lead(control, n_threads, futex):  # type: ignore[no-untyped-def]
         atomic_add(control + GENERATION, 1)
         if atomic_add(control + ASLEEP, 0) > 0 and futex >= 0:
             _syscall(futex, control + GENERATION, _WAKE, _EVERYONE, 0, 0, 0)
-    _run(control, 0, n_threads)
+    _run(control, 0, n_threads, futex)
 
 
 @njit(nogil=True)
@@ -299,7 +309,7 @@ def _help(control, t, n_threads, futex):  # type: ignore[no-untyped-def]
         seen += 1
         if atomic_load(control + STOP):
             return
-        _run(control, t, n_threads)
+        _run(control, t, n_threads, futex)
 
 
 @njit(nogil=True)
