@@ -230,8 +230,7 @@ def test_unequal_memories_and_too_little_memory() -> None:
 
 
 def _long_run(*more: str | Path) -> subprocess.Popen[str]:
-    command = [*GGMQ, "run", "-p", "Once", "--temp", "0", "--ignore-eos", "--device", "reference", "--workers", "2",
-               *map(str, more)]  # fmt: skip
+    command = [*GGMQ, "run", "-p", "Once", "--temp", "0", "--ignore-eos", "--device", "reference", *map(str, more)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -242,7 +241,7 @@ def _await_text(p: subprocess.Popen[str], n: int = 30) -> None:
 
 
 def test_a_killed_worker_ends_the_run_with_a_clear_message() -> None:
-    p = _long_run()
+    p = _long_run("--workers", "2")
     _await_text(p)
     worker, *others = children_of(p.pid)
     start = time.monotonic()
@@ -255,7 +254,7 @@ def test_a_killed_worker_ends_the_run_with_a_clear_message() -> None:
 
 @pytest.mark.parametrize(("sig", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)])
 def test_nothing_stays_behind_after_a_signal(sig: signal.Signals, code: int) -> None:
-    p = _long_run()
+    p = _long_run("--workers", "2")
     _await_text(p)
     workers = children_of(p.pid)
     assert len(workers) == 2
