@@ -94,7 +94,8 @@ def test_the_first_command_of_the_readme_tells_a_story() -> None:
     for word in ("load", "prefill", "decode", "tokens/s", "0-3 + embedding + output on local0 CPU"):
         assert word in r.stderr
     two = ggmq("run", "-p", "Once upon a time", "-n", "40", "--temp", "0", "--workers", "2")
-    assert two.stdout == r.stdout and "0-1 + embedding on local0 CPU" in two.stderr and "2-3 + output on local1 CPU" in two.stderr
+    assert two.stdout == r.stdout
+    assert "0-1 + embedding on local0 CPU" in two.stderr and "2-3 + output on local1 CPU" in two.stderr
 
 
 def test_threads_are_those_of_all_local_workers() -> None:
@@ -198,8 +199,9 @@ def test_a_worker_that_has_the_file_is_sent_nothing(workers: list[Worker], tmp_p
 
 
 def test_bench_and_profile(tmp_path: Path) -> None:
-    done = subprocess.run([*GGMQ, "bench", "-p", "70", "-n", "4", "--streams", "3", "-r", "1", "-o", "json", "--workers", "2"], cwd=ROOT,
-                          capture_output=True, text=True, timeout=120, env={**os.environ, "GGMQ_PROFILE": "1"})  # fmt: skip
+    command = [*GGMQ, "bench", "-p", "70", "-n", "4", "--streams", "3", "-r", "1", "-o", "json", "--workers", "2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "GGMQ_PROFILE": "1"})  # fmt: skip
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["prefill_tok_s"] > 0 and result["decode_tok_s"] > 0 and result["workers"] == 2
