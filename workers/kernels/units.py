@@ -21,6 +21,7 @@ from workers.kernels.exports import EXPORTS, Export
 from workers.kernels.layout import KINDS, N_QUANTIZED, N_WORDS, TEAM, UNITS
 from workers.kernels.pieces import PIECES, compiled, link, nowhere
 
+NESTED = ("products", "packing")
 _OF_FORMATS = {t.name for t in KINDS[:N_QUANTIZED]}
 
 
@@ -44,16 +45,17 @@ def exports_of(unit: str) -> dict[str, Export]:
 def compile_unit(unit: str, folder: Path) -> None:
     """Write a unit's objects and its note.
 
-    Numba optimises each function together with all that it calls. Done for every function on the way up that would take
-    minutes; so they are made without, and only those that are called from outside are optimised, which hold all others.
+    Numba optimises each function together with all that it calls. Where many call each other, they are made without first,
+    and only those that are called from outside are optimised, which hold all others.
     """
     objects, note = [], []
     if names := pieces_of(unit):
         objects.append(compiled(names))
         note.append({"exports": {name: name for name in names}, "unused": []})
     for name, e in exports_of(unit).items():
-        _optimise(0)
-        e.dispatcher.compile(e.arguments)
+        if unit in NESTED:
+            _optimise(0)
+            e.dispatcher.compile(e.arguments)
         _optimise(3)
         made = cfunc(e.returns(*e.arguments), nopython=True)(e.dispatcher.py_func)
         code = made._library._compiled_object or made._library._get_compiled_object()
