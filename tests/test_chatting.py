@@ -22,7 +22,7 @@ from ggmq.tokenizer import Vocabulary
 from protocol.errors import FormatError
 from tests.ggmq.test_chat import with_template
 from tests.support.fixtures import BUNDLED, ROOT
-from tests.support.processes import GGMQ
+from tests.support.processes import GGMQ, children_of
 from tests.support.terminal import ALT_ENTER, CTRL_C, CTRL_D, ENTER, LEFT, UP, Terminal, pasted
 
 RUN = [*GGMQ, "run", "--temp", "0", "--workers", "1"]
@@ -165,6 +165,45 @@ def test_ctrl_c_stops_an_answer_and_what_was_typed_meanwhile_is_the_next_message
     assert messages[0]["content"] == "Once upon a time" and "Lily" in messages[1]["content"]
 
 
+def test_ctrl_c_while_a_long_message_is_read_keeps_what_was_before_it(tmp_path: Path) -> None:
+    saved = tmp_path / "talk.json"
+    with Terminal([*RUN, "--workers", "2", "--device", "reference", "-c", "4096", "-n", "3"]) as t:
+        t.until(PROMPT)
+        t.type("The dog" + ENTER)
+        t.until(CUT)
+        t.until(PROMPT)
+        t.type(pasted("\n".join(f"Tom saw {i} dogs" for i in range(300))) + ENTER)
+        t.until("299 dogs")
+        time.sleep(1)  # the reference device takes far longer than this
+        t.type("The cat" + ENTER + CTRL_C)
+        t.until("stopped before the answer began; the message was not kept")
+        t.until(CUT)
+        t.type(f"/save {saved}" + ENTER)
+        t.until("wrote")
+        t.type(CTRL_D)
+        assert t.ended() == 0
+    assert [m["content"] for m in json.loads(saved.read_text()) if m["role"] == "user"] == ["The dog", "The cat"]
+
+
+def test_a_chat_outlives_its_worker_so_that_it_can_be_saved(tmp_path: Path) -> None:
+    saved = tmp_path / "talk.json"
+    with Terminal([*RUN, "-c", "4096", "-n", "4"]) as t:
+        t.until(PROMPT)
+        t.type("The dog" + ENTER)
+        t.until(CUT)
+        t.until(PROMPT)
+        for child in children_of(t.process.pid):
+            if b"workers" in Path(f"/proc/{child}/cmdline").read_bytes():
+                os.kill(child, signal.SIGKILL)
+        t.type("The cat" + ENTER)
+        t.until(r"\nggmq: .*local0")
+        t.type(f"/save {saved}" + ENTER)
+        t.until("wrote")
+        t.type(CTRL_D)
+        assert t.ended() == 0
+    assert len(json.loads(saved.read_text())) == 2
+
+
 @pytest.mark.parametrize(("end", "code"), [(CTRL_C, 0), (CTRL_D, 0), (signal.SIGTERM, 130), (signal.SIGINT, 130)],
                          ids=["ctrl-c", "ctrl-d", "term", "int"])  # fmt: skip
 def test_a_chat_ends_at_an_empty_prompt_and_leaves_the_terminal_as_it_was(end: str | signal.Signals, code: int) -> None:
@@ -251,6 +290,17 @@ def test_a_history_that_cannot_be_kept_costs_no_chat(tmp_path: Path) -> None:
         t.until(CUT)
         t.type(CTRL_D)
         assert t.ended() == 0
+
+
+def test_a_terminal_that_only_prints_will_do() -> None:
+    with Terminal([*RUN, "-n", "3"], env={"TERM": "dumb"}) as t:
+        t.until(PROMPT)
+        for typed, words in (("The dog", CUT), ("/context", "1 turn kept")):
+            t.type(typed + ENTER)
+            t.until(words)
+            t.until(PROMPT)
+        t.type(CTRL_D)
+        assert t.ended() == 0 and "\x1b[J" not in t.raw and "2004" not in t.raw and re.search(r"\nload +\d", t.text), t.raw
 
 
 def test_the_editor_is_loaded_for_a_chat_only() -> None:

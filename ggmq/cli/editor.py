@@ -38,7 +38,7 @@ class Editor:
     def __init__(self, stream: TextIO, history: Path, note: Callable[[str], None]) -> None:
         self._stream, self._fd = stream, sys.stdin.fileno()
         self._session = _session(stream, _history(history, note))
-        self._paste = os.environ.get("TERM", "dumb") not in ("", "dumb", "unknown")
+        self._paste = not _is_dumb()
 
     def __enter__(self) -> Self:
         self._before = termios.tcgetattr(self._fd)
@@ -88,9 +88,17 @@ def _session(stream: TextIO, history: History) -> PromptSession[str]:
                          output=_output(stream), reserve_space_for_menu=0, enable_suspend=True)  # fmt: skip
 
 
-def _output(stream: TextIO) -> Output:
+def _is_dumb() -> bool:
+    return os.environ.get("TERM", "dumb").lower() in ("", "dumb", "unknown")
+
+
+def _output(stream: TextIO) -> Output | None:
+    """What draws the line; None for a terminal that knows no more than to print, for which the library has its own way."""
     from prompt_toolkit.data_structures import Size
     from prompt_toolkit.output.vt100 import Vt100_Output
+
+    if _is_dumb():
+        return None
 
     def size() -> Size:
         try:
