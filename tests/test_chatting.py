@@ -281,6 +281,16 @@ def test_a_paste_during_an_answer_is_one_message_too(tmp_path: Path) -> None:
     assert [m["content"] for m in json.loads(saved.read_text()) if m["role"] == "user"] == ["Once upon a time", long]
 
 
+def test_what_is_typed_while_the_model_loads_is_answered() -> None:
+    with Terminal([*RUN, "-n", "3"]) as t:
+        t.type("The dog" + ENTER + "/context" + ENTER + "/con")
+        t.until("1 turn kept")
+        t.type("text" + ENTER)
+        t.until("1 turn kept")
+        t.type(CTRL_D)
+        assert t.ended() == 0
+
+
 def test_a_history_that_cannot_be_kept_costs_no_chat(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with Terminal([*RUN, "-n", "3"], env={"XDG_STATE_HOME": str(tmp_path / "file")}) as t:

@@ -114,6 +114,24 @@ def test_what_is_not_cached_is_one_line_of_what_to_do(hub: Path) -> None:
                 assert r.returncode == code and re.fullmatch(rf"ggmq: {prefix}{name}: .*{words}.*\n", r.stderr), r.stderr
 
 
+@pytest.mark.parametrize(("refusal", "words"), [
+    ((403, "GatedRepo"), "its terms have to be accepted on the hub's page of it; then set HF_TOKEN"),
+    ((404, "EntryNotFound"), "the hub did not give it: .*404"),
+], ids=["gated", "gone"])  # fmt: skip
+def test_a_hub_that_refuses_is_told_in_a_line(hub: Path, refusal: tuple[int, str], words: str) -> None:
+    with stand_in(REPO, {"m-Q8_0.gguf": MODEL}, [], refusal) as endpoint:
+        r = ggmq(hub, "pull", REPO, HF_ENDPOINT=endpoint)
+    assert r.returncode == 1 and re.fullmatch(f"ggmq: {REPO}: {words}.*\n", r.stderr), r.stderr
+
+
+def test_a_cache_that_cannot_be_written_is_told_in_a_line(hub: Path) -> None:
+    (hub / "file").write_text("")
+    with stand_in(REPO, {"m-Q8_0.gguf": MODEL}, []) as endpoint:
+        r = ggmq(hub / "file", "pull", REPO, HF_ENDPOINT=endpoint)
+    assert r.returncode == 1, r.stderr
+    assert re.fullmatch(f"ggmq: {REPO}: .*file.*: .*; HF_HOME says where the cache lies\n", r.stderr), r.stderr
+
+
 def test_pull_downloads_list_shows_and_rm_removes(hub: Path) -> None:
     half = len(MODEL) // 2
     files = {"README.md": b"#", "m-Q8_0.gguf": MODEL, "big-F16-00001-of-00002.gguf": MODEL[:half],

@@ -37,10 +37,13 @@ def add_to_cache(hub: Path, repo: str, files: Mapping[str, bytes], commit: str =
 
 
 @contextlib.contextmanager
-def stand_in(repo: str, files: Mapping[str, bytes], asked: list[str]) -> Iterator[str]:
+def stand_in(
+    repo: str, files: Mapping[str, bytes], asked: list[str], refusal: tuple[int, str] | None = None
+) -> Iterator[str]:
     """A server that is no hub but answers the requests that huggingface_hub makes for a public repository.
 
-    `asked` gets each request's method and path. Returns: its address, for HF_ENDPOINT.
+    `asked` gets each request's method and path; `refusal` is a status and the hub's name for it, given instead of files.
+    Returns: its address, for HF_ENDPOINT.
     """
 
     class Handler(BaseHTTPRequestHandler):
@@ -61,6 +64,8 @@ def stand_in(repo: str, files: Mapping[str, bytes], asked: list[str]) -> Iterato
             if path == f"/api/models/{repo}":
                 info = {"id": repo, "siblings": [{"rfilename": f} for f in files]}
                 self._send(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
+            elif path.startswith(resolve) and refusal:
+                self._send(refusal[0], b"{}", {"X-Error-Code": refusal[1]})
             elif path.startswith(resolve) and name in files:
                 data = files[name]
                 self._send(200, data, {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": commit_of(7)})
