@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from ggmq.runner import MAX_TRIES, Runner
 from ggmq.sampling import Sampler, SamplingParams
@@ -42,6 +43,7 @@ class Engine:
         n_batch: tokens of a prompt that go through the stages at once.
         end_ids: tokens after which a sequence is over.
         n_failed: steps in a row that a worker's silence ended.
+        cut: what ended the last text before the model did: `limit` (n_predict), `context` (it is full), or nothing.
     """
 
     runner: Runner
@@ -49,6 +51,7 @@ class Engine:
     n_batch: int = 512
     timings: Timings = field(default_factory=Timings)
     n_failed: int = 0
+    cut: Literal["", "limit", "context"] = ""
     _sequence: Conversation | None = None
 
     def start(self, tokens: Sequence[int], params: SamplingParams) -> None:
@@ -114,12 +117,13 @@ class Engine:
             t.decode_tokens, t.decode_s = t.decode_tokens + n, t.decode_s + seconds
 
     def generate(self, n_predict: int) -> Iterator[int]:
-        """Tokens until `n_predict` (negative: no bound), an end token, or a full context."""
-        n = 0
+        """Tokens until `n_predict` (negative: no bound), an end token, or a full context; `cut` tells which."""
+        n, self.cut = 0, ""
         while n_predict < 0 or n < n_predict:
             sequence = self._sequence
             assert sequence is not None  # start comes first
             if len(sequence.tokens) > self.runner.n_ctx:
+                self.cut = "context"
                 return
             token = self.step()
             if token is None:
@@ -128,6 +132,12 @@ class Engine:
                 return
             n += 1
             yield token
+        self.cut = "limit"
+
+    def abandon(self) -> None:
+        """End what was interrupted on the workers, so that the next text can begin. Errors: Unavailable as the client's."""
+        self.runner.client.cancel()
+        self.runner.client.settle()
 
 
 def chosen_seed(seed: int) -> int | None:

@@ -56,7 +56,7 @@ def _terminated(signum: int, frame: FrameType | None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from ggmq.cli import bench, clusters, inspect, logits, run
+    from ggmq.cli import bench, clusters, inspect, logits, models, run
 
     p = Parser(
         prog="ggmq",
@@ -69,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = p.add_subparsers(metavar="COMMAND", required=True)
     run.add(commands)
     commands.add_parser("worker", help="lend devices of this host (the same as the command `worker`)", add_help=False)
+    models.add(commands)
     clusters.add(commands)
     inspect.add(commands)
     logits.add(commands)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from config.terminal import for_stream
-from ggmq.chat import ChatTemplate, Message
+from ggmq.cli.chatting import chat
 from ggmq.cli.clusters import apply_cluster
 from ggmq.cli.options import (
     add_model,
@@ -104,7 +104,7 @@ def _run(args: argparse.Namespace) -> int:
             if prompt is not None:
                 _answer(args, engine, vocabulary, params, prompt)
             else:
-                _chat(args, engine, vocabulary, params)
+                chat(args, engine, vocabulary, params)
         finally:
             _print_timings(s, engine)
     return 0
@@ -130,37 +130,6 @@ def _stream(args: argparse.Namespace, engine: Engine, vocabulary: Vocabulary) ->
     rest = decoder.finish()
     print(rest, end="", flush=True)
     return "".join([*text, rest])
-
-
-def _chat(args: argparse.Namespace, engine: Engine, vocabulary: Vocabulary, params: SamplingParams) -> None:
-    """Read lines, answer each. A model without a template continues the text instead. Ctrl-C ends an answer."""
-    messages: list[Message] = [{"role": "system", "content": args.system_prompt}] if args.system_prompt else []
-    template = ChatTemplate(vocabulary) if vocabulary.chat_template else None
-    terminal = sys.stdin.isatty()
-    if terminal:
-        kind = "Chat" if template else "This model has no chat template: it continues what you write"
-        print(f"{kind}. Ctrl-D ends it, Ctrl-C stops an answer.", file=sys.stderr)
-    while True:
-        try:
-            line = input("> " if terminal else "")
-        except EOFError:
-            print()
-            return
-        if not line.strip():
-            continue
-        messages.append({"role": "user", "content": line})
-        try:
-            if template is not None:
-                line = template.render(messages, enable_thinking=args.reasoning != "off")
-            tokens = vocabulary.encode(line)
-            engine.start(tokens, params)
-            answer = _stream(args, engine, vocabulary)
-        except KeyboardInterrupt:
-            if not terminal:
-                raise
-            answer = ""
-        print(flush=True)
-        messages.append({"role": "assistant", "content": answer})
 
 
 def _print_timings(s: Session, engine: Engine) -> None:
