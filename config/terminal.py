@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
+import os
 import re
 import sys
-from typing import NoReturn, TextIO
+from typing import TextIO
 
 # C0 and C1 with DEL, what turns the direction of writing around, and halves of characters that no encoding takes
 _UNSAFE = "\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff"
@@ -50,8 +50,25 @@ def accept_any_text() -> None:
                 stream.reconfigure(errors=errors)
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser of the command line whose refusals are safe too."""
+def open_streams() -> None:
+    """Put /dev/null where standard input, output or error is closed, so that no socket comes to lie there."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(fd, True)
+    os.close(fd)
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
 
-    def error(self, message: str) -> NoReturn:
-        super().error(safe_line(message))
+
+def flushed(stream: TextIO) -> bool:
+    """Whether a stream has taken all that was printed; if it has not, the rest is dropped, so that nothing is said of it
+    when the process ends."""
+    try:
+        stream.flush()
+    except OSError:
+        with contextlib.suppress(OSError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+        return False
+    return True

@@ -55,7 +55,7 @@ def test_a_stage_that_sleeps_is_waited_for_and_the_text_is_the_same(stage: int) 
 
 
 def test_a_chat_goes_on_after_its_worker_slept() -> None:
-    command = [*GGMQ, "run", "--temp", "0", "-n", "8", "--workers", "1"]
+    command = [*GGMQ, "run", "-cnv", "--temp", "0", "-n", "8", "--workers", "1"]
     texts = []
     for pause_s in (0.0, 3.0):
         with started(command, stdin=subprocess.PIPE, **PIPES) as p:

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from config.auth import find_keys
+from config.commandline import Parser
 from config.keys import default_key_file
-from config.terminal import Parser, accept_any_text, print_line
+from config.terminal import accept_any_text, open_streams, print_line
 from protocol.errors import ConfigError, GgmqError
 from protocol.messages import DeviceInfo
 from workers.cache import DEFAULT_QUOTA_BYTES, Cache, ModelFolder, cache_folder
@@ -105,6 +106,7 @@ def default_threads() -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `worker`. Returns the exit code."""
+    open_streams()
     accept_any_text()
     args = parser().parse_args(argv)
     try:
