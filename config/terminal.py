@@ -7,7 +7,7 @@ import io
 import os
 import re
 import sys
-from typing import TextIO
+from typing import Any, TextIO
 
 # C0 and C1 with DEL, what turns the direction of writing around, and halves of characters that no encoding takes
 _UNSAFE = "\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff"
@@ -58,6 +58,28 @@ def open_streams() -> None:
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
+
+
+class _Output(io.FileIO):
+    """Standard output, whose failures say that it was it."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as e:
+            e.filename = "standard output"
+            raise
+
+
+def name_output() -> None:
+    """Have an OSError of standard output name it. What stands in for it, as in a test, stays."""
+    old = sys.stdout
+    if type(old) is io.TextIOWrapper and old.fileno() == 1:
+        old.flush()
+        raw = _Output(1, "w", closefd=False)
+        kept = raw if old.write_through else io.BufferedWriter(raw)
+        sys.stdout = io.TextIOWrapper(kept, old.encoding, old.errors, line_buffering=old.line_buffering,
+                                      write_through=old.write_through)  # fmt: skip
 
 
 def flushed(stream: TextIO) -> bool:

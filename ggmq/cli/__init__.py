@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from config.commandline import Parser
-from config.terminal import accept_any_text, flushed, open_streams, print_line
+from config.terminal import accept_any_text, flushed, name_output, open_streams, print_line
 from ggmq import __version__
 from protocol.errors import ConfigError, GgmqError, InternalError
 
@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.execv(sys.executable, [sys.executable, "-m", "workers", *argv[1:]])
     open_streams()
     accept_any_text()
+    name_output()
     # a shell starts background jobs with SIGINT ignored; ours still ends, and its workers with it
     for s in (signal.SIGINT, signal.SIGTERM):
         signal.signal(s, _terminated)
@@ -57,8 +58,7 @@ def _guarded(argv: Sequence[str]) -> int:
     except OSError as e:  # a file that cannot be read or written, a full disk: whatever we did, it is the system's answer
         if os.environ.get("GGMQ_DEBUG"):
             raise
-        place = e.filename if e.filename is not None else None if flushed(sys.stdout) else "standard output"
-        _say(f"ggmq: {f'{place}: ' if place is not None else ''}{e.strerror or e}")
+        _say(f"ggmq: {f'{e.filename}: ' if e.filename is not None else ''}{e.strerror or e}")
         return 1
     except Exception as e:
         if os.environ.get("GGMQ_DEBUG"):

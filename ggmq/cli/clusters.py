@@ -51,7 +51,8 @@ def add(commands: Any) -> None:
     add_security(s)
     s.set_defaults(run=_status)
     b = commands.add_parser("broker", help="a broker that several clients share", description="Run a broker.")
-    b.add_argument("--listen", default="tcp://127.0.0.1:5555", metavar="ENDPOINT", help="(default %(default)s)")
+    b.add_argument("--listen", type=endpoint, default="tcp://127.0.0.1:5555", metavar="ENDPOINT",
+                   help="(default %(default)s)")  # fmt: skip
     b.add_argument("--rpc", type=endpoints, default=[], metavar="HOST:PORT,...", help="workers that listen")
     b.add_argument("--tag", default="", help=argparse.SUPPRESS)
     add_security(b)
