@@ -14,6 +14,10 @@ _UNSAFE = "\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff"
 _IN_TEXT = re.compile(f"[{_UNSAFE}]")
 _IN_LINE = re.compile(f"[{_UNSAFE}\t\n\u2028\u2029]")
 
+OUTPUT = "standard output"
+NO_READER = 141
+"""The exit code when whoever read the output has gone: as a shell has it for programs that SIGPIPE ends."""
+
 
 def safe_text(text: str) -> str:
     r"""Text whose control characters are written out (`\x1b`); newline and tab stay as they are."""
@@ -67,7 +71,7 @@ class _Output(io.FileIO):
         try:
             return super().write(data)
         except OSError as e:
-            e.filename = "standard output"
+            e.filename = OUTPUT
             raise
 
 

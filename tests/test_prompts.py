@@ -14,7 +14,7 @@ import pytest
 
 from tests.ggmq.test_chat import with_template
 from tests.support.fixtures import BUNDLED, ROOT
-from tests.support.processes import GGMQ, started
+from tests.support.processes import GGMQ, WORKER, started
 
 RUN = [*GGMQ, "run", "--workers", "1", "--device", "reference", "-n", "4", "--temp", "0"]
 ROLES = "{% for m in messages %}{{ m.role }}: {{ m.content }}|{% endfor -%}"
@@ -237,3 +237,15 @@ def test_a_context_beyond_the_trained_one_is_noted() -> None:
     note = b"note    -c 600: stories.gguf was trained with a context of 512 tokens"
     assert note in run("-p", "Tom", "-c", "600").stderr
     assert b"note" not in run("-p", "Tom", "-c", "512").stderr
+
+
+@pytest.mark.parametrize("args", [["--device"], ["-p", "0", "-d", "reference"]])
+def test_a_worker_says_what_its_output_did(args: list[str]) -> None:
+    with open("/dev/full", "wb") as full:
+        r = subprocess.run([*WORKER, *args], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, timeout=60)
+    assert (r.returncode, r.stderr) == (1, b"worker: standard output: No space left on device\n")
+    there, here = os.pipe()
+    os.close(there)
+    r = subprocess.run([*WORKER, *args], cwd=ROOT, stdout=here, stderr=subprocess.PIPE, timeout=60)
+    os.close(here)
+    assert (r.returncode, r.stderr) == (141, b"")

@@ -1,7 +1,6 @@
 """The command line: `ggmq COMMAND`; every command ends with an exit code and never with a traceback.
 
-Exit codes: 0 done, 1 failed, 2 wrong use or configuration, 130 interrupted, 141 when whoever read the output has gone (as a
-shell has it for programs that SIGPIPE ends).
+Exit codes: 0 done, 1 failed, 2 wrong use or configuration, 130 interrupted, 141 when whoever read the output has gone.
 """
 
 from __future__ import annotations
@@ -15,11 +14,9 @@ from collections.abc import Sequence
 from types import FrameType
 
 from config.commandline import Parser
-from config.terminal import accept_any_text, flushed, name_output, open_streams, print_line
+from config.terminal import NO_READER, accept_any_text, flushed, name_output, open_streams, print_line
 from ggmq import __version__
 from protocol.errors import ConfigError, GgmqError, InternalError
-
-NO_READER = 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
