@@ -68,7 +68,8 @@ def add(commands: Any) -> None:
     p.add_argument("-f", "--file", metavar="FILE", help="take the prompt from a file, or from standard input (-), without "
                    "the newline at its end")  # fmt: skip
     p.add_argument("-e", "--escape", action=argparse.BooleanOptionalAction, default=True,
-                   help=r"expand \n, \r, \t, \', \", \\ and \xHH in a prompt, a file's or pipe's too (the default)")
+                   help=r"expand \n, \r, \t, \', \", \\ and \xHH in a prompt, a file's or pipe's too "
+                   "(the default)")  # fmt: skip
     p.add_argument("-cnv", "--conversation", action="store_const", const=True,
                    help="use a chat template (the default for a model that has one; ChatML for one without); what comes "
                    "through a pipe is a chat then, a line each turn")  # fmt: skip
