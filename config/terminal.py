@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
+import os
 import re
 import sys
-from typing import NoReturn, TextIO
+from typing import Any, TextIO
 
 # C0 and C1 with DEL, what turns the direction of writing around, and halves of characters that no encoding takes
 _UNSAFE = "\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff"
 _IN_TEXT = re.compile(f"[{_UNSAFE}]")
 _IN_LINE = re.compile(f"[{_UNSAFE}\t\n\u2028\u2029]")
+
+OUTPUT = "standard output"
+NO_READER = 141
+"""The exit code when whoever read the output has gone: as a shell has it for programs that SIGPIPE ends."""
 
 
 def safe_text(text: str) -> str:
@@ -50,8 +54,47 @@ def accept_any_text() -> None:
                 stream.reconfigure(errors=errors)
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser of the command line whose refusals are safe too."""
+def open_streams() -> None:
+    """Put /dev/null where standard input, output or error is closed, so that no socket comes to lie there."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(fd, True)
+    os.close(fd)
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
 
-    def error(self, message: str) -> NoReturn:
-        super().error(safe_line(message))
+
+class _Output(io.FileIO):
+    """Standard output, whose failures say that it was it."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as e:
+            e.filename = OUTPUT
+            raise
+
+
+def name_output() -> None:
+    """Have an OSError of standard output name it. What stands in for it, as in a test, stays."""
+    old = sys.stdout
+    if type(old) is io.TextIOWrapper and old.fileno() == 1:
+        old.flush()
+        raw = _Output(1, "w", closefd=False)
+        kept = raw if old.write_through else io.BufferedWriter(raw)
+        sys.stdout = io.TextIOWrapper(kept, old.encoding, old.errors, line_buffering=old.line_buffering,
+                                      write_through=old.write_through)  # fmt: skip
+
+
+def flushed(stream: TextIO) -> bool:
+    """Whether a stream has taken all that was printed; if it has not, the rest is dropped, so that nothing is said of it
+    when the process ends."""
+    try:
+        stream.flush()
+    except OSError:
+        with contextlib.suppress(OSError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+        return False
+    return True

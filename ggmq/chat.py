@@ -113,7 +113,7 @@ class ChatTemplate:
             "depth": "nests too deep",
             "refused": f"{refused}: {text}",
         }.get(failed, f"ended the process that rendered it: {failed}")
-        raise FormatError(f"{self._where} {story}; give a prompt with -p, or use a model with another template")
+        raise FormatError(f"{self._where} {story}; use no template with --raw, or a model with another one")
 
     def _stop(self) -> None:
         if self._end is not None:

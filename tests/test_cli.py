@@ -117,8 +117,8 @@ def test_the_text_does_not_depend_on_workers_device_or_batch() -> None:
     assert one == ggmq("run", "-p", STORY, "-n", "30", "--temp", "0", "--device", "reference").stdout
 
 
-def test_without_a_prompt_lines_are_answered() -> None:
-    r = ggmq("run", "--temp", "0", "-n", "5", stdin="Once upon\nThe dog\n")
+def test_lines_of_a_pipe_are_turns_of_a_chat_that_is_asked_for() -> None:
+    r = ggmq("run", "-cnv", "--temp", "0", "-n", "5", stdin="Once upon\nThe dog\n")
     assert r.returncode == 0 and len(r.stdout.splitlines()) >= 2
 
 
@@ -145,8 +145,8 @@ def test_a_prompt_from_a_file_loses_one_newline_and_nothing_else(tmp_path: Path)
     (tmp_path / "p.txt").write_bytes(b"One\r\nday\n\n")
     assert shown("-f", tmp_path / "p.txt") == b"One\r\nday\n"
     (tmp_path / "p.txt").write_bytes(rb"One\tday\x21" + b"\xff")
-    assert shown("-p", "Tom", "-f", tmp_path / "p.txt") == "One\tday!\ufffd".encode()
-    assert shown("--no-escape", "-f", tmp_path / "p.txt", "-p", "Tom") == b"Tom"
+    assert shown("-f", tmp_path / "p.txt") == "One\tday!\ufffd".encode()
+    assert shown("--no-escape", "-f", tmp_path / "p.txt") == rb"One\tday\x21" + "\ufffd".encode()
     r = ggmq("run", "-f", tmp_path / "none.txt")
     assert r.returncode == 2 and f"{tmp_path / 'none.txt'}: no such file" in r.stderr and "Traceback" not in r.stderr
 
@@ -343,7 +343,7 @@ def test_a_busy_port_and_a_port_with_no_worker(workers: list[Worker]) -> None:
     (["run", "-p", "x", "-ts", "0,0"], 2, "shares"), (["run", "-p", "x", "-m", "README.md"], 1, "expected the mark"),
     (["run", "-p", "", "-m", str(BUNDLED), "--workers", "0"], 2, "--workers 0"), (["plan", "nope.yaml"], 2, "nope.yaml"),
     (["run", "-p", "x", "-hf", "nonsense"], 2, "USER/REPO"), (["replay", "nope"], 2, "no such file"),
-    (["run", "-p", "x", "-f", "nope.txt"], 2, "no such file"), (["run", "-p", "x", "--device", "CUDA0"], 1, "CUDA0"),
+    (["run", "-f", "nope.txt"], 2, "no such file"), (["run", "-p", "x", "--device", "CUDA0"], 1, "CUDA0"),
     (["logits", "--tokens", "README.md", "--out", "/dev/null"], 1, "int32 array"),
 ])  # fmt: skip
 def test_wrong_use_says_what_to_do(args: list[str], code: int, words: str) -> None:

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from config.auth import find_keys
+from config.commandline import Parser
 from config.keys import default_key_file
-from config.terminal import Parser, accept_any_text, print_line
+from config.terminal import NO_READER, OUTPUT, accept_any_text, flushed, name_output, open_streams, print_line
 from protocol.errors import ConfigError, GgmqError
 from protocol.messages import DeviceInfo
 from workers.cache import DEFAULT_QUOTA_BYTES, Cache, ModelFolder, cache_folder
@@ -105,15 +106,28 @@ def default_threads() -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `worker`. Returns the exit code."""
+    open_streams()
     accept_any_text()
-    args = parser().parse_args(argv)
+    name_output()
     try:
-        return _main(args)
+        code = _main(parser().parse_args(argv))
+        sys.stdout.flush()
+        return code
     except GgmqError as e:
         print_line(f"worker: {e}", file=sys.stderr)
         return 2 if isinstance(e, ConfigError) else 1
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        return NO_READER
+    except OSError as e:
+        if e.filename != OUTPUT:
+            raise
+        print_line(f"worker: {OUTPUT}: {e.strerror}", file=sys.stderr)
+        return 1
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            flushed(stream)
 
 
 def _main(args: argparse.Namespace) -> int:

@@ -1,18 +1,20 @@
 """The command line: `ggmq COMMAND`; every command ends with an exit code and never with a traceback.
 
-Exit codes: 0 done, 1 failed, 2 wrong use or configuration, 130 interrupted.
+Exit codes: 0 done, 1 failed, 2 wrong use or configuration, 130 interrupted, 141 when whoever read the output has gone.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
 from collections.abc import Sequence
 from types import FrameType
 
-from config.terminal import Parser, accept_any_text, print_line
+from config.commandline import Parser
+from config.terminal import NO_READER, accept_any_text, flushed, name_output, open_streams, print_line
 from ggmq import __version__
 from protocol.errors import ConfigError, GgmqError, InternalError
 
@@ -22,33 +24,58 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["worker"]:  # the worker's own process, with the worker's own options
         os.execv(sys.executable, [sys.executable, "-m", "workers", *argv[1:]])
+    open_streams()
     accept_any_text()
-    args = _parser().parse_args(argv)
+    name_output()
     # a shell starts background jobs with SIGINT ignored; ours still ends, and its workers with it
     for s in (signal.SIGINT, signal.SIGTERM):
         signal.signal(s, _terminated)
     try:
-        return int(args.run(args))
+        return _guarded(argv)
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            flushed(stream)
+
+
+def _guarded(argv: Sequence[str]) -> int:
+    """Run a command; what it raises becomes a line and an exit code."""
+    try:
+        code = _run(argv)
+        sys.stdout.flush()  # a full disk may only show itself now
+        return code
     except GgmqError as e:
-        print_line(f"ggmq: {e}", file=sys.stderr)
+        _say(f"ggmq: {e}")
         return 2 if isinstance(e, ConfigError) else 1
     except KeyboardInterrupt:
-        print("\nggmq: interrupted", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            print("\nggmq: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        sys.stderr.close()
-        return 1
+        return NO_READER
     except OSError as e:  # a file that cannot be read or written, a full disk: whatever we did, it is the system's answer
         if os.environ.get("GGMQ_DEBUG"):
             raise
-        print_line(f"ggmq: {f'{e.filename}: ' if e.filename is not None else ''}{e.strerror or e}", file=sys.stderr)
+        _say(f"ggmq: {f'{e.filename}: ' if e.filename is not None else ''}{e.strerror or e}")
         return 1
     except Exception as e:
         if os.environ.get("GGMQ_DEBUG"):
             raise
         bug = InternalError(f"{type(e).__name__}: {e}; this is a bug of ggmq, run again with GGMQ_DEBUG=1 and report it")
-        print_line(f"ggmq: {bug}", file=sys.stderr)
+        _say(f"ggmq: {bug}")
         return 1
+
+
+def _run(argv: Sequence[str]) -> int:
+    try:
+        args = _parser().parse_args(argv)
+        return int(args.run(args))
+    except SystemExit as e:  # argparse has printed help, or what was wrong
+        return int(e.code or 0)
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError):  # where errors cannot be told the exit code has to do
+        print_line(line, file=sys.stderr)
 
 
 def _terminated(signum: int, frame: FrameType | None) -> None:

@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 from config.terminal import safe_line
+from ggmq.cli import foreign
 from ggmq.cli.options import add_model, add_security, model_path, whole
 from ggmq.cli.run import add_bus
 from ggmq.cli.session import MIB, open_session, stage_line
@@ -19,6 +20,7 @@ from ggmq.measure import measure
 def add(commands: Any) -> None:
     about = "Measure prefill and decode of a model, alone or with several sequences."
     p = commands.add_parser("bench", help="rates of a model on these devices", description=about)
+    p.foreign = foreign.RUN
     add_model(p)
     p.add_argument("-p", "--n-prompt", type=whole(1), default=512, help="tokens of the prompt (default 512)")
     p.add_argument("-n", "--n-gen", type=whole(1), default=128, help="tokens to generate (default 128)")

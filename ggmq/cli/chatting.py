@@ -47,26 +47,31 @@ class Stopped(Exception):
     """Ctrl-C, while an answer was made."""
 
 
-def chat(args: argparse.Namespace, engine: Engine, vocabulary: Vocabulary, params: SamplingParams) -> None:
-    """Answer what comes on standard input: messages at a terminal, elsewhere a turn a line, without commands.
+def chat(
+    args: argparse.Namespace, engine: Engine, vocabulary: Vocabulary, params: SamplingParams,
+    template: ChatTemplate | None, first: str | None = None,
+) -> None:  # fmt: skip
+    """Answer `first`, if given, then what comes on standard input: messages at a terminal, elsewhere a turn a line, without
+    commands. With --single-turn one answer is all.
 
     At a terminal an error ends a turn, and the chat goes on; elsewhere it ends the chat.
     """
-    template = ChatTemplate(vocabulary) if vocabulary.chat_template else None
-    if args.system_prompt and template is None:
-        note("this model has no chat template, so it gets no system message")
     dialogue = Dialogue(vocabulary, template, args.system_prompt, args.reasoning != "off")
     talk = Chat(dialogue, engine, params, args.n_predict)
     stream = screen()
     if stream is None:
-        for line in sys.stdin:
+        for line in sys.stdin if first is None else [first, *sys.stdin]:
             if line.strip():
                 talk.answer(line.removesuffix("\n"))
+                if args.single_turn:
+                    return
         return
-    kind = "Chat" if template else "This model has no chat template: it continues what you write"
+    kind = "Chat" if template else "Without a chat template the model continues what you write"
     print(f"{kind}. /help lists the commands, Ctrl-D ends it, Ctrl-C stops an answer.", file=sys.stderr, flush=True)
     with Editor(stream, state_folder() / HISTORY, note) as editor:
-        while (text := editor.read()) is not None:
+        if first is not None:
+            talk.attempt(first)
+        while not (args.single_turn and dialogue.turns) and (text := editor.read()) is not None:
             if text.strip() and not talk.take(text):
                 return
 
@@ -83,15 +88,23 @@ class Chat:
     def take(self, text: str) -> bool:
         """Carry out a command or answer a message. Returns: whether the chat goes on."""
         command = _COMMAND.fullmatch(text)
+        if command is None:
+            self.attempt(text)
+            return True
         try:
-            if command is not None:
-                return self._obey(command[1].lower(), (command[2] or "").strip())
-            self.answer(text)
+            return self._obey(command[1].lower(), (command[2] or "").strip())
+        except GgmqError as e:
+            print_line(f"ggmq: {e}", file=sys.stderr)
+        return True
+
+    def attempt(self, question: str) -> None:
+        """Answer a message; what goes wrong is said, and ends the turn."""
+        try:
+            self.answer(question)
         except Stopped:
             note("stopped before the answer began; the message was not kept")
         except GgmqError as e:
             print_line(f"ggmq: {e}", file=sys.stderr)
-        return True
 
     def answer(self, question: str) -> None:
         """Answer a message and keep the turn, as far as it came if Ctrl-C ended it.

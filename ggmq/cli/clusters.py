@@ -21,7 +21,7 @@ from config.load import load_cluster
 from config.schema import ClusterFile, expanded
 from config.terminal import print_line, safe_line, safe_text
 from ggmq.archs import open_arch
-from ggmq.cli.options import BUNDLED, add_security, endpoints, host_memory, require_file
+from ggmq.cli.options import BUNDLED, add_security, endpoint, endpoints, host_memory, require_file
 from ggmq.cli.session import note
 from ggmq.cluster import connect, local_bus, own_broker
 from ggmq.gguf import GGUF
@@ -47,11 +47,12 @@ def add(commands: Any) -> None:
     s = commands.add_parser("status", help="workers, memory and layers of clusters",
                             description="Workers, memory and layers of the clusters that run.")  # fmt: skip
     s.add_argument("cluster", type=Path, nargs="?", metavar="CLUSTER.yaml", help="only this one")
-    s.add_argument("--broker", metavar="ENDPOINT", help="ask this broker instead")
+    s.add_argument("--broker", type=endpoint, metavar="ENDPOINT", help="ask this broker instead")
     add_security(s)
     s.set_defaults(run=_status)
     b = commands.add_parser("broker", help="a broker that several clients share", description="Run a broker.")
-    b.add_argument("--listen", default="tcp://127.0.0.1:5555", metavar="ENDPOINT", help="(default %(default)s)")
+    b.add_argument("--listen", type=endpoint, default="tcp://127.0.0.1:5555", metavar="ENDPOINT",
+                   help="(default %(default)s)")  # fmt: skip
     b.add_argument("--rpc", type=endpoints, default=[], metavar="HOST:PORT,...", help="workers that listen")
     b.add_argument("--tag", default="", help=argparse.SUPPRESS)
     add_security(b)

@@ -6,6 +6,7 @@ import argparse
 import math
 import os
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -67,17 +68,30 @@ def endpoints(text: str) -> list[str]:
     return out
 
 
-def text_file(name: str) -> str:
-    """An argparse type: what a file holds, as it is but for one newline at its end."""
+def endpoint(text: str) -> str:
+    """An argparse type: where a broker listens."""
+    if not re.fullmatch(r"(tcp|ipc)://[!-~]{1,256}", text):
+        raise argparse.ArgumentTypeError(f"expected tcp://HOST:PORT, got {text!r}")
+    return text
+
+
+def layers(text: str) -> int | None:
+    """An argparse type: how many layers, or None for all."""
+    return None if text in ("all", "auto") else whole(0)(text)
+
+
+def text_of(option: str, name: str) -> str:
+    """What a file (or standard input, `-`) holds, as it is but for one newline at its end. Errors: ConfigError."""
     try:
-        raw = Path(name).read_bytes()
+        raw = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     except OSError as e:
         why = "no such file" if isinstance(e, FileNotFoundError) else e.strerror
-        raise argparse.ArgumentTypeError(f"{name}: {why}") from e
+        raise ConfigError(f"{option} {name}: {why}") from None
     return raw.removesuffix(b"\n").decode("utf-8", "surrogateescape")
 
 
 _ESCAPE = re.compile(rb"\\(?:x([\s0-9A-Fa-f+-][0-9A-Fa-f])|([nrt'\"\\]))")
+_HALVES = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # of characters; those between stand for bytes
 _MEANS = {b"n": b"\n", b"r": b"\r", b"t": b"\t"}
 
 
@@ -87,13 +101,15 @@ def expanded(text: str) -> str:
     def meaning(match: re.Match[bytes]) -> bytes:
         return bytes([int(match[1], 16) & 0xFF]) if match[1] else _MEANS.get(match[2], match[2])
 
-    return _ESCAPE.sub(meaning, text.encode("utf-8", "surrogateescape")).decode("utf-8", "surrogateescape")
+    raw = _HALVES.sub("\ufffd", text).encode("utf-8", "surrogateescape")
+    return _ESCAPE.sub(meaning, raw).decode("utf-8", "surrogateescape")
 
 
 def add_model(p: argparse.ArgumentParser) -> None:
     g = p.add_mutually_exclusive_group()
     g.add_argument("-m", "--model", type=Path, metavar="FILE", help="GGUF file (default: the bundled story model)")
-    g.add_argument("-hf", "--hf-repo", metavar="USER/REPO[:QUANT]", help="model of the Hugging Face hub, downloaded once")
+    g.add_argument("-hf", "-hfr", "--hf-repo", metavar="USER/REPO[:QUANT]",
+                   help="model of the Hugging Face hub, downloaded once")  # fmt: skip
 
 
 def add_security(p: argparse.ArgumentParser) -> None:

@@ -273,7 +273,8 @@ def test_a_chat_takes_a_system_message_as_it_is_and_thinks_unless_said(tmp_path:
         assert r.returncode == 0, r.stderr
         return r.stdout.rstrip("\n")
 
-    on, line, written = (out("--no-display-prompt", "-p", p, "--no-escape") for p in ("Once upon a time", "Tom\n", r"Tom\n"))
+    on, line, written = (out("--raw", "--no-display-prompt", "-p", p, "--no-escape")
+                         for p in ("Once upon a time", "Tom\n", r"Tom\n"))  # fmt: skip
     assert len({on, line, written}) == 3
     assert out("-sys", r"Tom\n") == out("--reasoning", "on", "-sysf", str(system)) == on
     assert (out("-rea", "off", "-sysf", str(system)), out("--reasoning", "off", "-sys", r"Tom\n")) == (line, written)
@@ -281,7 +282,7 @@ def test_a_chat_takes_a_system_message_as_it_is_and_thinks_unless_said(tmp_path:
 
 def test_ctrl_c_ends_a_chat_whose_template_does_not(tmp_path: Path) -> None:
     model = with_template(tmp_path / "m.gguf", ENDLESS)
-    p = subprocess.Popen([*RUN, "-m", str(model)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    p = subprocess.Popen([*RUN, "-cnv", "-m", str(model)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                          stderr=subprocess.PIPE, text=True)  # fmt: skip
     assert p.stdin is not None
     p.stdin.write("Hi\n")

@@ -1,0 +1,110 @@
+"""What llama.cpp's programs take and `ggmq run` does not have: each named with what holds here instead."""
+
+from __future__ import annotations
+
+from config.commandline import Foreign
+
+_SAMPLERS = "the samplers here are --temp, --top-k, --top-p, --min-p and --repeat-penalty; leave it out"
+_WEIGHTS = "weights lie in the memory of the workers, whatever it says"
+_DRAFT = "there are no draft models here; leave it out"
+_TEXT_ONLY = "models here read text only; leave it out"
+_ROPE = "what the file says about positions holds; leave it out"
+_ADAPTERS = "merge it into the model first; leave it out here"
+_GRAMMAR = "answers cannot be bound to a grammar here; leave it out"
+_TEMPLATE = "the template of the model's file is the one that is used; --raw uses none"
+_THINKING = "--reasoning on|off is what can be said about thinking"
+_FIGURES = "figures go to standard error at the end; 2>/dev/null hides them"
+_LOG = "what is said goes to standard error; GGMQ_DEBUG=1 says more"
+_PINNING = "--pin keeps each thread on a CPU of its own"
+_PLACES = "whole layers are placed: -ngl, --tensor-split and --rpc say where"
+_FIT = "what does not fit is refused with the bytes that it needs; -c and --rpc change that"
+_CHAT_ONLY = "leave -p out to chat"
+
+_ROWS = (
+    # names, whether a value follows, whether it may be there, what holds here, values with which it says nothing
+    ("-fa --flash-attn", "maybe", True, "attention is computed in blocks, with or without it", ("on", "auto", "1")),
+    ("--jinja", "none", True, "", ()),
+    ("--no-jinja", "none", False, "templates are rendered as Jinja; leave it out, or use none with --raw", ()),
+    ("--warmup --no-warmup --simple-io --display-prompt", "none", True, "", ()),
+    ("--mlock --mmap --no-mmap -dio --direct-io -ndio --no-direct-io --no-host", "none", True, _WEIGHTS, ()),
+    ("-lm --load-mode", "one", True, _WEIGHTS, ("auto",)),
+    ("--repack", "none", True, "", ()),
+    ("-nr --no-repack", "none", True, "weights are packed when they are loaded, with or without it", ()),
+    ("-ub --ubatch-size", "one", True, "-b says how many tokens of a prompt go at once", ()),
+    ("-tb --threads-batch", "one", True, "-t says it for prompts too", ()),
+    ("-C --cpu-mask -Cr --cpu-range -Cb --cpu-mask-batch -Crb --cpu-range-batch", "one", False, _PINNING, ()),
+    ("--cpu-strict --cpu-strict-batch", "one", True, _PINNING, ("0",)),
+    ("--prio --prio-batch", "one", True, "`nice` starts a command with another priority", ("0",)),
+    ("--poll --poll-batch", "one", True, "`worker --spin-us` says how long a worker looks out for work", ("50",)),
+    ("--numa", "one", True, "`numactl` starts a command on a node; " + _PINNING, ()),
+    ("-ctk --cache-type-k -ctv --cache-type-v", "one", False, "the KV cache is f16 here; leave it out", ("f16",)),
+    ("-kvo --kv-offload", "none", True, "", ()),
+    ("-nkvo --no-kv-offload", "none", False, "the KV cache of a layer lies with its weights; leave it out", ()),
+    ("--swa-full -dt --defrag-thold", "maybe", True, "the KV cache is laid out by the model alone", ()),
+    ("-np --parallel", "one", False, "a run answers one conversation; `ggmq bench --streams` runs several", ("1",)),
+    ("--keep", "one", False, "a chat keeps its system message and drops its oldest turns; -c makes room", ("0",)),
+    ("--no-context-shift", "none", True, "", ()),
+    ("--context-shift", "none", False, "a chat drops its oldest turns instead; -c makes the context larger", ()),
+    ("-ctxcp --ctx-checkpoints --swa-checkpoints -cram --cache-ram", "one", True, "one conversation is kept", ()),
+    ("--list-devices", "none", False, "`ggmq worker --device` lists them", ()),
+    ("-ot --override-tensor -mg --main-gpu -ncmoe --n-cpu-moe", "one", False, _PLACES, ()),
+    ("-cmoe --cpu-moe", "none", False, _PLACES, ()),
+    ("-sm --split-mode", "one", False, _PLACES, ("layer",)),
+    ("--op-offload --no-op-offload", "none", True, "an op runs where its layer is", ()),
+    ("-fit --fit", "maybe", True, _FIT, ("on",)),
+    ("-fitt --fit-target -fitc --fit-ctx", "one", True, _FIT, ()),
+    ("--check-tensors", "none", True, "what a worker stores is held against its hash, always", ()),
+    ("--override-kv", "one", False, "keys are those of the file; change them there", ()),
+    ("--lora --lora-scaled --control-vector --control-vector-scaled --control-vector-layer-range", "one", False,
+     _ADAPTERS, ()),
+    ("-mu --model-url -dr --docker-repo", "one", False, "download it and give it with -m, or use -hf", ()),
+    ("-hff --hf-file", "one", False, "name its type instead: -hf USER/REPO:QUANT", ()),
+    ("-hft --hf-token", "one", False, "set HF_TOKEN in the environment", ()),
+    ("-cl --cache-list", "none", False, "`ggmq cache list` shows the weights that are kept", ()),
+    ("--log-disable --no-perf --perf --show-timings --no-show-timings", "none", True, _FIGURES, ()),
+    ("-v --verbose --log-verbose --log-prefix --no-log-prefix --log-timestamps --no-log-timestamps", "none", True, _LOG, ()),
+    ("-lv --verbosity --log-verbosity --log-colors", "one", True, _LOG, ()),
+    ("--log-file -o --output --output-file", "one", False, "send it there with > or 2>", ()),
+    ("-co --color", "maybe", True, "text is printed without colours", ("off", "auto")),
+    ("--verbose-prompt", "none", False, "`ggmq tokenize` shows the tokens of a text", ()),
+    ("-sp --special", "none", False, "special tokens are not printed; `ggmq tokenize` shows them", ()),
+    ("-bf --binary-file", "one", False, "-f takes any file as it is", ()),
+    ("-i --interactive -if --interactive-first -ins --instruct -cml --chatml", "none", False, _CHAT_ONLY, ()),
+    ("-mli --multiline-input", "none", False, "send several lines as one prompt with -f FILE or through a pipe", ()),
+    ("-r --reverse-prompt", "one", False, "an answer ends with the model's own end token, or after -n tokens", ()),
+    ("--in-prefix --in-suffix --chat-template --chat-template-file --chat-template-kwargs", "one", False, _TEMPLATE, ()),
+    ("--in-prefix-bos --skip-chat-parsing --no-prefill-assistant", "none", False, _TEMPLATE, ()),
+    ("--no-skip-chat-parsing", "none", True, "", ()),
+    ("--reasoning-format", "one", False, "thoughts stay in the text; leave it out", ("none",)),
+    ("--reasoning-effort --reasoning-budget-message", "one", False, _THINKING, ("default",)),
+    ("--reasoning-budget", "one", False, _THINKING, ("-1",)),
+    ("--reasoning-preserve --no-reasoning-preserve", "none", False, _THINKING, ()),
+    ("--samplers --sampler-seq --sampling-seq -l --logit-bias --adaptive-decay --mirostat-lr --mirostat-ent", "one", False,
+     _SAMPLERS, ()),
+    ("--presence-penalty --frequency-penalty --mirostat --xtc-probability --dry-multiplier --dynatemp-range", "one", False,
+     _SAMPLERS, ("0",)),
+    ("--typical --typical-p --dynatemp-exp", "one", False, _SAMPLERS, ("1",)),
+    ("--top-nsigma --top-n-sigma --adaptive-target", "one", False, _SAMPLERS, ("-1",)),
+    ("--xtc-threshold --dry-base --dry-allowed-length --dry-penalty-last-n --dry-sequence-breaker", "one", False,
+     _SAMPLERS, ()),
+    ("-bs --backend-sampling", "none", True, "the largest logits are picked on the worker already", ()),
+    ("--grammar --grammar-file -j --json-schema -jf --json-schema-file", "one", False, _GRAMMAR, ()),
+    ("--rope-scaling --rope-scale --rope-freq-base --rope-freq-scale --yarn-orig-ctx --yarn-ext-factor --yarn-attn-factor "
+     "--yarn-beta-slow --yarn-beta-fast -gan --grp-attn-n -gaw --grp-attn-w", "one", False, _ROPE, ()),
+    ("-mm --mmproj -mmu --mmproj-url --image --audio --video --image-min-tokens --image-max-tokens", "one", False,
+     _TEXT_ONLY, ()),
+    ("--no-mmproj --no-mmproj-auto --no-mmproj-offload", "none", True, "", ()),
+    ("-md --model-draft --draft --draft-n --draft-max --draft-min --draft-n-min --draft-p-min --draft-p-split -hfd -hfrd "
+     "--hf-repo-draft -td --threads-draft -ngld --gpu-layers-draft --n-gpu-layers-draft -devd --device-draft -ctkd "
+     "--cache-type-k-draft -ctvd --cache-type-v-draft --spec-type --spec-draft-model --spec-draft-n-max --spec-draft-n-min "
+     "-lcs --lookup-cache-static -lcd --lookup-cache-dynamic", "one", False, _DRAFT, ()),
+    ("--spec-default", "none", False, _DRAFT, ()),
+    ("--prompt-cache --slot-save-path", "one", False, "prompts are read anew in each run; leave it out", ()),
+    ("--prompt-cache-all --prompt-cache-ro", "none", False, "prompts are read anew in each run; leave it out", ()),
+    ("--server-base --host --port", "one", False, "this is no server; `--broker` and `--rpc` name what runs elsewhere", ()),
+)  # fmt: skip
+
+RUN = {
+    name: Foreign(story, value, taken, neutral) for names, value, taken, story, neutral in _ROWS for name in names.split()
+}
+"""Options that `ggmq run` is told about by people who know llama-cli."""
