@@ -49,10 +49,12 @@ class BrokerLoop:
     Threads: `run` in one thread; `listen` and `connect_worker` before it starts, `stop` from any.
     """
 
-    def __init__(self, software: str, context: zmq.Context[Any], keys: KeyPair | None = None) -> None:
+    def __init__(
+        self, software: str, context: zmq.Context[Any], keys: KeyPair | None = None, cluster: bytes = b""
+    ) -> None:
         self.context, self.keys = context, keys
         self.state = BrokerState(software, int(time.time()) & 0x3FFFFFFF, secrets.token_bytes(16),
-                                 secrets.randbits(48) << 8, secret=secrets.token_bytes(32))  # fmt: skip
+                                 secrets.randbits(48) << 8, secret=secrets.token_bytes(32), cluster=cluster)  # fmt: skip
         self.endpoints: list[str] = []
         self.children: dict[str, Callable[[], int | None]] = {}
         self.clock = LivedClock()

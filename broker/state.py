@@ -35,7 +35,7 @@ from broker.events import (
     WorkerEnded,
 )
 from broker.records import Client, Linking, Pair, Pending, PendingKey, Relay, Worker
-from protocol import PROTOCOL_VERSION, limits
+from protocol import PROTOCOL_VERSION, limits, tokens
 from protocol import messages as m
 from protocol.errors import (
     BY_CODE,
@@ -58,15 +58,17 @@ class BrokerState:
     """Attributes:
     token: names this broker to its workers; two brokers never have the same.
     secret: makes the tickets of relays, so that nobody can guess one.
+    cluster: the id of the cluster that this broker was started for; who says that he belongs to another one is refused.
     now_s: time of the last Tick.
     """
 
     def __init__(
         self, software: str, first_epoch: int, token: bytes = b"broker", first_session: int = 1,
-        deadline_s: float = limits.REQUEST_DEADLINE_S, secret: bytes = b"secret",
+        deadline_s: float = limits.REQUEST_DEADLINE_S, secret: bytes = b"secret", cluster: bytes = b"",
     ) -> None:  # fmt: skip
         self.software, self.next_epoch, self.deadline_s = software, first_epoch, deadline_s
-        self.token, self.next_session, self.secret = token, first_session, secret
+        self.token, self.next_session, self.secret = tokens.token(token, "broker", cluster), first_session, secret
+        self.cluster = cluster
         self.clients: dict[bytes, Client] = {}
         self.workers: dict[Link, Worker] = {}
         self.devices = Devices()
@@ -110,7 +112,7 @@ class BrokerState:
             unknown = rid not in self.clients and message.epoch and message.command != Command.ERROR
             return [self._refuse(rid, message, ProtocolError("HELLO: this broker does not know you"))] if unknown else []
         if isinstance(h, m.Hello):
-            return self._client_hello(rid, message, event.now_s)
+            return self._client_hello(rid, message, h, event.now_s)
         client = self.clients.get(rid)
         if client is None:
             raise ProtocolError(f"{message.command.name}: expected HELLO first")
@@ -150,14 +152,22 @@ class BrokerState:
         client.n_inflight += 1
         return [out]
 
-    def _client_hello(self, rid: bytes, message: Message, now_s: float) -> list[Instruction]:
+    def _client_hello(self, rid: bytes, message: Message, hello: m.Hello, now_s: float) -> list[Instruction]:
+        self._same_cluster(hello, "client")
         out = self._client_lost(rid, now_s)  # whoever says it again begins again
         if len(self.clients) >= limits.MAX_CLIENTS:
             raise Overloaded(f"HELLO: this broker has {limits.MAX_CLIENTS} clients; try again later")
         self.next_session += 1
         self.clients[rid] = Client(self.next_session)
-        hello = m.Hello(PROTOCOL_VERSION, "broker", session=self.next_session, software=self.software)
-        return [*out, ToClient(rid, message.answer(hello))]
+        proof = tokens.answer(hello.token, self.cluster)
+        answer = m.Hello(PROTOCOL_VERSION, "broker", proof, session=self.next_session, software=self.software)
+        return [*out, ToClient(rid, message.answer(answer))]
+
+    def _same_cluster(self, h: m.Hello, role: str) -> None:
+        """Errors: ProtocolError when somebody looks for the broker of another cluster."""
+        if tokens.of_a_cluster(h.token) and not tokens.belongs(h.token, role, self.cluster):
+            whose = "another cluster" if self.cluster else "a cluster, and this broker is of none"
+            raise ProtocolError(f"HELLO: expected a {role} of this broker's cluster, got one of {whose}")
 
     def _states(self) -> dict[Link, State]:
         """What the workers that are there do: ready or silent."""
@@ -388,9 +398,10 @@ class BrokerState:
         out: list[Instruction] = []
         if not event.bulk:
             try:
+                self._same_cluster(h, "worker")
                 known = self.devices.known(h.token)
                 self.devices.room_for(0 if known else len(h.devices))
-            except Overloaded as e:
+            except (Overloaded, ProtocolError) as e:
                 refusal = message.answer(m.Error(e.code, str(e)), command=Command.ERROR)
                 return [ToWorker(link, False, refusal), CloseLink(link)]
             for before in {e.link for e in known if e.link != link}:

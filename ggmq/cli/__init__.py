@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
+from config.installed import module_command, module_environment
 from config.terminal import Parser, accept_any_text, print_line
 from ggmq import __version__
 from protocol.errors import ConfigError, GgmqError, InternalError
@@ -21,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `ggmq`. Returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["worker"]:  # the worker's own process, with the worker's own options
-        os.execv(sys.executable, [sys.executable, "-m", "workers", *argv[1:]])
+        os.execve(sys.executable, [*module_command("workers"), *argv[1:]], module_environment())
     accept_any_text()
     args = _parser().parse_args(argv)
     # a shell starts background jobs with SIGINT ignored; ours still ends, and its workers with it

@@ -122,7 +122,7 @@ def _compile_apart(folder: Path) -> None:
     root = str(Path(__file__).resolve().parent.parent.parent)
     path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)
     env = {**os.environ, "PYTHONPATH": path}
-    done = subprocess.run([sys.executable, "-m", "workers.kernels.native", str(folder)], env=env, capture_output=True,
+    done = subprocess.run([sys.executable, "-P", "-m", "workers.kernels.native", str(folder)], env=env, capture_output=True,
                           text=True, check=False)  # fmt: skip
     if done.returncode:
         raise KernelError(f"kernels for this CPU: the compiler ended with code {done.returncode}; its last words: "
