@@ -14,7 +14,7 @@ from blake3 import blake3
 
 from config.auth import new_keys
 from config.installed import module_command, module_environment
-from config.keys import default_key_file, write_keys
+from config.keys import HOME_KEY_FILE, default_key_file, write_keys
 from config.terminal import print_line, safe_line, safe_text
 from ggmq.archs import open_arch
 from ggmq.archs.keys import READ, unread
@@ -126,6 +126,7 @@ def _keys(args: argparse.Namespace) -> int:
     path = args.keys or default_key_file()
     write_keys(path, new_keys())
     print_line(f"wrote {path}")
-    print_line("copy it to each host of the cluster, with mode 0600:")
-    print_line(f"  scp -p {shlex.quote(str(path))} HOST:{shlex.quote(str(default_key_file()))}")
+    print_line("copy it to each host of the cluster; with its name or address for HOST:")
+    print_line(f"  ssh HOST 'mkdir -p -m 700 {Path(HOME_KEY_FILE).parent}'")
+    print_line(f"  scp -p {shlex.quote(str(path))} HOST:{HOME_KEY_FILE}")
     return 0
