@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.fixtures import ROOT, free_port
+from tests.support.fixtures import ROOT
 from tests.support.processes import until
 from tests.test_cli import ggmq
 
@@ -39,7 +39,7 @@ STAND_IN_SCP = """#!/bin/sh
 """
 CLUSTER = """
 name: {name}
-broker: {{listen: "tcp://127.0.0.1:{port}"}}
+broker: {{listen: "tcp://127.0.0.1:0", advertise: "tcp://127.0.0.1:0"}}
 security: {{keys: {keys}}}
 workers:
   - {{name: here, devices: [reference]}}
@@ -87,7 +87,7 @@ def cluster(folder: Path, name: str, command: str = "") -> Path:
     path = folder / "c.yaml"
     keys = folder / "config" / "ggmq" / "cluster.key"
     named = f", command: {json.dumps(command)}" if command else ""
-    path.write_text(CLUSTER.format(name=name, port=free_port(), keys=keys, command=named))
+    path.write_text(CLUSTER.format(name=name, keys=keys, command=named))
     return path
 
 
@@ -147,6 +147,14 @@ def test_the_words_of_a_worker_that_ends_come_at_once(far: Far, tmp_path: Path, 
     assert up.returncode == 1 and re.search(f"ggmq: there/reference ended before .*{words}", up.stderr), up.stderr
     assert "ended broker" in up.stdout and "no cluster is up" in ggmq("status").stdout
     until(lambda: not far.connections())
+
+
+def test_a_broker_that_another_host_cannot_dial_is_named_before_anything_starts(far: Far, tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("workers:\n  - {name: there, launcher: ssh, host: me@far}\n")
+    up = ggmq("up", path)
+    assert up.returncode == 2 and "worker there on me@far cannot dial a broker at 127.0.0.1" in up.stderr, up.stderr
+    assert "broker.advertise" in up.stderr and "started" not in up.stdout and not far.log.exists()
 
 
 def test_a_host_that_refuses_is_named_with_its_words(far: Far, tmp_path: Path) -> None:

@@ -115,6 +115,14 @@ def _check_reach(file: Path, cluster: ClusterFile, keys: KeyPair | None) -> None
     if keys is None and not cluster.security.insecure and not (host == "localhost" or host.startswith("127.")):
         raise ConfigError(f"{file}: $.broker.listen: {host} can be reached from the network and there is no "
                           "cluster key; run `ggmq keys new`, or set security.insecure")  # fmt: skip
+    if cluster.broker.advertise or not (host in ("localhost", "0.0.0.0", "*") or host.startswith("127.")):
+        return
+    for i, w in enumerate(cluster.workers):
+        there = w.host.rpartition("@")[2]
+        if w.launcher == "ssh" and there != "localhost" and not there.startswith("127."):
+            raise ConfigError(f"{file}: $.workers[{i}].host: worker {w.name} on {w.host} cannot dial a broker at {host}: "
+                              "set broker.listen to tcp://0.0.0.0:0, and broker.advertise to tcp://ADDRESS:0 with the address "
+                              "of this host as the other sees it")  # fmt: skip
 
 
 # -- starting ----------------------------------------------------------------------------------------------------------
