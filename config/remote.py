@@ -112,7 +112,7 @@ _SCRIPT = """\
 nohup {command} >{log} 2>&1 </dev/null &
 worker=$!
 echo {tag} pid $worker
-(trap '' PIPE; while echo . 2>/dev/null; do sleep 1; done; kill $$) &
+(trap '' PIPE; n=0; while [ $n -lt 600 ] && echo . 2>/dev/null; do sleep 1; n=$((n+1)); done; kill $$) &
 listening=$!
 wait $worker
 code=$?
@@ -120,8 +120,8 @@ kill $listening
 echo {tag} ended $code
 tail -n 5 {log}
 """
-"""Starts a worker and waits for its end, or until nobody listens any more. It is read from standard input, so that neither
-the id nor the tag stands among the arguments of the shell."""
+"""Starts a worker and waits for its end, or until nobody listens any more, ten minutes at most. It is read from standard
+input, so that neither the id nor the tag stands among the arguments of the shell."""
 
 
 def _no_ssh() -> ConfigError:

@@ -121,8 +121,8 @@ def _check_reach(file: Path, cluster: ClusterFile, keys: KeyPair | None) -> None
         there = w.host.rpartition("@")[2]
         if w.launcher == "ssh" and there != "localhost" and not there.startswith("127."):
             raise ConfigError(f"{file}: $.workers[{i}].host: worker {w.name} on {w.host} cannot dial a broker at {host}: "
-                              "set broker.listen to tcp://0.0.0.0:0, and broker.advertise to tcp://ADDRESS:0 with the address "
-                              "of this host as the other sees it")  # fmt: skip
+                              "set broker.listen to tcp://0.0.0.0:0, and broker.advertise to tcp://ADDRESS:0 with the "
+                              "address of this host as the other sees it")  # fmt: skip
 
 
 # -- starting ----------------------------------------------------------------------------------------------------------
