@@ -40,6 +40,7 @@ from protocol import messages as m
 from protocol.errors import (
     BY_CODE,
     DeadlineExceeded,
+    ForeignCluster,
     GgmqError,
     HandleError,
     Overloaded,
@@ -164,10 +165,10 @@ class BrokerState:
         return [*out, ToClient(rid, message.answer(answer))]
 
     def _same_cluster(self, h: m.Hello, role: str) -> None:
-        """Errors: ProtocolError when somebody looks for the broker of another cluster."""
+        """Errors: ForeignCluster when somebody looks for the broker of another cluster."""
         if tokens.of_a_cluster(h.token) and not tokens.belongs(h.token, role, self.cluster):
             whose = "another cluster" if self.cluster else "a cluster, and this broker is of none"
-            raise ProtocolError(f"HELLO: expected a {role} of this broker's cluster, got one of {whose}")
+            raise ForeignCluster(f"HELLO: expected a {role} of this broker's cluster, got one of {whose}")
 
     def _states(self) -> dict[Link, State]:
         """What the workers that are there do: ready or silent."""
@@ -401,7 +402,7 @@ class BrokerState:
                 self._same_cluster(h, "worker")
                 known = self.devices.known(h.token)
                 self.devices.room_for(0 if known else len(h.devices))
-            except (Overloaded, ProtocolError) as e:
+            except (Overloaded, ForeignCluster) as e:
                 refusal = message.answer(m.Error(e.code, str(e)), command=Command.ERROR)
                 return [ToWorker(link, False, refusal), CloseLink(link)]
             for before in {e.link for e in known if e.link != link}:

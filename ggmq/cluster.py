@@ -26,7 +26,7 @@ from config.keys import KeyPair
 from ggmq import __version__
 from protocol import PROTOCOL_VERSION, limits, tokens
 from protocol import messages as m
-from protocol.errors import DeadlineExceeded, GgmqError, ProtocolError, Unavailable, WorkerLost, from_wire
+from protocol.errors import DeadlineExceeded, ForeignCluster, GgmqError, ProtocolError, Unavailable, WorkerLost, from_wire
 from protocol.frames import Frame, Message, decode, encode
 
 SOFTWARE = f"ggmq {__version__}"
@@ -56,7 +56,7 @@ class Client:
         self, context: zmq.Context[Any], endpoint: str, keys: KeyPair | None = None,
         note: Callable[[str], None] = lambda text: None, cluster: bytes = b"",
     ) -> None:  # fmt: skip
-        """`cluster`: the id of the one whose broker is meant. Errors: ProtocolError when another one answers."""
+        """`cluster`: the id of the one whose broker is meant. Errors: ForeignCluster when another one answers."""
         self.endpoint, self.note = endpoint, note
         self._token = tokens.token(secrets.token_bytes(tokens.NAME_BYTES), "client", cluster) if cluster else b""
         self._socket = new_socket(context, zmq.DEALER, keys if endpoint.startswith("tcp") else None, server=False)
@@ -82,7 +82,7 @@ class Client:
             hello = self._greet().header
             assert isinstance(hello, m.Hello)  # the decoder gives HELLO's reply this type
             if cluster and hello.token != tokens.answer(self._token, cluster):
-                raise ProtocolError("HELLO: the broker that answers belongs to another cluster, or to none")
+                raise ForeignCluster("HELLO: the broker that answers belongs to another cluster, or to none")
         except BaseException:
             self.close()
             raise
@@ -319,15 +319,13 @@ def connect(
 ) -> Client:
     """A session with a broker elsewhere; `cluster`: the id of the cluster that it must belong to.
 
-    Errors: DeadlineExceeded when nothing answers there, ProtocolError when another cluster's broker does.
+    Errors: DeadlineExceeded when nothing answers there, ForeignCluster when another cluster's broker does.
     """
     context: zmq.Context[Any] = zmq.Context.instance()
     try:
         return Client(context, endpoint, keys, note, cluster)
-    except ProtocolError as e:
-        if not cluster:
-            raise
-        raise ProtocolError(f"{endpoint}: expected this cluster's broker; {e}; `ggmq status` tells what is up") from None
+    except ForeignCluster as e:
+        raise ForeignCluster(f"{endpoint}: expected this cluster's broker; {e}; `ggmq status` tells what is up") from None
     except zmq.ZMQError as e:
         raise ProtocolError(f"{endpoint}: expected an endpoint such as tcp://host:5555, {e}") from None
 

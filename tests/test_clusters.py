@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from config.running import ClusterState, read_state, write_state
-from protocol.errors import ProtocolError
+from protocol.errors import ForeignCluster
 from tests.support.fixtures import ROOT, free_port
 from tests.support.processes import GGMQ, WORKER, await_devices, started, until
 
@@ -161,7 +161,7 @@ def test_a_client_finds_out_by_itself_that_a_broker_cannot_prove_itself() -> Non
     bus.broker.serve_in_thread()
     try:  # one that takes anybody in, and says back what it was told
         bus.broker.state._same_cluster = lambda h, role: None  # type: ignore[method-assign]
-        with pytest.raises(ProtocolError, match="the broker that answers belongs to another cluster, or to none"):
+        with pytest.raises(ForeignCluster, match="the broker that answers belongs to another cluster, or to none"):
             connect(bus.broker.endpoints[-1], cluster=b"\1" * 16)
         connect(bus.broker.endpoints[-1]).close()
     finally:
