@@ -61,6 +61,7 @@ class BrokerState:
     secret: makes the tickets of relays, so that nobody can guess one.
     cluster: the id of the cluster that this broker was started for; who says that he belongs to another one is refused.
     now_s: time of the last Tick.
+    notes: who came and went, and why, since whoever keeps a log took them.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class BrokerState:
         self.software, self.next_epoch, self.deadline_s = software, first_epoch, deadline_s
         self.token, self.next_session, self.secret = tokens.token(token, "broker", cluster), first_session, secret
         self.cluster = cluster
+        self.notes: list[str] = []
         self.clients: dict[bytes, Client] = {}
         self.workers: dict[Link, Worker] = {}
         self.devices = Devices()
@@ -160,6 +162,7 @@ class BrokerState:
             raise Overloaded(f"HELLO: this broker has {limits.MAX_CLIENTS} clients; try again later")
         self.next_session += 1
         self.clients[rid] = Client(self.next_session)
+        self.notes.append(f"client {self.next_session} is here ({hello.software or 'it says of no software'})")
         proof = tokens.answer(hello.token, self.cluster)
         answer = m.Hello(PROTOCOL_VERSION, "broker", proof, session=self.next_session, software=self.software)
         return [*out, ToClient(rid, message.answer(answer))]
@@ -248,6 +251,7 @@ class BrokerState:
         client = self.clients.pop(rid, None)
         if client is None:
             return []
+        self.notes.append(f"client {client.session} has gone")
         return self._drain(b"", client, Message(Command.DRAIN, m.Drain(client.session)), now_s)
 
     # -- links ---------------------------------------------------------------------------------------------------------
@@ -424,6 +428,7 @@ class BrokerState:
         worker.ready, worker.silent, worker.lost, worker.hello, worker.instance = True, "", "", None, h.token
         worker.pinged_s, worker.heard_s = 0.0, now_s
         self.devices.register(link, h)
+        self._note(link, "is ready")
         out: list[Instruction] = []
         for index, entry in self.devices.of(link):
             ended, entry.ended = entry.ended, set()
@@ -511,6 +516,8 @@ class BrokerState:
         worker = self.workers.get(link)
         if worker is None:
             return []
+        if worker.ready or worker.silent:
+            self._note(link, f"was lost: {reason}")
         worker.ready, worker.silent, worker.lost = False, "", reason
         out = self._fail_all(link, reason)
         for index, entry in self.devices.of(link):
@@ -524,9 +531,14 @@ class BrokerState:
     def _fall_silent(self, link: Link, worker: Worker, now_s: float) -> list[Instruction]:
         """Nothing of this epoch counts any more; when the worker answers again it is under the next one."""
         worker.silent = f"no answer to PING for {now_s - worker.pinged_s:.1f} s"
+        self._note(link, f"is silent: {worker.silent}")
         out = self._fail_all(link, worker.silent)
         worker.ready, worker.epoch = False, self._epoch()
         return [*out, self._say_hello(link, worker)]
+
+    def _note(self, link: Link, what: str) -> None:
+        devices = ", ".join(f"{e.info.worker} {e.info.name}" for _, e in self.devices.of(link))
+        self.notes.append(f"worker {devices} {what}" + (f" ({link})" if link.startswith("tcp://") else ""))
 
     # -- time ----------------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ import os
 import secrets
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from config.auth import new_socket, socket_folder
 from config.clock import LivedClock
 from config.installed import module_command, module_environment
 from config.keys import KeyPair
+from config.terminal import print_line
 from ggmq import __version__
 from protocol import PROTOCOL_VERSION, limits, tokens
 from protocol import messages as m
@@ -338,6 +340,7 @@ def own_broker(
     context: zmq.Context[Any] = zmq.Context()
     try:
         loop = BrokerLoop(SOFTWARE, context, keys, cluster)
+        loop.note = lambda text: print_line(f"ggmq broker: {text}", file=sys.stderr)
         loop.listen(listen)
         for host_port in remote:
             loop.connect_worker(f"tcp://{host_port}")

@@ -238,6 +238,18 @@ def test_logs_have_times_and_the_id_is_shown_nowhere(user: Callable[..., User]) 
     assert (u.state_home / "ggmq" / "timed.json").stat().st_mode & 0o777 == 0o600
 
 
+def test_the_brokers_log_says_who_came_who_went_and_why(user: Callable[..., User]) -> None:
+    u = user("noted")
+    assert u.up().returncode == 0
+    log = u.state_home / "ggmq" / "logs" / "noted" / "broker.log"
+    os.kill(u.pids["right/reference"], signal.SIGKILL)
+    until(lambda: "was lost" in log.read_text() and "has gone" in log.read_text())  # a client's end shows by its next PING
+    said = [line.split(" ", 2)[2] for line in log.read_text().splitlines()]
+    for words in (r"worker left reference is ready", r"worker right reference is ready", r"client \d+ is here \(ggmq .*\)",
+                  r"client \d+ has gone", r"worker right reference was lost: the connection was closed; .*"):  # fmt: skip
+        assert [x for x in said if re.fullmatch("ggmq broker: " + words, x)], said
+
+
 def test_one_up_at_a_time(user: Callable[..., User]) -> None:
     u = user("once")
     first = subprocess.Popen([*GGMQ, "up", str(u.file)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
