@@ -187,6 +187,7 @@ def test_a_host_that_does_not_answer_later_is_not_called_dead(far: Far, tmp_path
         assert up.returncode == 1 and "no route to host" in up.stderr and "started" not in up.stdout
         down = ggmq("down", path)
         assert down.returncode == 1 and "there/reference could not be ended: me@far" in down.stderr
+        assert "remove " + str(tmp_path / "state" / "ggmq" / "far-gone.json") in down.stderr
     finally:
         far.program(far.here / "ssh", before)
         down = ggmq("down", path)

@@ -274,7 +274,8 @@ def _end(state: ClusterState, processes: Sequence[Process], others: Sequence[Pro
             print_line(f"{'ended' if ran else 'was not running:'} {p.name}")
         except GgmqError as e:
             left.append(p)
-            print_line(f"ggmq: {p.name} could not be ended: {e}", file=sys.stderr)
+            print_line(f"ggmq: {p.name} could not be ended: {e}; `ggmq down` again when its host answers, or, if that "
+                       f"has gone for good, remove {running.state_path(state.name)}", file=sys.stderr)  # fmt: skip
     if left or others:
         running.write_state(msgspec.structs.replace(state, processes=[*others, *left[::-1]]))
     else:
