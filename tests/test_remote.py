@@ -10,6 +10,7 @@ import shlex
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -77,10 +78,12 @@ class Far:
 
 
 @pytest.fixture
-def far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Far:
+def far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Far]:
     found = Far(tmp_path)
     monkeypatch.setenv("PATH", f"{found.here}{os.pathsep}{os.environ['PATH']}")
-    return found
+    yield found
+    for log in Path("/tmp").glob("ggmq-far-*.log"):
+        log.unlink()
 
 
 def cluster(folder: Path, name: str, command: str = "") -> Path:
