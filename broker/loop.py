@@ -39,21 +39,28 @@ from protocol.frames import Frame, Message, decode, encode, prefix_of
 from protocol.messages import Command
 
 TICK_S = 0.1
+NOTED_S, MAX_NOTES = 10.0, 100
+"""In so many seconds at most so many notes: nobody fills a disk by knocking."""
 GONE = "the connection was closed; the worker was stopped or killed"
 
 
 class BrokerLoop:
     """Attributes:
     endpoints: what it listens on, with real ports.
+    note: told who comes and goes, and why.
     children: worker processes that were started here, by the name their devices have: how each one ended, None until then.
     Threads: `run` in one thread; `listen` and `connect_worker` before it starts, `stop` from any.
     """
 
-    def __init__(self, software: str, context: zmq.Context[Any], keys: KeyPair | None = None) -> None:
+    def __init__(
+        self, software: str, context: zmq.Context[Any], keys: KeyPair | None = None, cluster: bytes = b""
+    ) -> None:
         self.context, self.keys = context, keys
         self.state = BrokerState(software, int(time.time()) & 0x3FFFFFFF, secrets.token_bytes(16),
-                                 secrets.randbits(48) << 8, secret=secrets.token_bytes(32))  # fmt: skip
+                                 secrets.randbits(48) << 8, secret=secrets.token_bytes(32), cluster=cluster)  # fmt: skip
         self.endpoints: list[str] = []
+        self.note: Callable[[str], None] = lambda text: None
+        self._n_noted, self._noted_s = 0, 0.0
         self.children: dict[str, Callable[[], int | None]] = {}
         self.clock = LivedClock()
         self._listeners: list[Listener] = []
@@ -131,12 +138,21 @@ class BrokerLoop:
                 del self.children[name]
                 self._handle(WorkerEnded(name, GONE, now))
         self._handle(Tick(now))
+        if now - self._noted_s > NOTED_S:
+            if self._n_noted > MAX_NOTES:
+                self.note(f"{self._n_noted - MAX_NOTES} more came and went")
+            self._n_noted, self._noted_s = 0, now
         for listener in self._listeners:
             listener.guard()
         self._early = {t: e for t, e in self._early.items() if now - e[2] < limits.RECONNECT_S}
 
     def _handle(self, event: Event) -> None:
         self._do(self.state.handle(event))
+        for text in self.state.notes:
+            self._n_noted += 1
+            if self._n_noted <= MAX_NOTES:
+                self.note(text)
+        self.state.notes.clear()
 
     def _drain_socket(self, s: zmq.Socket[Any]) -> None:
         """Take in what has arrived, but not for ever: the other sockets get their turn."""

@@ -35,11 +35,12 @@ from broker.events import (
     WorkerEnded,
 )
 from broker.records import Client, Linking, Pair, Pending, PendingKey, Relay, Worker
-from protocol import PROTOCOL_VERSION, limits
+from protocol import PROTOCOL_VERSION, limits, tokens
 from protocol import messages as m
 from protocol.errors import (
     BY_CODE,
     DeadlineExceeded,
+    ForeignCluster,
     GgmqError,
     HandleError,
     Overloaded,
@@ -58,15 +59,19 @@ class BrokerState:
     """Attributes:
     token: names this broker to its workers; two brokers never have the same.
     secret: makes the tickets of relays, so that nobody can guess one.
+    cluster: the id of the cluster that this broker was started for; who says that he belongs to another one is refused.
     now_s: time of the last Tick.
+    notes: who came and went, and why, since whoever keeps a log took them.
     """
 
     def __init__(
         self, software: str, first_epoch: int, token: bytes = b"broker", first_session: int = 1,
-        deadline_s: float = limits.REQUEST_DEADLINE_S, secret: bytes = b"secret",
+        deadline_s: float = limits.REQUEST_DEADLINE_S, secret: bytes = b"secret", cluster: bytes = b"",
     ) -> None:  # fmt: skip
         self.software, self.next_epoch, self.deadline_s = software, first_epoch, deadline_s
-        self.token, self.next_session, self.secret = token, first_session, secret
+        self.token, self.next_session, self.secret = tokens.token(token, "broker", cluster), first_session, secret
+        self.cluster = cluster
+        self.notes: list[str] = []
         self.clients: dict[bytes, Client] = {}
         self.workers: dict[Link, Worker] = {}
         self.devices = Devices()
@@ -110,7 +115,7 @@ class BrokerState:
             unknown = rid not in self.clients and message.epoch and message.command != Command.ERROR
             return [self._refuse(rid, message, ProtocolError("HELLO: this broker does not know you"))] if unknown else []
         if isinstance(h, m.Hello):
-            return self._client_hello(rid, message, event.now_s)
+            return self._client_hello(rid, message, h, event.now_s)
         client = self.clients.get(rid)
         if client is None:
             raise ProtocolError(f"{message.command.name}: expected HELLO first")
@@ -150,14 +155,23 @@ class BrokerState:
         client.n_inflight += 1
         return [out]
 
-    def _client_hello(self, rid: bytes, message: Message, now_s: float) -> list[Instruction]:
+    def _client_hello(self, rid: bytes, message: Message, hello: m.Hello, now_s: float) -> list[Instruction]:
+        self._same_cluster(hello, "client")
         out = self._client_lost(rid, now_s)  # whoever says it again begins again
         if len(self.clients) >= limits.MAX_CLIENTS:
             raise Overloaded(f"HELLO: this broker has {limits.MAX_CLIENTS} clients; try again later")
         self.next_session += 1
         self.clients[rid] = Client(self.next_session)
-        hello = m.Hello(PROTOCOL_VERSION, "broker", session=self.next_session, software=self.software)
-        return [*out, ToClient(rid, message.answer(hello))]
+        self.notes.append(f"client {self.next_session} is here ({hello.software or 'it says of no software'})")
+        proof = tokens.answer(hello.token, self.cluster)
+        answer = m.Hello(PROTOCOL_VERSION, "broker", proof, session=self.next_session, software=self.software)
+        return [*out, ToClient(rid, message.answer(answer))]
+
+    def _same_cluster(self, h: m.Hello, role: str) -> None:
+        """Errors: ForeignCluster when somebody looks for the broker of another cluster."""
+        if tokens.of_a_cluster(h.token) and not tokens.belongs(h.token, role, self.cluster):
+            whose = "another cluster" if self.cluster else "a cluster, and this broker is of none"
+            raise ForeignCluster(f"HELLO: expected a {role} of this broker's cluster, got one of {whose}")
 
     def _states(self) -> dict[Link, State]:
         """What the workers that are there do: ready or silent."""
@@ -237,6 +251,7 @@ class BrokerState:
         client = self.clients.pop(rid, None)
         if client is None:
             return []
+        self.notes.append(f"client {client.session} has gone")
         return self._drain(b"", client, Message(Command.DRAIN, m.Drain(client.session)), now_s)
 
     # -- links ---------------------------------------------------------------------------------------------------------
@@ -388,9 +403,10 @@ class BrokerState:
         out: list[Instruction] = []
         if not event.bulk:
             try:
+                self._same_cluster(h, "worker")
                 known = self.devices.known(h.token)
                 self.devices.room_for(0 if known else len(h.devices))
-            except Overloaded as e:
+            except (Overloaded, ForeignCluster) as e:
                 refusal = message.answer(m.Error(e.code, str(e)), command=Command.ERROR)
                 return [ToWorker(link, False, refusal), CloseLink(link)]
             for before in {e.link for e in known if e.link != link}:
@@ -412,6 +428,7 @@ class BrokerState:
         worker.ready, worker.silent, worker.lost, worker.hello, worker.instance = True, "", "", None, h.token
         worker.pinged_s, worker.heard_s = 0.0, now_s
         self.devices.register(link, h)
+        self._note(link, "is ready")
         out: list[Instruction] = []
         for index, entry in self.devices.of(link):
             ended, entry.ended = entry.ended, set()
@@ -499,6 +516,8 @@ class BrokerState:
         worker = self.workers.get(link)
         if worker is None:
             return []
+        if worker.ready or worker.silent:
+            self._note(link, f"was lost: {reason}")
         worker.ready, worker.silent, worker.lost = False, "", reason
         out = self._fail_all(link, reason)
         for index, entry in self.devices.of(link):
@@ -512,9 +531,14 @@ class BrokerState:
     def _fall_silent(self, link: Link, worker: Worker, now_s: float) -> list[Instruction]:
         """Nothing of this epoch counts any more; when the worker answers again it is under the next one."""
         worker.silent = f"no answer to PING for {now_s - worker.pinged_s:.1f} s"
+        self._note(link, f"is silent: {worker.silent}")
         out = self._fail_all(link, worker.silent)
         worker.ready, worker.epoch = False, self._epoch()
         return [*out, self._say_hello(link, worker)]
+
+    def _note(self, link: Link, what: str) -> None:
+        devices = ", ".join(f"{e.info.worker} {e.info.name}" for _, e in self.devices.of(link))
+        self.notes.append(f"worker {devices} {what}" + (f" ({link})" if link.startswith("tcp://") else ""))
 
     # -- time ----------------------------------------------------------------------------------------------------------
 

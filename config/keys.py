@@ -16,6 +16,9 @@ from protocol.errors import ConfigError
 KEY_CHARS = 40
 Z85 = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.-:+=^!/*?&<>()[]{}@%$#"
 
+HOME_KEY_FILE = ".config/ggmq/cluster.key"
+"""Where a host without settings of its own looks for the key, from the user's home folder."""
+
 
 @dataclass(frozen=True, slots=True)
 class KeyPair:

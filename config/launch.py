@@ -1,110 +1,37 @@
-"""Starts and ends the processes of a cluster, here or over the system's ssh, and remembers exactly which they are.
+"""Starts, watches and ends the processes of a cluster, here and on other hosts.
 
-Every process carries a tag of its own in its arguments. What `down` ends is a process that still carries it: a number
-that the system has given to somebody else since is left alone.
+What `down` ends is exactly what `up` began: a process of this host is known by its number and the time of its start, one of
+another host by a tag of its own in its arguments. A number that the system has given to somebody else since is left alone.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
-import secrets
 import shlex
-import signal
 import subprocess
-import sys
-import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from msgspec import Struct, ValidationError, convert, to_builtins
+import psutil
 
+from config.installed import module_command, module_environment
+from config.remote import ssh
+from config.running import Process
 from config.schema import ClusterFile, WorkerSection, expanded
 from protocol.errors import ConfigError, Unavailable
 
-SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
-SSH_S = 60.0
 LIST_S = 120.0
 END_S = 5.0
+SAME_S = 0.05
+"""Start times of one process, read twice, differ by less; those of two that had the same number differ by more."""
 
 
-class Process(Struct):
-    """A process that `up` began. `host` empty: on this host."""
-
-    name: str
-    tag: str
-    pid: int
-    log: str
-    host: str = ""
-    ssh_options: list[str] = []
-
-
-class ClusterState(Struct):
-    """What is running of a cluster, kept in a file until `down`."""
-
-    name: str
-    file: str
-    endpoint: str
-    keys: str
-    insecure: bool
-    processes: list[Process]
-
-
-def state_folder() -> Path:
-    """`$XDG_STATE_HOME/ggmq`, else `~/.local/state/ggmq`."""
-    base = os.environ.get("XDG_STATE_HOME")
-    return (Path(base) if base else Path.home() / ".local" / "state") / "ggmq"
-
-
-def state_path(name: str) -> Path:
-    return state_folder() / f"{name}.json"
-
-
-def read_state(path: Path) -> ClusterState | None:
-    """The state in a file; None when there is none. Errors: ConfigError when it cannot be read."""
-    try:
-        return convert(json.loads(path.read_text()), ClusterState)
-    except FileNotFoundError:
-        return None
-    except OSError as e:
-        raise ConfigError(f"{path}: the cluster's state cannot be read: {e.strerror or e}; "
-                          "XDG_STATE_HOME says where it lies") from None  # fmt: skip
-    except (ValueError, ValidationError) as e:
-        raise ConfigError(f"{path}: the cluster's state cannot be read: {e}; end its processes by hand, remove it") from None
-
-
-def write_state(state: ClusterState) -> None:
-    """Written beside and renamed, after every process that starts: a crash of `up` loses track of none.
-
-    Errors: ConfigError when it cannot be written.
-    """
-    path = state_path(state.name)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        fd, name = tempfile.mkstemp(dir=path.parent, prefix=".part-")
-        with open(fd, "w") as f:
-            json.dump(to_builtins(state), f, indent=1)
-        os.replace(name, path)
-    except OSError as e:
-        raise ConfigError(f"{path}: cannot keep the cluster's state: {e.strerror or e}; "
-                          "XDG_STATE_HOME says where it lies") from None  # fmt: skip
-
-
-def all_states() -> list[ClusterState]:
-    found = [read_state(p) for p in sorted(state_folder().glob("*.json"))]
-    return [s for s in found if s is not None]
-
-
-def new_tag(name: str) -> str:
-    return f"{name}-{secrets.token_hex(8)}"
-
-
-def worker_options(cluster: ClusterFile, w: WorkerSection, device: str) -> list[str]:
-    """The worker's command line for one device, after the command itself."""
-    out = ["--broker", cluster.broker.advertise or cluster.broker.listen, "-d", device,
-           "--name", w.name]  # fmt: skip
+def worker_options(cluster: ClusterFile, w: WorkerSection, device: str, broker: str) -> list[str]:
+    """The worker's command line for one device, after the command itself. `broker`: the endpoint that it dials."""
+    out = ["--broker", broker, "-d", device, "--name", w.name, "--log-timestamps"]
     if w.threads:
         out += ["-t", str(w.threads)]
     if w.memory_mib:
@@ -122,20 +49,14 @@ def worker_options(cluster: ClusterFile, w: WorkerSection, device: str) -> list[
 def local_command(w: WorkerSection) -> list[str]:
     """What starts a worker here; the plain word `worker` is this installation's own. Errors: ConfigError."""
     if w.command == "worker":
-        return [sys.executable, "-m", "workers"]
+        return module_command("workers")
     try:
         words = shlex.split(w.command)
     except ValueError as e:
         raise ConfigError(f"worker {w.name}: command: expected words as a shell has them, got {w.command!r}: {e}") from None
     if not words:
         raise ConfigError(f"worker {w.name}: command: expected what starts a worker, got nothing; leave the key out")
-    return words
-
-
-def _our_environment() -> dict[str, str]:
-    """The environment of a process that is to find this installation's packages."""
-    root = str(Path(__file__).resolve().parent.parent)
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)}
+    return [str(expanded(words[0])), *words[1:]]
 
 
 def _cannot_start(where: str, command: list[str], e: OSError) -> ConfigError:
@@ -143,59 +64,74 @@ def _cannot_start(where: str, command: list[str], e: OSError) -> ConfigError:
                        "the key `command` of the cluster file says what starts a worker")  # fmt: skip
 
 
-def start_local(name: str, command: list[str], tag: str, log: Path) -> Process:
-    """Start a process of this host that outlives us, its output in a log. Errors: ConfigError when it cannot start."""
-    try:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        out = open(log, "ab")  # noqa: SIM115, the block below closes it
-    except OSError as e:
-        raise ConfigError(f"{log}: cannot write the log of {name}: {e.strerror or e}; "
-                          "XDG_STATE_HOME says where logs lie") from None  # fmt: skip
-    with out:
+class LocalStart:
+    """A process of this host that is being started and outlives us, its output in a log.
+
+    Attributes:
+        process: what the state file keeps of it.
+    Errors: ConfigError when it cannot start.
+    """
+
+    def __init__(
+        self, name: str, command: list[str], tag: str, log: Path, environment: Mapping[str, str],
+        descriptors: Sequence[int] = (),
+    ) -> None:  # fmt: skip
         try:
-            p = subprocess.Popen([*command, "--tag", tag], stdin=subprocess.DEVNULL, stdout=out, stderr=out,
-                                 start_new_session=True, env=_our_environment())  # fmt: skip
+            log.parent.mkdir(parents=True, exist_ok=True)
+            out = open(log, "ab")  # noqa: SIM115, the block below closes it
         except OSError as e:
-            raise _cannot_start(name, command, e) from None
-    return Process(name, tag, p.pid, str(log))
+            raise ConfigError(f"{log}: cannot write the log of {name}: {e.strerror or e}; "
+                              "XDG_STATE_HOME says where logs lie") from None  # fmt: skip
+        with out:
+            self._log, self._log_bytes = log, log.stat().st_size
+            try:
+                self._popen = subprocess.Popen([*command, "--tag", tag], stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+                                               start_new_session=True, pass_fds=descriptors,
+                                               env={**module_environment(), **environment})  # fmt: skip
+            except OSError as e:
+                raise _cannot_start(name, command, e) from None
+        pid = self._popen.pid
+        self.process = Process(name, tag, pid, str(log), began_s=began_s(pid))
+
+    def ended(self) -> str:
+        """How it ended, with the last line it wrote; empty while it runs."""
+        code = self._popen.poll()
+        if code is None:
+            return ""
+        with contextlib.suppress(OSError), open(self._log, "rb") as f:
+            f.seek(self._log_bytes)
+            lines = f.read().decode(errors="replace").strip().splitlines()
+            if lines:
+                return f"ended with code {code}: {lines[-1]}"
+        return f"ended with code {code}: it wrote nothing"
 
 
-def ssh(host: str, options: list[str], command: str) -> str:
-    """Run a shell command on a host. Errors: Unavailable with what ssh said."""
+def began_s(pid: int) -> float:
+    """When a process was started, in seconds since 1970; 0 when there is none of this number."""
     try:
-        done = subprocess.run([*SSH, *options, "--", host, command], capture_output=True, text=True, timeout=SSH_S,
-                              errors="replace", stdin=subprocess.DEVNULL, check=False)  # fmt: skip
-    except FileNotFoundError:
-        raise ConfigError("launcher ssh: the program ssh is not installed on this host") from None
-    except subprocess.TimeoutExpired:
-        raise Unavailable(f"{host}: ssh gave no answer within {SSH_S:.0f} s") from None
-    if done.returncode:
-        last = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
-        raise Unavailable(f"{host}: ssh ended with code {done.returncode}: {last}")
-    return done.stdout
-
-
-def start_ssh(name: str, w: WorkerSection, options: list[str], tag: str) -> Process:
-    """Start a worker on another host; its log is in that host's temporary folder."""
-    log = f"/tmp/ggmq-{tag}.log"
-    command = f"{w.command} {shlex.join([*options, '--tag', tag])}"
-    out = ssh(w.host, w.ssh_options, f"nohup {command} >{log} 2>&1 </dev/null & echo $!")
-    if not re.fullmatch(r"\d+", out.strip()):
-        raise Unavailable(f"{w.host}: expected a process number from the shell, got {out.strip()[:80]!r}")
-    return Process(name, tag, int(out.strip()), f"{w.host}:{log}", w.host, w.ssh_options)
+        return psutil.Process(pid).create_time()
+    except psutil.Error:
+        return 0.0
 
 
 def alive(p: Process) -> bool:
-    """Whether the process still runs and is ours. A host that cannot be asked counts as not alive."""
+    """Whether the process still runs and is ours. Errors: Unavailable when its host does not answer."""
     if p.host:
-        with contextlib.suppress(Unavailable):
-            return bool(ssh(p.host, p.ssh_options, f"pgrep -f -- {shlex.quote('[-]-tag ' + p.tag)} || true").strip())
-        return False
+        return bool(ssh(p.host, p.ssh_options, f"pgrep -f -- {shlex.quote('[-]-tag ' + p.tag)} || true").strip())
+    return _found(p) is not None
+
+
+def _found(p: Process) -> psutil.Process | None:
+    """A process of this host, if it runs and is the one that was begun. Where the system's clock was set since, so that all
+    start times differ, its arguments tell."""
     try:
-        arguments = Path(f"/proc/{p.pid}/cmdline").read_bytes().split(b"\0")
-    except OSError:
-        return False
-    return p.tag.encode() in arguments
+        found = psutil.Process(p.pid)
+        if found.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+            return None
+        same = abs(found.create_time() - p.began_s) < SAME_S or p.tag in found.cmdline()
+    except psutil.Error:
+        return None
+    return found if same else None
 
 
 def end(p: Process) -> bool:
@@ -207,17 +143,18 @@ def end(p: Process) -> bool:
                   f"for i in 1 2 3 4 5; do pgrep -f -- {pattern} >/dev/null || break; sleep 1; done; "
                   f"pkill -KILL -f -- {pattern}; true")  # fmt: skip
         return "ran" in out
-    if not alive(p):
+    found = _found(p)
+    if found is None:
         return False
-    for s in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(p.pid, s)
+    for stop in (found.terminate, found.kill):
+        with contextlib.suppress(psutil.Error):
+            stop()
         due = time.monotonic() + END_S
-        while time.monotonic() < due and alive(p):
+        while time.monotonic() < due and _found(p) is not None:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(p.pid, os.WNOHANG)
             time.sleep(0.02)
-        if not alive(p):
+        if _found(p) is None:
             break
     return True
 
@@ -243,7 +180,7 @@ def list_devices(w: WorkerSection) -> list[tuple[str, int, int]]:
         command = [*local_command(w), "--device"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, timeout=LIST_S,
-                                  stdin=subprocess.DEVNULL, env=_our_environment())  # fmt: skip
+                                  stdin=subprocess.DEVNULL, env=module_environment())  # fmt: skip
         except OSError as e:
             raise _cannot_start(f"worker {w.name}", command, e) from None
         except subprocess.TimeoutExpired:

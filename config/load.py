@@ -142,9 +142,10 @@ def _check(cluster: ClusterFile, lines: dict[str, int], path: Path) -> None:
         if w.launcher == "local" and w.host not in ("localhost", "127.0.0.1"):
             raise ConfigError(f"{path}:{lines.get(at + '.host', 1)}: {at}.host: launcher local starts workers on this "
                               f"host, got {w.host!r}; use launcher: ssh")  # fmt: skip
-    port = int(cluster.broker.listen.rsplit(":", 1)[1])
-    if not 0 < port < 65536:
-        raise ConfigError(f"{path}:{lines.get('$.broker.listen', 1)}: $.broker.listen: expected a port of 1 to 65535")
+    for key, endpoint in (("listen", cluster.broker.listen), ("advertise", cluster.broker.advertise)):
+        if endpoint and int(endpoint.rsplit(":", 1)[1]) > 65535:
+            line = lines.get(f"$.broker.{key}", 1)
+            raise ConfigError(f"{path}:{line}: $.broker.{key}: expected a port of 1 to 65535, or 0 for any that is free")
     split = cluster.split.tensor_split
     n = sum(len(w.devices) for w in cluster.workers)
     if split and (len(split) > n or sum(split) <= 0):

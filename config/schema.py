@@ -18,9 +18,9 @@ class Strict(Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class BrokerSection(Strict, frozen=True):
-    """`listen` is bound on the main host; `advertise` is what workers dial, when that differs."""
+    """`listen` is bound on the main host; `advertise` is what workers dial, when that differs. Port 0: any that is free."""
 
-    listen: Annotated[str, Meta(pattern=r"^tcp://[^:/]+:\d{1,5}$")] = "tcp://127.0.0.1:5555"
+    listen: Annotated[str, Meta(pattern=r"^tcp://[^:/]+:\d{1,5}$")] = "tcp://127.0.0.1:0"
     advertise: Annotated[str, Meta(pattern=r"^(tcp://[^:/]+:\d{1,5})?$")] = ""
 
 

@@ -7,6 +7,8 @@ import io
 import os
 import re
 import sys
+from collections.abc import Callable
+from datetime import datetime
 from typing import Any, TextIO
 
 # C0 and C1 with DEL, what turns the direction of writing around, and halves of characters that no encoding takes
@@ -41,9 +43,19 @@ def for_stream(text: str, stream: TextIO) -> str:
     return safe_text(text) if stream.isatty() else text
 
 
+_stamp: Callable[[], str] = str
+"""What each line for people begins with: nothing, or the time."""
+
+
+def stamp_lines() -> None:
+    """From now on, let each line for people begin with the time, as the lines of a log should: local, with its offset."""
+    global _stamp
+    _stamp = lambda: datetime.now().astimezone().isoformat(" ", "milliseconds") + " "  # noqa: E731
+
+
 def print_line(*parts: object, file: TextIO | None = None) -> None:
     """Print a line for people, safe wherever it goes, at once."""
-    print(safe_line(" ".join(map(str, parts))), file=file, flush=True)
+    print(_stamp() + safe_line(" ".join(map(str, parts))), file=file, flush=True)
 
 
 def accept_any_text() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -21,11 +22,13 @@ from zmq.utils.monitor import recv_monitor_message
 from broker.loop import BrokerLoop
 from config.auth import new_socket, socket_folder
 from config.clock import LivedClock
+from config.installed import module_command, module_environment
 from config.keys import KeyPair
+from config.terminal import print_line
 from ggmq import __version__
-from protocol import PROTOCOL_VERSION, limits
+from protocol import PROTOCOL_VERSION, limits, tokens
 from protocol import messages as m
-from protocol.errors import DeadlineExceeded, GgmqError, ProtocolError, Unavailable, WorkerLost, from_wire
+from protocol.errors import DeadlineExceeded, ForeignCluster, GgmqError, ProtocolError, Unavailable, WorkerLost, from_wire
 from protocol.frames import Frame, Message, decode, encode
 
 SOFTWARE = f"ggmq {__version__}"
@@ -53,9 +56,11 @@ class Client:
 
     def __init__(
         self, context: zmq.Context[Any], endpoint: str, keys: KeyPair | None = None,
-        note: Callable[[str], None] = lambda text: None,
+        note: Callable[[str], None] = lambda text: None, cluster: bytes = b"",
     ) -> None:  # fmt: skip
+        """`cluster`: the id of the one whose broker is meant. Errors: ForeignCluster when another one answers."""
         self.endpoint, self.note = endpoint, note
+        self._token = tokens.token(secrets.token_bytes(tokens.NAME_BYTES), "client", cluster) if cluster else b""
         self._socket = new_socket(context, zmq.DEALER, keys if endpoint.startswith("tcp") else None, server=False)
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
@@ -77,10 +82,12 @@ class Client:
         self.on_wait: Callable[[], None] | None = None
         try:
             hello = self._greet().header
+            assert isinstance(hello, m.Hello)  # the decoder gives HELLO's reply this type
+            if cluster and hello.token != tokens.answer(self._token, cluster):
+                raise ForeignCluster("HELLO: the broker that answers belongs to another cluster, or to none")
         except BaseException:
             self.close()
             raise
-        assert isinstance(hello, m.Hello)  # the decoder gives HELLO's reply this type
         self.session = hello.session
 
     def close(self) -> None:
@@ -131,7 +138,7 @@ class Client:
 
     def _greet(self) -> Message:
         """HELLO. A broker that is asleep is waited for longer than one that is not there."""
-        seq = self.submit(m.Hello(PROTOCOL_VERSION, "client", software=SOFTWARE))
+        seq = self.submit(m.Hello(PROTOCOL_VERSION, "client", self._token, software=SOFTWARE))
         try:
             return self.wait(seq, CONNECT_S)
         except DeadlineExceeded:
@@ -244,12 +251,10 @@ class LocalBus:
         name = f"local{len(self.workers)}"
         # the bus is a path of this host, but other workers that this one connects to may be anywhere
         security = ["--keys", self.keys.path] if self.keys is not None and self.keys.path else ["--insecure"]
-        command = [sys.executable, "-m", "workers", "--quiet", "-d", device, "-t", str(threads), *security,
+        command = [*module_command("workers"), "--quiet", "-d", device, "-t", str(threads), *security,
                    "--broker", self.local_endpoint, "--parent-pid", str(os.getpid()), "--name", name, *extra]  # fmt: skip
-        root = str(Path(__file__).resolve().parent.parent)
-        path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)
         # a session of its own: Ctrl-C in the terminal reaches this process, which ends its workers itself
-        self.workers.append(subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, start_new_session=True))
+        self.workers.append(subprocess.Popen(command, env=module_environment(), start_new_session=True))
         self.broker.children[name] = self.workers[-1].poll
         self.names.append(name)
         return name
@@ -310,21 +315,31 @@ def local_bus(keys: KeyPair | None = None, listen: str | None = None) -> Iterato
         bus.close()
 
 
-def connect(endpoint: str, keys: KeyPair | None = None, note: Callable[[str], None] = lambda text: None) -> Client:
-    """A session with a broker elsewhere. Errors: DeadlineExceeded when nothing answers there."""
+def connect(
+    endpoint: str, keys: KeyPair | None = None, note: Callable[[str], None] = lambda text: None, cluster: bytes = b""
+) -> Client:
+    """A session with a broker elsewhere; `cluster`: the id of the cluster that it must belong to.
+
+    Errors: DeadlineExceeded when nothing answers there, ForeignCluster when another cluster's broker does.
+    """
     context: zmq.Context[Any] = zmq.Context.instance()
     try:
-        return Client(context, endpoint, keys, note)
+        return Client(context, endpoint, keys, note, cluster)
+    except ForeignCluster as e:
+        raise ForeignCluster(f"{endpoint}: expected this cluster's broker; {e}; `ggmq status` tells what is up") from None
     except zmq.ZMQError as e:
         raise ProtocolError(f"{endpoint}: expected an endpoint such as tcp://host:5555, {e}") from None
 
 
 @contextlib.contextmanager
-def own_broker(listen: str, remote: Sequence[str], keys: KeyPair | None) -> Iterator[BrokerLoop]:
+def own_broker(
+    listen: str, remote: Sequence[str], keys: KeyPair | None, cluster: bytes = b""
+) -> Iterator[BrokerLoop]:
     """A broker on `listen`, connected to workers at `remote`, for a process of its own to run."""
     context: zmq.Context[Any] = zmq.Context()
     try:
-        loop = BrokerLoop(SOFTWARE, context, keys)
+        loop = BrokerLoop(SOFTWARE, context, keys, cluster)
+        loop.note = lambda text: print_line(f"ggmq broker: {text}", file=sys.stderr)
         loop.listen(listen)
         for host_port in remote:
             loop.connect_worker(f"tcp://{host_port}")

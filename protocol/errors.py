@@ -36,6 +36,12 @@ class ProtocolError(GgmqError):
     code = "protocol"
 
 
+class ForeignCluster(ProtocolError):
+    """The two sides belong to different clusters, or one of them to none."""
+
+    code = "foreign_cluster"
+
+
 class GraphError(ProtocolError):
     """A graph, a node, a shape, a stride or an op parameter is not one that the op table allows.
 

@@ -404,9 +404,9 @@ def test_plan_up_status_run_down(tmp_path: Path) -> None:
         assert up.returncode == 0 and "2 of 2 devices" in up.stdout, up.stdout + up.stderr
         pids = [int(p) for p in re.findall(r"process (\d+)", up.stdout)]
         assert len(pids) == 3 and all(_running(p) for p in pids)
-        assert "is up" in ggmq("up", path).stderr
+        assert "every process of it runs" in ggmq("up", path).stdout
         status = ggmq("status")
-        assert status.returncode == 0 and "left reference" in status.stdout and "layers 0-2" in status.stdout
+        assert status.returncode == 0 and "left reference" in status.stdout and "planned: layers 0-2" in status.stdout
         assert "200 MiB" in status.stdout
         r = ggmq("run", "--cluster", path, "-p", "Once upon a time", "-n", "5", "--temp", "0")
         assert r.returncode == 0 and "0-2 + embedding on left" in r.stderr, r.stderr

@@ -14,8 +14,19 @@ from pathlib import Path
 
 from config.auth import find_keys
 from config.commandline import Parser
+from config.installed import module_command
 from config.keys import default_key_file
-from config.terminal import NO_READER, OUTPUT, accept_any_text, flushed, name_output, open_streams, print_line
+from config.running import own_cluster_id
+from config.terminal import (
+    NO_READER,
+    OUTPUT,
+    accept_any_text,
+    flushed,
+    name_output,
+    open_streams,
+    print_line,
+    stamp_lines,
+)
 from protocol.errors import ConfigError, GgmqError
 from protocol.messages import DeviceInfo
 from workers.cache import DEFAULT_QUOTA_BYTES, Cache, ModelFolder, cache_folder
@@ -64,6 +75,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--name", default="", help="what the main host calls this worker (default: its address)")
     p.add_argument("--tag", default="", help=argparse.SUPPRESS)
     p.add_argument("--quiet", action="store_true", help=argparse.SUPPRESS)
+    p.add_argument("--log-timestamps", action="store_true", help="begin each line with the time")
     p.add_argument("--version", action="version", version=SOFTWARE)
     return p
 
@@ -110,7 +122,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     accept_any_text()
     name_output()
     try:
-        code = _main(parser().parse_args(argv))
+        args = parser().parse_args(argv)
+        if args.log_timestamps:
+            stamp_lines()
+        code = _main(args)
         sys.stdout.flush()
         return code
     except GgmqError as e:
@@ -163,7 +178,7 @@ def _main(args: argparse.Namespace) -> int:
     models = ModelFolder(args.model_dir) if args.model_dir else None
     loop = WorkerLoop(device, cache, SOFTWARE, keys, args.parent_pid, args.name[:256], models,
                       bytes.fromhex(args.instance), args.insecure, args.spin_us / 1e6,
-                      args.port or 0)  # fmt: skip
+                      args.port or 0, own_cluster_id())  # fmt: skip
     if args.join:
         loop.join(args.join)
         endpoint = args.join
@@ -208,7 +223,7 @@ def _serve_many(args: argparse.Namespace, names: list[str], keys: object) -> int
     front = Front(_endpoint(args), find_keys(args.keys, args.insecure))
     signal.signal(signal.SIGTERM, lambda *_: setattr(front, "stopping", True))
     signal.signal(signal.SIGINT, lambda *_: setattr(front, "stopping", True))
-    common = [sys.executable, "-m", "workers", "--quiet", "--instance", secrets.token_hex(16)]
+    common = [*module_command("workers"), "--quiet", "--instance", secrets.token_hex(16)]
     if args.insecure:
         common.append("--insecure")
     elif args.keys:
@@ -220,6 +235,8 @@ def _serve_many(args: argparse.Namespace, names: list[str], keys: object) -> int
         common += ["-m", str(args.mem)]
     if args.cache or args.cache_dir:
         common += ["-c", "--cache-dir", str(args.cache_dir or cache_folder()), "--cache-quota", str(args.cache_quota)]
+    if args.log_timestamps:
+        common.append("--log-timestamps")
     if args.model_dir:
         common += ["--model-dir", str(args.model_dir)]
     try:

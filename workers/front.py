@@ -18,6 +18,7 @@ import msgspec
 import zmq
 
 from config.auth import Listener, new_socket, raise_descriptor_limit, require_curve, socket_folder
+from config.installed import module_environment
 from config.keys import KeyPair
 from protocol import messages as m
 from protocol.errors import GgmqError, ProtocolError, WorkerLost
@@ -59,7 +60,7 @@ class Front:
         """Start one process a command and wait for each HELLO. Returns: their devices, in order."""
         for command in commands:
             self.children.append(subprocess.Popen([*command, "--join", self.inner_endpoint,
-                                                   "--parent-pid", str(os.getpid())]))  # fmt: skip
+                                                   "--parent-pid", str(os.getpid())], env=module_environment()))  # fmt: skip
             due = time.monotonic() + START_S
             while not self.inner.poll(100):
                 code = self.children[-1].poll()

@@ -29,7 +29,7 @@ from config.auth import (
 from config.clock import LivedClock
 from config.keys import KeyPair
 from config.terminal import print_line
-from protocol import PROTOCOL_VERSION, limits
+from protocol import PROTOCOL_VERSION, limits, tokens
 from protocol import messages as m
 from protocol.errors import Cancelled, ConfigError, GgmqError, ProtocolError, Unavailable
 from protocol.frames import Frame, Message, decode, encode, prefix_of
@@ -73,6 +73,7 @@ class WorkerLoop:
         instance: names this process to those who connect to it; devices behind one front have the same.
         broker: the one that we dialled, if we did; `linked`: sockets to other workers, by name.
         spin_s: how long it looks for the next compute before it sleeps.
+        cluster: the id of the cluster that it was started for; it works for no other broker.
         peer_port: where other workers reach this one when it dialled its broker; 0: anywhere.
         parent_pid: with it, the process ends when its parent has gone (a launcher that was killed leaves nothing).
     """
@@ -80,7 +81,7 @@ class WorkerLoop:
     def __init__(
         self, device: Device, cache: Cache | None, software: str, keys: KeyPair | None = None, parent_pid: int = 0,
         name: str = "", models: ModelFolder | None = None, instance: bytes = b"", insecure: bool = False,
-        spin_s: float = 0.0, peer_port: int = 0,
+        spin_s: float = 0.0, peer_port: int = 0, cluster: bytes = b"",
     ) -> None:  # fmt: skip
         self.device, self.keys, self.parent_pid, self.name = device, keys, parent_pid, name
         self.state = WorkerState(software)
@@ -98,7 +99,7 @@ class WorkerLoop:
         self.route: dict[bytes, zmq.Socket[Any]] = {}
         self.clock = LivedClock()
         self.kept_s = self.probed_s = self.guarded_s = 0.0
-        self.instance = instance or secrets.token_bytes(16)
+        self.instance, self.cluster = tokens.token(instance or secrets.token_bytes(16), "worker", cluster), cluster
         self.insecure, self.peer_port = insecure, peer_port
         self.spin_s, self.spin_until = spin_s, 0.0
         self.broker: _Dialled | None = None
@@ -449,6 +450,9 @@ class WorkerLoop:
         """A broker's answer on a channel that we dialled carries the epoch; either channel's may come first."""
         broker = self.broker
         if broker is None or rid not in (broker.control, broker.bulk):
+            return []
+        if self.cluster and not tokens.belongs(h.token, "broker", self.cluster):
+            self._hang_up("the broker that answers there is not that of this worker's cluster", now)
             return []
         if broker.token != h.token:  # another one: nobody can ask any more for what the one before held
             self._forget({broker.token})

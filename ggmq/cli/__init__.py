@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from config.commandline import Parser
+from config.installed import module_command, module_environment
 from config.terminal import NO_READER, accept_any_text, flushed, name_output, open_streams, print_line
 from ggmq import __version__
 from protocol.errors import ConfigError, GgmqError, InternalError
@@ -23,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `ggmq`. Returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["worker"]:  # the worker's own process, with the worker's own options
-        os.execv(sys.executable, [sys.executable, "-m", "workers", *argv[1:]])
+        os.execve(sys.executable, [*module_command("workers"), *argv[1:]], module_environment())
     open_streams()
     accept_any_text()
     name_output()

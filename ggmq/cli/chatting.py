@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from config.launch import state_folder
+from config.running import state_folder
 from config.terminal import for_stream, print_line
 from ggmq.chat import ChatTemplate
 from ggmq.cli.editor import Editor, screen

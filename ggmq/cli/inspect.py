@@ -13,7 +13,8 @@ from typing import Any
 from blake3 import blake3
 
 from config.auth import new_keys
-from config.keys import default_key_file, write_keys
+from config.installed import module_command, module_environment
+from config.keys import HOME_KEY_FILE, default_key_file, write_keys
 from config.terminal import print_line, safe_line, safe_text
 from ggmq.archs import open_arch
 from ggmq.archs.keys import READ, unread
@@ -109,10 +110,11 @@ def _tokenize(args: argparse.Namespace) -> int:
 
 def _cache(args: argparse.Namespace) -> int:
     # the cache belongs to the worker; its own module does the work, in its own process
-    command = [sys.executable, "-m", "workers.cache", args.what]
+    command = [*module_command("workers.cache"), args.what]
     try:
         done = subprocess.run([*command, *(["--cache-dir", str(args.cache_dir)] if args.cache_dir else [])],
-                              capture_output=True, text=True, errors="backslashreplace")  # fmt: skip
+                              capture_output=True, text=True, errors="backslashreplace",
+                              env=module_environment())  # fmt: skip
     except ValueError as e:  # a NUL byte
         raise ConfigError(f"--cache-dir {args.cache_dir}: {e}; choose another") from None
     print(safe_text(done.stdout), end="", flush=True)
@@ -124,6 +126,7 @@ def _keys(args: argparse.Namespace) -> int:
     path = args.keys or default_key_file()
     write_keys(path, new_keys())
     print_line(f"wrote {path}")
-    print_line("copy it to each host of the cluster, with mode 0600:")
-    print_line(f"  scp -p {shlex.quote(str(path))} HOST:{shlex.quote(str(default_key_file()))}")
+    print_line("copy it to each host of the cluster; with its name or address for HOST:")
+    print_line(f"  ssh HOST 'mkdir -p -m 700 {Path(HOME_KEY_FILE).parent}'")
+    print_line(f"  scp -p {shlex.quote(str(path))} HOST:{HOME_KEY_FILE}")
     return 0

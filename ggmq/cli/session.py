@@ -90,7 +90,7 @@ def open_bus(args: argparse.Namespace, n_layers: int, model: Path) -> Iterator[t
     """A client of the bus, the order of its workers, and the worker that keeps the layers that -ngl leaves here."""
     keys = keys_of(args)
     if args.broker:
-        client = connect(args.broker, keys, note)
+        client = connect(args.broker, keys, note, getattr(args, "cluster_id", b""))
         try:
             yield client, getattr(args, "worker_order", ()), ""
         finally:

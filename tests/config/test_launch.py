@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
+from config import launch
+from config.running import Process
 from ggmq.cli.options import host_memory
 from tests.support.fixtures import free_port
+from tests.support.processes import until
 from tests.test_cli import WORKER, ggmq
 
 CLUSTER = """
@@ -87,3 +93,46 @@ def test_a_home_that_is_not_there_is_named(tmp_path: Path) -> None:
         path.write_text(f"broker: {{listen: 'tcp://127.0.0.1:{free_port()}'}}\nworkers: [{{name: a}}]\n{section}\n")
         r = ggmq("up" if "keys" in section else "plan", path, *(["--offline"] if "model" in section else []))
         assert r.returncode == 2 and words in r.stderr, r.stderr
+
+
+def test_a_process_is_known_from_its_first_moment_and_never_taken_for_another(tmp_path: Path) -> None:
+    for i in range(40):
+        start = launch.LocalStart("p", ["sh", "-c", "exec sleep 60"], "tag", tmp_path / "log", {})
+        p = start.process
+        try:
+            assert launch.alive(p), f"start {i}"
+            if i % 8 == 0:
+                until(lambda p=p: psutil.Process(p.pid).cmdline() == ["sleep", "60"])
+                assert launch.alive(p) and start.ended() == ""
+        finally:
+            assert launch.end(p)
+            start.ended()
+        assert not launch.alive(p) and not launch.end(p)
+
+
+def test_a_process_whose_arguments_are_not_there_yet_is_alive() -> None:
+    """Right after fork: its arguments are still those of its parent."""
+    begins, child = os.pipe(), os.fork()
+    if child == 0:
+        os.read(begins[0], 1)
+        os._exit(0)
+    try:
+        p = Process("p", "a-tag", child, "", began_s=launch.began_s(child))
+        assert launch.alive(p)
+        other = Process("p", "a-tag", child, "", began_s=p.began_s - 10)  # one that had the same number before
+        assert not launch.alive(other) and not launch.end(other) and launch.alive(p)
+        moved = Process("p", sys.argv[0], child, "", began_s=p.began_s - 10)  # the clock was set: its arguments tell
+        assert sys.argv[0] not in psutil.Process(child).cmdline() or launch.alive(moved)
+    finally:
+        os.write(begins[1], b"x")
+        os.waitpid(child, 0)
+        for fd in begins:
+            os.close(fd)
+    assert not launch.alive(p)
+
+
+def test_one_that_has_ended_and_was_not_waited_for_is_not_alive(tmp_path: Path) -> None:
+    start = launch.LocalStart("p", ["sh", "-c", "echo first; echo 'the last word' >&2; exit 5"], "tag", tmp_path / "log", {})
+    until(lambda: psutil.Process(start.process.pid).status() == psutil.STATUS_ZOMBIE)
+    assert not launch.alive(start.process)
+    assert start.ended() == "ended with code 5: the last word"

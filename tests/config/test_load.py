@@ -10,13 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config.load import load_cluster
+from config.schema import ClusterFile
 from protocol.errors import ConfigError
 from tests.support.fixtures import ROOT
 
 GOOD = "name: x\nworkers:\n  - name: a\n    threads: 2\n"
 
 
-def load(folder: Path, text: str) -> object:
+def load(folder: Path, text: str) -> ClusterFile:
     path = folder / "c.yaml"
     path.write_text(text)
     return load_cluster(path)
@@ -42,12 +43,20 @@ def test_examples_are_valid(example: Path) -> None:
     (GOOD + "split:\n  tensor_split: [1, 1, 1]\n", r"c\.yaml:6: \$\.split\.tensor_split"),
     (GOOD + "broker:\n  listen: 5555\n", r"c\.yaml:6: \$\.broker\.listen"),
     (GOOD + "broker:\n  listen: tcp://127.0.0.1:99999\n", r"c\.yaml:6: \$\.broker\.listen"),
+    (GOOD + "broker:\n  advertise: tcp://10.0.0.1:99999\n", r"c\.yaml:6: \$\.broker\.advertise: expected a port"),
     (GOOD + "model: !!python/object/apply:os.system [id]\n", r"c\.yaml:5"),
     ("- a\n- b\n", r"c\.yaml:1: \$"),
 ])  # fmt: skip
 def test_errors_name_line_and_path(tmp_path: Path, text: str, where: str) -> None:
     with pytest.raises(ConfigError, match=where):
         load(tmp_path, text)
+
+
+def test_a_broker_listens_where_nobody_else_does_unless_said(tmp_path: Path) -> None:
+    def listens(text: str) -> str:
+        return load(tmp_path, GOOD + text).broker.listen
+
+    assert listens("") == "tcp://127.0.0.1:0" and listens("broker: {listen: 'tcp://0.0.0.0:0'}\n") == "tcp://0.0.0.0:0"
 
 
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(

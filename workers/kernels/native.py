@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from config.installed import module_command, module_environment
 from protocol.errors import KernelError
 from workers.kernels.layout import (
     BAD,
@@ -130,14 +131,12 @@ def _compile(folder: Path) -> None:
             taken.touch()
         else:
             taken.unlink(missing_ok=True)  # of one that was killed
-    root = str(Path(__file__).resolve().parent.parent.parent)
-    path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)
-    command = [sys.executable, "-P", "-m", "workers.kernels.units", str(folder)]
+    command = [*module_command("workers.kernels.units"), str(folder)]
     start = time.monotonic()
     words = "worker: compiling kernels for this CPU, once"
     terminal = sys.stderr.isatty()
     with tempfile.TemporaryFile() as said:
-        running = [subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, stdin=subprocess.DEVNULL,
+        running = [subprocess.Popen(command, env=module_environment(), stdin=subprocess.DEVNULL,
                                     stdout=subprocess.DEVNULL, stderr=said) for _ in range(n_cores())]  # fmt: skip
         try:
             if not terminal:

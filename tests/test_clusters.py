@@ -1,0 +1,302 @@
+"""Clusters as people run them: `up`, `status` and `down` with real processes, two users on one host, and what dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from config.running import ClusterState, read_state, write_state
+from protocol.errors import ForeignCluster
+from tests.support.fixtures import ROOT, free_port
+from tests.support.processes import GGMQ, WORKER, await_devices, started, until
+
+TWO = """
+name: {name}
+broker: {{listen: "tcp://127.0.0.1:{port}"}}
+workers:
+  - {{name: left, devices: [reference]}}
+  - {{name: right, devices: [reference], command: {command}}}
+"""
+STORY = ("-p", "Once upon a time", "-n", "5", "--temp", "0")
+
+
+class User:
+    """Somebody with a state folder and a cluster of his own."""
+
+    def __init__(self, folder: Path, name: str, port: int = 0, command: str = "worker") -> None:
+        folder.mkdir()
+        self.name, self.port = name, port
+        self.state_home, self.file = folder / "state", folder / f"{name}.yaml"
+        self.write(command)
+
+    def write(self, command: str) -> None:
+        self.file.write_text(TWO.format(name=self.name, port=self.port, command=json.dumps(command)))
+
+    def ggmq(self, *args: str | Path, timeout: float = 100) -> subprocess.CompletedProcess[str]:
+        env = {**os.environ, "XDG_STATE_HOME": str(self.state_home)}
+        return subprocess.run([*GGMQ, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
+                              stdin=subprocess.DEVNULL, env=env)  # fmt: skip
+
+    def up(self) -> subprocess.CompletedProcess[str]:
+        return self.ggmq("up", self.file)
+
+    @property
+    def state(self) -> ClusterState:
+        found = read_state(self.state_home / "ggmq" / f"{self.name}.json")
+        assert found is not None
+        return found
+
+    @property
+    def pids(self) -> dict[str, int]:
+        return {p.name: p.pid for p in self.state.processes}
+
+    def status(self) -> dict[str, Any]:
+        return json.loads(self.ggmq("status", self.file, "--json").stdout)["clusters"][0]
+
+    def ready(self) -> list[str]:
+        return sorted(d["worker"] for d in self.status()["devices"] if d["state"] == "ready")
+
+
+@pytest.fixture
+def user(tmp_path: Path) -> Iterator[Callable[..., User]]:
+    users: list[User] = []
+
+    def new(name: str, **more: Any) -> User:
+        users.append(User(tmp_path / f"home-{len(users)}", name, **more))
+        return users[-1]
+
+    yield new
+    for u in users:
+        u.write("worker")
+        u.ggmq("down", u.file)
+
+
+def left_behind(name: str) -> list[list[str]]:
+    """Processes that carry a tag of this cluster."""
+    found = [p.info["cmdline"] or [] for p in psutil.process_iter(["cmdline"])]
+    return [c for c in found if any(re.fullmatch(rf"{name}-[0-9a-f]{{16}}", word) for word in c)]
+
+
+def test_two_users_with_the_same_file_have_two_clusters(user: Callable[..., User]) -> None:
+    ours, theirs = user("same"), user("same")
+    for u in (ours, theirs):
+        up = u.up()
+        assert up.returncode == 0, up.stdout + up.stderr
+        assert re.search(r"is up at tcp://127\.0\.0\.1:\d+;", up.stdout)
+    assert ours.state.endpoint != theirs.state.endpoint and not ours.state.endpoint.endswith(":0")
+    for u in (ours, theirs):
+        assert u.ready() == ["left", "right"]
+        run = u.ggmq("run", "--cluster", u.file, *STORY)
+        assert run.returncode == 0 and "on right" in run.stderr, run.stderr
+    assert theirs.ggmq("down", theirs.file).returncode == 0
+    assert ours.ready() == ["left", "right"]
+
+
+def test_a_port_that_is_taken_ends_up_at_once_and_nothing_of_it_stays(user: Callable[..., User]) -> None:
+    port = free_port()
+    ours, theirs = user("ours", port=port), user("theirs", port=port)
+    assert ours.up().returncode == 0
+    up = theirs.up()
+    assert up.returncode == 1
+    log = theirs.state_home / "ggmq" / "logs" / "theirs" / "broker.log"
+    assert re.search(rf"broker ended .* cannot listen: Address already in use.*\(log {re.escape(str(log))}\)", up.stderr)
+    assert "started left" not in up.stdout and not left_behind("theirs")
+    assert "no cluster is up" in theirs.ggmq("status").stdout
+    assert ours.ready() == ["left", "right"]
+
+
+def test_a_broker_of_another_cluster_is_refused_by_clients_and_workers(
+    user: Callable[..., User], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = user("ours"), user("theirs")
+    for u in (ours, theirs):
+        assert u.up().returncode == 0
+    lost, lost_id = theirs.state, theirs.state.id
+    endpoint = ours.state.endpoint
+    # as it is when somebody else's broker has taken a port that was ours
+    monkeypatch.setenv("XDG_STATE_HOME", str(theirs.state_home))
+    write_state(ClusterState(lost.name, lost.file, endpoint, lost.keys, lost.insecure, lost.processes, lost_id))
+    try:
+        for args in (("run", "--cluster", theirs.file, *STORY), ("status", theirs.file)):
+            r = theirs.ggmq(*args)
+            assert r.returncode == 1 and f"{endpoint}: expected this cluster's broker" in r.stdout + r.stderr, r
+            assert "one of another cluster" in r.stdout + r.stderr
+        env = {**os.environ, "GGMQ_CLUSTER_ID": lost_id}
+        with started([*WORKER, "--broker", endpoint, "-d", "reference", "--name", "stray"], env=env,
+                     stderr=subprocess.PIPE) as stray:  # fmt: skip
+            assert stray.stderr is not None
+            line = stray.stderr.readline().decode()
+            assert "one of another cluster; dialling again" in line, line
+            assert ours.ready() == ["left", "right"]
+    finally:
+        write_state(lost)
+
+
+def test_a_worker_of_a_cluster_leaves_a_broker_of_none_alone() -> None:
+    endpoint = f"tcp://127.0.0.1:{free_port()}"
+    worker = [*WORKER, "--broker", endpoint, "-d", "reference"]
+    with started([*GGMQ, "broker", "--listen", endpoint]):
+        env = {**os.environ, "GGMQ_CLUSTER_ID": "ab" * 16}
+        with started([*worker, "--name", "stray"], env=env, stderr=subprocess.PIPE) as stray, started(worker):
+            assert stray.stderr is not None and b"this broker is of none" in stray.stderr.readline()
+            await_devices(endpoint, 1)
+    r = subprocess.run(worker, env={**os.environ, "GGMQ_CLUSTER_ID": "xyz"}, cwd=ROOT, capture_output=True, text=True)
+    assert r.returncode == 2 and "GGMQ_CLUSTER_ID: expected 32 hexadecimal digits" in r.stderr
+
+
+def test_a_client_finds_out_by_itself_that_a_broker_cannot_prove_itself() -> None:
+    from ggmq.cluster import LocalBus, connect
+
+    bus = LocalBus(listen="tcp://127.0.0.1:0")
+    bus.broker.serve_in_thread()
+    try:  # one that takes anybody in, and says back what it was told
+        bus.broker.state._same_cluster = lambda h, role: None  # type: ignore[method-assign]
+        with pytest.raises(ForeignCluster, match="the broker that answers belongs to another cluster, or to none"):
+            connect(bus.broker.endpoints[-1], cluster=b"\1" * 16)
+        connect(bus.broker.endpoints[-1]).close()
+    finally:
+        bus.close()
+
+
+def test_a_process_that_ends_is_named_with_its_last_words(user: Callable[..., User]) -> None:
+    u = user("ends", command="sh -c 'sleep 1; echo out of luck >&2; exit 3'")
+    up = u.up()
+    assert up.returncode == 1
+    assert re.search(r"ggmq: right/reference ended .* code 3: out of luck \(log .*/right-reference\.log\)", up.stderr)
+    assert not left_behind("ends") and "no cluster is up" in u.ggmq("status").stdout
+
+
+def test_up_again_starts_what_died_and_only_that(user: Callable[..., User]) -> None:
+    u = user("again")
+    assert u.up().returncode == 0
+    before, endpoint = u.pids, u.state.endpoint
+    os.kill(before["right/reference"], signal.SIGKILL)
+    until(lambda: u.ggmq("status", u.file).returncode == 1)
+    up = u.up()
+    assert up.returncode == 0 and "2 processes ran already" in up.stdout, up.stdout + up.stderr
+    assert re.findall(r"started (\S+)", up.stdout) == ["right/reference"]
+    after = u.pids
+    assert {k: after[k] == before[k] for k in after} == {"broker": True, "left/reference": True, "right/reference": False}
+    assert u.ggmq("run", "--cluster", u.file, *STORY).returncode == 0
+
+    os.kill(after["broker"], signal.SIGKILL)
+    until(lambda: u.ggmq("status", u.file).returncode == 1)
+    up = u.up()
+    assert up.returncode == 0 and re.findall(r"started (\S+)", up.stdout) == ["broker"], up.stdout + up.stderr
+    assert u.state.endpoint == endpoint and u.ready() == ["left", "right"]
+
+    os.kill(after["right/reference"], signal.SIGKILL)
+    u.write("sh -c 'exit 4'")
+    up = u.up()
+    assert up.returncode == 1 and "right/reference ended" in up.stderr and "ended left" not in up.stdout
+    assert u.ready() == ["left"] and set(u.pids) == {"broker", "left/reference"}
+    u.write("worker")
+    assert u.up().returncode == 0 and u.ready() == ["left", "right"]
+    assert "every process of it runs" in u.up().stdout
+    down = u.ggmq("down", u.file)
+    assert down.returncode == 0 and not left_behind("again")
+
+
+def test_status_as_json(user: Callable[..., User]) -> None:
+    u = user("told")
+    assert json.loads(u.ggmq("status", "--json").stdout) == {"clusters": []}
+    assert u.up().returncode == 0
+    c = u.status()
+    assert (c["name"], c["broker"], c["error"]) == ("told", u.state.endpoint, "")
+    assert {p["name"]: p["pid"] for p in c["processes"]} == u.pids and all(p["running"] is True for p in c["processes"])
+    left, right = sorted(c["devices"], key=lambda d: d["worker"])
+    assert (left["worker"], left["state"], left["buffer_bytes"], left["n_sessions"]) == ("left", "ready", 0, 0)
+    assert left["planned"]["first_layer"] == 0 and right["planned"]["last_layer"] == 3
+    assert u.state.id not in json.dumps(c)
+    os.kill(u.pids["broker"], signal.SIGKILL)
+    until(lambda: u.status()["processes"][0]["running"] is False)
+    r = u.ggmq("status", "--json")
+    dead = json.loads(r.stdout)["clusters"][0]
+    assert r.returncode == 1 and dead["error"] and dead["devices"] == []
+
+
+def test_logs_have_times_and_the_id_is_shown_nowhere(user: Callable[..., User]) -> None:
+    u = user("timed")
+    assert u.up().returncode == 0
+    logs = sorted((u.state_home / "ggmq" / "logs" / "timed").iterdir())
+    assert [p.name for p in logs] == ["broker.log", "left-reference.log", "right-reference.log"]
+    for log in logs:
+        lines = log.read_text().splitlines()
+        assert lines and all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}[+-]\d\d:\d\d ", x) for x in lines), lines
+        assert u.state.id not in log.read_text()
+    assert not any(u.state.id in word for c in left_behind("timed") for word in c)
+    assert (u.state_home / "ggmq" / "timed.json").stat().st_mode & 0o777 == 0o600
+
+
+def test_the_brokers_log_says_who_came_who_went_and_why(user: Callable[..., User]) -> None:
+    u = user("noted")
+    assert u.up().returncode == 0
+    log = u.state_home / "ggmq" / "logs" / "noted" / "broker.log"
+    os.kill(u.pids["right/reference"], signal.SIGKILL)
+    until(lambda: "was lost" in log.read_text() and "has gone" in log.read_text())  # a client's end shows by its next PING
+    said = [line.split(" ", 2)[2] for line in log.read_text().splitlines()]
+    for words in (r"worker left reference is ready", r"worker right reference is ready", r"client \d+ is here \(ggmq .*\)",
+                  r"client \d+ has gone", r"worker right reference was lost: the connection was closed; .*"):  # fmt: skip
+        assert [x for x in said if re.fullmatch("ggmq broker: " + words, x)], said
+
+
+def test_one_up_at_a_time(user: Callable[..., User]) -> None:
+    u = user("once")
+    first = subprocess.Popen([*GGMQ, "up", str(u.file)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                             env={**os.environ, "XDG_STATE_HOME": str(u.state_home)})  # fmt: skip
+    assert first.stdout is not None
+    with first.stdout:
+        assert first.stdout.readline().startswith(b"started broker")
+        second = u.up()
+        assert first.wait(60) == 0 and (second.returncode == 0 or "is under way" in second.stderr), second
+    assert len(left_behind("once")) == 3
+
+
+TRAP = "raise SystemExit('the file of somebody else')\n"
+
+
+@pytest.mark.parametrize("args", [
+    ("run", "--device", "reference", "--workers", "2", *STORY), ("worker", "--version"), ("cache", "list"),
+], ids=["run", "worker", "cache"])  # fmt: skip
+def test_files_of_the_current_folder_are_none_of_ours(tmp_path: Path, args: tuple[str, ...]) -> None:
+    for name in ("protocol", "config", "broker", "workers", "types", "psutil"):
+        (tmp_path / f"{name}.py").write_text(TRAP)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for way in ([sys.executable, "-P", "-m", "ggmq"], GGMQ):
+        r = subprocess.run([*way, *args], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=100,
+                           stdin=subprocess.DEVNULL)  # fmt: skip
+        assert "somebody else" not in r.stderr and r.returncode == 0, r.stderr
+
+
+def test_up_and_several_devices_work_in_such_a_folder_too(user: Callable[..., User], tmp_path: Path) -> None:
+    u = user("trapped")
+    for name in ("protocol", "config", "broker", "workers"):
+        (tmp_path / f"{name}.py").write_text(TRAP)
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_STATE_HOME": str(u.state_home)}
+    run = [sys.executable, "-P", "-m", "ggmq"]
+    up = subprocess.run([*run, "up", str(u.file)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=100)
+    assert up.returncode == 0, up.stdout + up.stderr
+    worker = subprocess.Popen([*run, "worker", "-d", "reference,reference", "-p", "0"], cwd=tmp_path, env=env,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    assert worker.stdout is not None
+    with worker.stdout:
+        assert "endpoint" in worker.stdout.readline() + worker.stdout.readline()
+        worker.terminate()
+        worker.wait(20)
+
+
+def test_above_a_checkout_there_is_a_clear_word(tmp_path: Path) -> None:
+    (tmp_path / "ggmq").symlink_to(ROOT)
+    r = subprocess.run([sys.executable, "-S", "-m", "ggmq", "run"], cwd=tmp_path, capture_output=True, text=True,
+                       env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"})  # fmt: skip
+    assert r.returncode == 1 and "is a checkout" in r.stderr and "Traceback" not in r.stderr, r.stderr
