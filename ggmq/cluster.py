@@ -16,28 +16,25 @@ from pathlib import Path
 from typing import Any
 
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
 from broker.loop import BrokerLoop
-from config.auth import new_socket, socket_folder
+from config.auth import close_monitored, happening, monitor_of, new_socket, socket_folder
 from config.clock import LivedClock
 from config.keys import KeyPair
+from config.reaching import Happening, Reaching
+from config.terminal import print_line
 from ggmq import __version__
 from protocol import PROTOCOL_VERSION, limits
 from protocol import messages as m
-from protocol.errors import DeadlineExceeded, GgmqError, ProtocolError, Unavailable, WorkerLost, from_wire
+from protocol.errors import DeadlineExceeded, GgmqError, ProtocolError, Unavailable, VersionError, WorkerLost, from_wire
 from protocol.frames import Frame, Message, decode, encode
 
 SOFTWARE = f"ggmq {__version__}"
 CONNECT_S = 10.0
 START_S = 600.0
 END_S = 3.0
-QUIET_S = 1.0
-"""Who takes a connection and says nothing for so long is asleep, not another program: that would close it, or answer."""
 NOTED_S = 2.5
 """After a silence of the broker of this long a user is told what is waited for."""
-_ENDS = (zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-         | zmq.EVENT_HANDSHAKE_FAILED_AUTH)  # fmt: skip
 
 
 class Client:
@@ -61,7 +58,7 @@ class Client:
         self._poller.register(self._socket, zmq.POLLIN)
         self._monitor: zmq.Socket[Any] | None = None
         if not endpoint.startswith("inproc"):
-            self._monitor = self._socket.get_monitor_socket(zmq.EVENT_CONNECTED | _ENDS)
+            self._monitor = monitor_of(self._socket)
             self._poller.register(self._monitor, zmq.POLLIN)
         self._socket.connect(endpoint)
         self._seq = 0
@@ -70,8 +67,8 @@ class Client:
         self._clock = LivedClock()
         self._heard_s = self._asked_s = self._clock.now_s()
         self._said = False
-        self._open_s: float | None = None
-        self._quiet = False
+        tcp = endpoint.startswith("tcp")
+        self._reaching = Reaching(endpoint, keys if tcp else None, "broker", self._heard_s, CONNECT_S)
         self.session, self.lost = 0, ""
         self.n_round_trips = 0
         self.on_wait: Callable[[], None] | None = None
@@ -81,12 +78,15 @@ class Client:
             self.close()
             raise
         assert isinstance(hello, m.Hello)  # the decoder gives HELLO's reply this type
+        if hello.role != "broker":
+            self.close()
+            raise ProtocolError(f"{endpoint}: a ggmq {hello.role} listens there, not a broker; "
+                                "a worker's address is for --rpc")  # fmt: skip
         self.session = hello.session
 
     def close(self) -> None:
         if self._monitor is not None:
-            self._socket.disable_monitor()
-            self._monitor.close(linger=0)
+            close_monitored(self._socket, self._monitor)
         self._socket.close(linger=0)
 
     def submit(self, header: m.Header, payload: Sequence[Frame] = (), device: int = 0) -> int:
@@ -110,14 +110,16 @@ class Client:
             now = self._clock.now_s()
             if self.lost:
                 raise Unavailable(f"{self.endpoint}: {self.lost}")
-            if now >= due:
-                raise DeadlineExceeded(f"{self.endpoint}: no reply within {timeout_s:.0f} s; is a ggmq broker there, "
-                                       "with the same keys?")  # fmt: skip
-            ready = dict(self._poller.poll(int(min(due - now, 0.5) * 1000) + 1))
+            if now >= due or (not self.session and self._hopeless(now)):
+                raise self._no_reply(timeout_s - max(0.0, due - now))
+            ready = dict(self._poller.poll(int(min(due - now, 0.5 if self.session else 0.1) * 1000) + 1))
             if self._socket in ready:
-                self._take(self._socket.recv_multipart(copy=False))
+                try:
+                    self._take(self._socket.recv_multipart(copy=False))
+                except VersionError as e:
+                    raise VersionError(f"{self.endpoint}: {e}") from None
             elif self._monitor is not None and self._monitor in ready:
-                self._watch(recv_monitor_message(self._monitor)["event"])
+                self._watch(happening(self._monitor.recv_multipart()))
             else:
                 self._look_after()
             if self.on_wait is not None:
@@ -135,20 +137,23 @@ class Client:
         try:
             return self.wait(seq, CONNECT_S)
         except DeadlineExceeded:
-            asleep = self._quiet if self._open_s is None else self._clock.now_s() - self._open_s > QUIET_S
-            if not asleep:
+            if not self._reaching.asleep(self._clock.now_s()):
                 raise
         self.note(f"{self.endpoint} answers nothing; waiting for it, {limits.RETURN_S:.0f} s at most")
         return self.wait(seq, limits.RETURN_S - CONNECT_S)
 
-    def _watch(self, event: int) -> None:
+    def _hopeless(self, now: float) -> bool:
+        return bool(self._reaching.reason(now)) and not self._reaching.asleep(now)
+
+    def _no_reply(self, waited_s: float) -> DeadlineExceeded:
+        within = f"no reply within {waited_s:.0f} s" if waited_s >= 1 else ""
+        cause = "" if self.session else self._reaching.cause() or "is a ggmq broker there?"
+        return DeadlineExceeded(": ".join(part for part in (self.endpoint, within, cause) if part))
+
+    def _watch(self, what: Happening) -> None:
         """What became of the connection."""
-        now = self._clock.now_s()
-        if event == zmq.EVENT_CONNECTED:
-            self._open_s = now
-        elif self._open_s is not None:
-            self._quiet, self._open_s = now - self._open_s > QUIET_S, None
-        if event == zmq.EVENT_DISCONNECTED and self.session:  # before, it may have been anything: ZeroMQ tries again
+        self._reaching.happened(what, self._clock.now_s())
+        if what is Happening.LOST and self.session:  # before, it may have been anything: ZeroMQ tries again
             self.lost = "the broker closed the connection; it was stopped or killed"
 
     def _look_after(self) -> None:
@@ -326,6 +331,7 @@ def own_broker(listen: str, remote: Sequence[str], keys: KeyPair | None) -> Iter
     context: zmq.Context[Any] = zmq.Context()
     try:
         loop = BrokerLoop(SOFTWARE, context, keys)
+        loop.note = lambda text: print_line(f"ggmq broker: {text}", file=sys.stderr)
         loop.listen(listen)
         for host_port in remote:
             loop.connect_worker(f"tcp://{host_port}")
