@@ -185,6 +185,8 @@ class BrokerLoop:
     def _monitored(self, link: Link, what: Happening, now: float) -> None:
         self._reaching[link].happened(what, now)
         worker = self.state.workers.get(link)
+        if what is Happening.SHAKEN and self._reaching[link].n_shaken > 1 and worker is not None and not worker.ready:
+            self._handle(LinkOpened(link, now))  # our HELLO went with the connection before
         if what in (Happening.LOST, Happening.DENIED) and worker is not None and (worker.ready or worker.silent):
             self._handle(LinkLost(link, GONE, now))
 

@@ -71,7 +71,8 @@ def new_socket(context: zmq.Context[Any], kind: int, keys: KeyPair | None, serve
 _FAILED = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 _DIALLING = (zmq.EVENT_CONNECTED | zmq.EVENT_CONNECT_RETRIED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
              | _FAILED)  # fmt: skip
-_LISTENING = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_MONITOR_STOPPED | _FAILED
+_LISTENING = (zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_MONITOR_STOPPED
+              | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH)  # fmt: skip
 
 
 def monitor_of(s: zmq.Socket[Any]) -> zmq.Socket[Any]:
@@ -138,7 +139,8 @@ class Listener:
     the connections themselves: it cuts off who has sent too much without completing a message, and, when file descriptors
     are about to run out, whoever has said nothing yet.
 
-    Who is refused for its key, or for its version, is named on standard error: one line for an address and minute.
+    Who is refused for its key, or for its version, is named on standard error, in a line that begins with `who`; never when
+    that is empty.
 
     Attributes:
         endpoint: what it is bound to, with its real port.
@@ -153,7 +155,7 @@ class Listener:
     ) -> None:  # fmt: skip
         self.socket = new_socket(context, zmq.ROUTER, keys, server=True)
         self.socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)
-        self._door = _Door(context, self.socket, keys, who) if endpoint.startswith("tcp://") else None
+        self._door = _Door(context, self.socket, keys, who) if endpoint.startswith("tcp://") and who else None
         try:
             self.socket.bind(endpoint)
         except zmq.ZMQError as e:
@@ -249,12 +251,17 @@ class _Door:
 
     def _watch(self) -> None:
         addresses: dict[int, str] = {}
-        reason = ""
+        reason, n_looked_up, since_s = "", 0, 0.0
         try:
             while True:
-                event, value = struct.unpack("=hi", self._events.recv_multipart()[0])
+                event, value = struct.unpack("=hi", self._events.recv())
+                self._events.recv()  # the address on which we listen
                 if event == zmq.EVENT_ACCEPTED:
-                    addresses[value] = _peer_of(value)
+                    now = time.monotonic()
+                    if now - since_s > 1:
+                        n_looked_up, since_s = 0, now
+                    n_looked_up += 1
+                    addresses[value] = _peer_of(value) if n_looked_up <= N_LOOKED_UP else ""
                 elif event == zmq.EVENT_DISCONNECTED:  # one thread of ZeroMQ tells all: this is the one that failed
                     address = addresses.pop(value, "")
                     if reason:
@@ -270,11 +277,9 @@ class _Door:
             self._events.close(linger=0)
 
     def _reason(self, event: int, value: int) -> str:
-        """Why a handshake failed; empty where the peer only went away, as scanners and those who look who is there do."""
+        """Why a handshake failed. That a peer only went away is not told: scanners, and those who look who is there, do."""
         if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
             return "it has another pair of keys than this cluster; copy the key file to it again"
-        if event != zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
-            return ""
         if value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
             if self.keys is not None:
                 return "it uses no cluster key; copy the key file to it, and leave --insecure out there"
@@ -287,7 +292,7 @@ class _Door:
 def _peer_of(fd: int) -> str:
     """The address at the other end of a connection of this process; empty when it is closed already."""
     with contextlib.suppress(OSError):
-        s = socket.socket(fileno=fd)
+        s = socket.socket(socket.AF_INET, socket.SOCK_STREAM, fileno=fd)
         try:
             return str(s.getpeername()[0])
         finally:
@@ -303,6 +308,8 @@ def give_back_free_memory() -> None:
 
 N_EVENTS = 20_000
 """What ZeroMQ may have to tell of connections before it waits for the thread that listens."""
+N_LOOKED_UP = 100
+"""Addresses that are looked up in a second: a crowd of strangers shall not take a worker's time."""
 N_TRIMS = 20
 """Looks after a cut at which free memory is given back: a second or two."""
 TCPI_BYTES_RECEIVED = 128
@@ -313,8 +320,8 @@ def open_descriptors() -> list[int]:
     """File descriptors of this process; none where the system does not tell."""
     try:
         return [int(name) for name in os.listdir("/proc/self/fd")]
-    except OSError:
-        return []
+    except OSError as e:  # to look takes one too: where all are in use they are known without
+        return list(range(min(descriptor_limit(), 1 << 16))) if e.errno == errno.EMFILE else []
 
 
 def descriptor_limit() -> int:

@@ -44,6 +44,7 @@ class Reaching:
     Attributes:
         what: whom the endpoint should lead to, "worker" or "broker".
         shaken: the handshake went well, and the connection is there.
+        n_shaken: how often it did. What was sent over a connection that is gone is gone too.
         known: the reason, where whoever dials has heard it from the peer.
     Threads: use from one. Probes run in threads of their own, one at a time, which end by themselves.
     """
@@ -53,7 +54,7 @@ class Reaching:
         host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
         self.host = host.rpartition(";")[2].strip("[]")
         self.port = int(port) if endpoint.startswith("tcp://") and port.isdecimal() else 0
-        self.shaken = False
+        self.shaken, self.n_shaken = False, 0
         self.known = ""
         self._dialled_s, self._patience_s = now_s, patience_s
         self._ask_s = now_s + QUIET_S
@@ -74,6 +75,7 @@ class Reaching:
             return
         if what is Happening.SHAKEN:
             self.shaken, self._finding, self._ask_s, self._n_closed = True, None, now_s + MUTE_S, 0
+            self.n_shaken += 1
             return
         if self._open_s is not None:
             self._quiet, self._open_s = now_s - self._open_s > QUIET_S, None

@@ -28,6 +28,7 @@ from protocol import PROTOCOL_VERSION, limits
 from protocol import messages as m
 from protocol.errors import DeadlineExceeded, GgmqError, ProtocolError, Unavailable, VersionError, WorkerLost, from_wire
 from protocol.frames import Frame, Message, decode, encode
+from protocol.messages import Command
 
 SOFTWARE = f"ggmq {__version__}"
 CONNECT_S = 10.0
@@ -133,7 +134,9 @@ class Client:
 
     def _greet(self) -> Message:
         """HELLO. A broker that is asleep is waited for longer than one that is not there."""
-        seq = self.submit(m.Hello(PROTOCOL_VERSION, "client", software=SOFTWARE))
+        hello = m.Hello(PROTOCOL_VERSION, "client", software=SOFTWARE)
+        seq = self.submit(hello)
+        self._hello = encode(Message(Command.HELLO, hello, seq=seq))
         try:
             return self.wait(seq, CONNECT_S)
         except DeadlineExceeded:
@@ -153,6 +156,8 @@ class Client:
     def _watch(self, what: Happening) -> None:
         """What became of the connection."""
         self._reaching.happened(what, self._clock.now_s())
+        if what is Happening.SHAKEN and self._reaching.n_shaken > 1 and not self.session:
+            self._socket.send_multipart(self._hello)  # the first went with the connection before
         if what is Happening.LOST and self.session:  # before, it may have been anything: ZeroMQ tries again
             self.lost = "the broker closed the connection; it was stopped or killed"
 

@@ -82,13 +82,14 @@ class WorkerLoop:
         broker: the one that we dialled, if we did; `linked`: sockets to other workers, by name.
         spin_s: how long it looks for the next compute before it sleeps.
         peer_port: where other workers reach this one when it dialled its broker; 0: anywhere.
+        quiet: strangers that are refused are not named: standard error is that of a program that people look at.
         parent_pid: with it, the process ends when its parent has gone (a launcher that was killed leaves nothing).
     """
 
     def __init__(
         self, device: Device, cache: Cache | None, software: str, keys: KeyPair | None = None, parent_pid: int = 0,
         name: str = "", models: ModelFolder | None = None, instance: bytes = b"", insecure: bool = False,
-        spin_s: float = 0.0, peer_port: int = 0,
+        spin_s: float = 0.0, peer_port: int = 0, quiet: bool = False,
     ) -> None:  # fmt: skip
         self.device, self.keys, self.parent_pid, self.name = device, keys, parent_pid, name
         self.state = WorkerState(software)
@@ -107,7 +108,7 @@ class WorkerLoop:
         self.clock = LivedClock()
         self.kept_s = self.probed_s = self.guarded_s = 0.0
         self.instance = instance or secrets.token_bytes(16)
-        self.insecure, self.peer_port = insecure, peer_port
+        self.insecure, self.peer_port, self.quiet = insecure, peer_port, quiet
         self.spin_s, self.spin_until = spin_s, 0.0
         self.broker: _Dialled | None = None
         self.channels: dict[zmq.Socket[Any], bytes] = {}
@@ -146,7 +147,7 @@ class WorkerLoop:
         if keys is not None and self.auth is None:
             self.auth = require_curve(self.context, keys)
         advice = "is another worker on this port? Choose another with -p"
-        listener = Listener(self.context, endpoint, keys, advice)
+        listener = Listener(self.context, endpoint, keys, advice, who="" if self.quiet else "worker")
         self.listeners[listener.socket] = listener
         self._add(listener.socket)
         return listener
