@@ -145,12 +145,16 @@ class BrokerLoop:
             listener.guard()
         self._early = {t: e for t, e in self._early.items() if now - e[2] < limits.RECONNECT_S}
 
+    def _is_unreached(self, link: Link) -> bool:
+        """Whether a worker that listens has not answered HELLO yet."""
+        worker = self.state.workers.get(link)
+        return link in self._reaching and worker is not None and not worker.ready and not worker.silent
+
     def _look_at_unreached(self, now: float) -> None:
         for link, reaching in self._reaching.items():
-            worker = self.state.workers[link]
-            reason = "" if worker.ready or worker.silent else reaching.reason(now)
+            reason = reaching.reason(now) if self._is_unreached(link) else ""
             if reason:
-                if reason != worker.lost:
+                if reason != self.state.workers[link].lost:
                     self.note(f"{link.removeprefix('tcp://')}: {reason}; dialling on")
                 self._handle(Unreached(link, reason, now))
 
@@ -184,11 +188,11 @@ class BrokerLoop:
 
     def _monitored(self, link: Link, what: Happening, now: float) -> None:
         self._reaching[link].happened(what, now)
-        worker = self.state.workers.get(link)
-        if what is Happening.SHAKEN and self._reaching[link].n_shaken > 1 and worker is not None and not worker.ready:
+        if not self._is_unreached(link):
+            if what in (Happening.LOST, Happening.DENIED):
+                self._handle(LinkLost(link, GONE, now))
+        elif what is Happening.SHAKEN and self._reaching[link].n_shaken > 1:
             self._handle(LinkOpened(link, now))  # our HELLO went with the connection before
-        if what in (Happening.LOST, Happening.DENIED) and worker is not None and (worker.ready or worker.silent):
-            self._handle(LinkLost(link, GONE, now))
 
     def _worker_frames(self, link: Link, bulk: bool, frames: list[Frame], now: float) -> None:
         try:
@@ -282,7 +286,9 @@ class BrokerLoop:
                 self._dealers[i.link][i.bulk].send_multipart(frames, zmq.DONTWAIT, copy=False)
         except zmq.ZMQError as e:
             if e.errno in (zmq.EHOSTUNREACH, zmq.EAGAIN):
-                self._handle(gone)
+                # a first HELLO: ZeroMQ has given the connection up already, and that is found out beside
+                if isinstance(i, ToClient) or i.message.command != Command.HELLO or not self._is_unreached(i.link):
+                    self._handle(gone)
             else:
                 print_line(f"ggmq broker: cannot send: {e}", file=sys.stderr)
 

@@ -62,7 +62,8 @@ class Client:
             self._monitor = monitor_of(self._socket)
             self._poller.register(self._monitor, zmq.POLLIN)
         self._socket.connect(endpoint)
-        self._seq = 0
+        self._seq = self.session = 0
+        self.lost = ""
         self._waiting: set[int] = set()
         self._replies: dict[int, Message] = {}
         self._clock = LivedClock()
@@ -70,7 +71,6 @@ class Client:
         self._said = False
         tcp = endpoint.startswith("tcp")
         self._reaching = Reaching(endpoint, keys if tcp else None, "broker", self._heard_s, CONNECT_S)
-        self.session, self.lost = 0, ""
         self.n_round_trips = 0
         self.on_wait: Callable[[], None] | None = None
         try:
@@ -98,8 +98,13 @@ class Client:
             self._heard_s = self._clock.now_s()
         self._waiting.add(self._seq)
         if not self.lost:
-            self._socket.send_multipart(frames, copy=False)
+            self._send(frames)
         return self._seq
+
+    def _send(self, frames: list[Frame]) -> None:
+        """Before there is a session ZeroMQ may have given the connection up already; it would wait for ever to send."""
+        with contextlib.suppress(zmq.Again):
+            self._socket.send_multipart(frames, 0 if self.session else zmq.DONTWAIT, copy=False)
 
     def wait(self, seq: int, timeout_s: float = limits.REQUEST_DEADLINE_S + 5) -> Message:
         """The reply to a request.
@@ -157,7 +162,7 @@ class Client:
         """What became of the connection."""
         self._reaching.happened(what, self._clock.now_s())
         if what is Happening.SHAKEN and self._reaching.n_shaken > 1 and not self.session:
-            self._socket.send_multipart(self._hello)  # the first went with the connection before
+            self._send(self._hello)  # the first went with the connection before
         if what is Happening.LOST and self.session:  # before, it may have been anything: ZeroMQ tries again
             self.lost = "the broker closed the connection; it was stopped or killed"
 

@@ -6,6 +6,7 @@ front does; a worker that dialled a broker has one peer with an empty name.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import sys
@@ -192,7 +193,8 @@ class WorkerLoop:
             raise ConfigError(f"--broker {endpoint}: expected an endpoint such as tcp://HOST:5555; {e}") from None
         self.n_channels += 1
         rid = self.channels[s] = b"dial" + self.n_channels.to_bytes(8)
-        s.send_multipart(encode(Message(Command.HELLO, self._hello(role))))
+        with contextlib.suppress(zmq.Again):  # ZeroMQ has given the connection up already: that is found out beside
+            s.send_multipart(encode(Message(Command.HELLO, self._hello(role))), zmq.DONTWAIT)
         return rid
 
     def _hang_up(self, reason: str, now_s: float, wait_s: float = limits.REDIAL_S) -> None:
