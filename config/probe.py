@@ -61,7 +61,7 @@ def greeting(mechanism: str) -> bytes:
 def probe(host: str, port: int, mechanism: str) -> Finding:
     """Ask who is there, as one that uses `mechanism`. Takes some seconds at most, and the time of a look-up of the name.
 
-    Errors: none.
+    Errors: OSError when this process can open no socket.
     """
     try:  # ZeroMQ is told nothing of IPv6, so it looks for these only
         found = socket.getaddrinfo(host, port, socket.AF_INET, socket.SOCK_STREAM)

@@ -6,6 +6,7 @@ together make the reason. What may pass by itself (a process that is just being 
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from enum import Enum, auto
 
@@ -126,7 +127,8 @@ class Reaching:
             self._thread.start()
 
     def _probe(self) -> None:
-        self._answer.append(probe(self.host, self.port, CURVE if self.keys is not None else NULL))
+        with contextlib.suppress(OSError, OverflowError):  # no descriptor left, no port of TCP: nothing is found
+            self._answer.append(probe(self.host, self.port, CURVE if self.keys is not None else NULL))
 
     def _waits_s(self) -> float:
         """For how long what is known now may still pass by itself."""
