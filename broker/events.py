@@ -43,6 +43,15 @@ class LinkLost:
 
 
 @dataclass(frozen=True, slots=True)
+class Unreached:
+    """Why a worker that is dialled does not answer, as far as is known. It is dialled on."""
+
+    link: Link
+    reason: str
+    now_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerEnded:
     """A process that was started here is no more."""
 
@@ -62,7 +71,7 @@ class Tick:
     now_s: float
 
 
-Event = FromClient | FromWorker | LinkOpened | LinkLost | WorkerEnded | ClientLost | Tick
+Event = FromClient | FromWorker | LinkOpened | LinkLost | Unreached | WorkerEnded | ClientLost | Tick
 
 
 @dataclass(frozen=True, slots=True)

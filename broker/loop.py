@@ -25,29 +25,33 @@ from broker.events import (
     Tick,
     ToClient,
     ToWorker,
+    Unreached,
     WorkerEnded,
 )
 from broker.state import BrokerState
-from config.auth import Listener, new_socket, require_curve
+from config.auth import Listener, close_monitored, happening, monitor_of, new_socket, require_curve
 from config.clock import LivedClock
 from config.keys import KeyPair
+from config.reaching import Happening, Reaching
 from config.terminal import print_line
 from protocol import limits
 from protocol import messages as m
-from protocol.errors import GgmqError, ProtocolError
+from protocol.errors import GgmqError, ProtocolError, VersionError
 from protocol.frames import Frame, Message, decode, encode, prefix_of
 from protocol.messages import Command
 
 TICK_S = 0.1
 NOTED_S, MAX_NOTES = 10.0, 100
 """In so many seconds at most so many notes: nobody fills a disk by knocking."""
+HOPE_S = limits.RECONNECT_S - 5 * TICK_S
+"""A worker that is not reached is dialled afresh after RECONNECT_S; why it was not is known before."""
 GONE = "the connection was closed; the worker was stopped or killed"
 
 
 class BrokerLoop:
     """Attributes:
     endpoints: what it listens on, with real ports.
-    note: told who comes and goes, and why.
+    note: told who comes and goes, and why, and why a worker that listens is not reached.
     children: worker processes that were started here, by the name their devices have: how each one ended, None until then.
     Threads: `run` in one thread; `listen` and `connect_worker` before it starts, `stop` from any.
     """
@@ -66,6 +70,7 @@ class BrokerLoop:
         self._listeners: list[Listener] = []
         self._dealers: dict[Link, tuple[zmq.Socket[Any], zmq.Socket[Any]]] = {}
         self._monitors: dict[zmq.Socket[Any], Link] = {}
+        self._reaching: dict[Link, Reaching] = {}
         self._owner: dict[zmq.Socket[Any], tuple[Link, bool]] = {}
         self._dialled: dict[tuple[int, bytes], tuple[Link, bool]] = {}
         self._rids: dict[tuple[Link, bool], tuple[int, bytes]] = {}
@@ -82,7 +87,7 @@ class BrokerLoop:
         if tcp and self.keys is not None and self._auth is None:
             self._auth = require_curve(self.context, self.keys)
         listener = Listener(self.context, endpoint, self.keys if tcp else None, "is another broker there?",
-                            limits.MAX_MESSAGE_BYTES)  # fmt: skip
+                            limits.MAX_MESSAGE_BYTES, "ggmq broker")  # fmt: skip
         self._listeners.append(listener)
         self._poller.register(listener.socket, zmq.POLLIN)
         self.endpoints.append(listener.endpoint)
@@ -94,7 +99,7 @@ class BrokerLoop:
         for bulk in (False, True):
             s = new_socket(self.context, zmq.DEALER, self.keys, server=False)
             if not bulk:
-                monitor = s.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH)
+                monitor = monitor_of(s)
                 self._monitors[monitor] = endpoint
                 self._poller.register(monitor, zmq.POLLIN)
             s.connect(endpoint)
@@ -102,7 +107,9 @@ class BrokerLoop:
             self._poller.register(s, zmq.POLLIN)
             sockets.append(s)
         self._dealers[endpoint] = (sockets[0], sockets[1])
-        self._handle(LinkOpened(endpoint, self.clock.now_s()))
+        now = self.clock.now_s()
+        self._reaching[endpoint] = Reaching(endpoint, self.keys, "worker", now, HOPE_S)
+        self._handle(LinkOpened(endpoint, now))
 
     def serve_in_thread(self) -> None:
         self._thread = threading.Thread(target=self.run, name="ggmq-broker", daemon=True)
@@ -125,10 +132,10 @@ class BrokerLoop:
                     next_tick = now + TICK_S
                     self._tick(now)
         finally:
-            for monitor in self._monitors:
-                monitor.close()
-            for s in [*(listener.socket for listener in self._listeners), *self._owner]:
-                s.close()
+            for link in list(self._dealers):
+                self._close(link)
+            for listener in self._listeners:
+                listener.close()
             if self._auth is not None:
                 self._auth.stop()
 
@@ -137,6 +144,7 @@ class BrokerLoop:
             if ended() is not None:
                 del self.children[name]
                 self._handle(WorkerEnded(name, GONE, now))
+        self._look_at_unreached(now)
         self._handle(Tick(now))
         if now - self._noted_s > NOTED_S:
             if self._n_noted > MAX_NOTES:
@@ -145,6 +153,19 @@ class BrokerLoop:
         for listener in self._listeners:
             listener.guard()
         self._early = {t: e for t, e in self._early.items() if now - e[2] < limits.RECONNECT_S}
+
+    def _is_unreached(self, link: Link) -> bool:
+        """Whether a worker that listens has not answered HELLO yet."""
+        worker = self.state.workers.get(link)
+        return link in self._reaching and worker is not None and not worker.ready and not worker.silent
+
+    def _look_at_unreached(self, now: float) -> None:
+        for link, reaching in self._reaching.items():
+            reason = reaching.reason(now) if self._is_unreached(link) else ""
+            if reason:
+                if reason != self.state.workers[link].lost:
+                    self.note(f"{link.removeprefix('tcp://')}: {reason}; dialling on")
+                self._handle(Unreached(link, reason, now))
 
     def _handle(self, event: Event) -> None:
         self._do(self.state.handle(event))
@@ -164,8 +185,10 @@ class BrokerLoop:
             frames: list[Frame] = [f.buffer if len(f) > 4096 else f.bytes for f in raw]
             now = self.clock.now_s()
             if s in self._monitors:
-                self._monitored(self._monitors[s], now)
-                return  # it may be closed now
+                self._monitored(self._monitors[s], happening([f.bytes for f in raw]), now)
+                if s.closed:
+                    return
+                continue
             if s in self._owner:
                 link, bulk = self._owner[s]
                 self._worker_frames(link, bulk, frames, now)
@@ -175,22 +198,33 @@ class BrokerLoop:
                 index = next(i for i, listener in enumerate(self._listeners) if listener.socket is s)
                 known = (index, bytes(frames[0])) in self._dialled
                 self._listeners[index].heard(raw[-1], limits.MAX_MESSAGE_BYTES if known else limits.MAX_REQUEST_BYTES)
-                self._router_frames(index, frames, now)
+                self._router_frames(index, frames, raw[-1], now)
 
-    def _monitored(self, link: Link, now: float) -> None:
-        worker = self.state.workers.get(link)
-        if worker is not None and (worker.ready or worker.silent):
-            self._handle(LinkLost(link, GONE, now))
+    def _monitored(self, link: Link, what: Happening, now: float) -> None:
+        self._reaching[link].happened(what, now)
+        if not self._is_unreached(link):
+            if what in (Happening.LOST, Happening.DENIED):
+                self._handle(LinkLost(link, GONE, now))
+        elif what is Happening.SHAKEN and self._reaching[link].n_shaken > 1:
+            self._handle(LinkOpened(link, now))  # our HELLO went with the connection before
 
     def _worker_frames(self, link: Link, bulk: bool, frames: list[Frame], now: float) -> None:
         try:
             message = decode(frames)
         except ProtocolError as e:
+            if isinstance(e, VersionError) and link in self._reaching:  # the next time will be no better
+                self._reaching[link].known = str(e)
+                return
             self._handle(LinkLost(link, f"it broke the protocol: {e}", now))
+            return
+        h = message.header
+        if isinstance(h, m.Hello) and message.reply and h.role != "worker" and link in self._reaching:
+            self._reaching[link].known = (f"a ggmq {h.role} listens there, not a worker; "
+                                          "a broker's address is for --broker")  # fmt: skip
             return
         self._handle(FromWorker(link, message, now, bulk))
 
-    def _router_frames(self, index: int, frames: list[Frame], now: float) -> None:
+    def _router_frames(self, index: int, frames: list[Frame], frame: zmq.Frame, now: float) -> None:
         rid = bytes(frames[0])
         where = (index, rid)
         known = self._dialled.get(where)
@@ -201,6 +235,7 @@ class BrokerLoop:
         try:
             message = decode(frames[1:])
         except ProtocolError as e:
+            self._listeners[index].refused(frame, e)
             self._reject(peer, frames[1:], e)
             return
         h = message.header
@@ -265,15 +300,18 @@ class BrokerLoop:
                 self._dealers[i.link][i.bulk].send_multipart(frames, zmq.DONTWAIT, copy=False)
         except zmq.ZMQError as e:
             if e.errno in (zmq.EHOSTUNREACH, zmq.EAGAIN):
-                self._handle(gone)
+                # a first HELLO: ZeroMQ has given the connection up already, and that is found out beside
+                if isinstance(i, ToClient) or i.message.command != Command.HELLO or not self._is_unreached(i.link):
+                    self._handle(gone)
             else:
                 print_line(f"ggmq broker: cannot send: {e}", file=sys.stderr)
 
     def _close(self, link: Link) -> None:
+        self._reaching.pop(link, None)
         for monitor in [k for k, v in self._monitors.items() if v == link]:
             self._poller.unregister(monitor)
             self._monitors.pop(monitor)
-            monitor.close()
+            close_monitored(self._dealers[link][0], monitor)
         for s in self._dealers.pop(link, ()):
             self._poller.unregister(s)
             self._owner.pop(s, None)

@@ -32,6 +32,7 @@ from broker.events import (
     Tick,
     ToClient,
     ToWorker,
+    Unreached,
     WorkerEnded,
 )
 from broker.records import Client, Linking, Pair, Pending, PendingKey, Relay, Worker
@@ -52,7 +53,7 @@ from protocol.frames import Frame, Message
 from protocol.messages import BULK, NOT_CLIENTS, Command
 
 CLIENT_PING_S = 5.0
-NO_HELLO = f"no HELLO within {limits.RECONNECT_S:.0f} s; is a ggmq worker listening there, with the same keys?"
+NO_HELLO = f"no HELLO within {limits.RECONNECT_S:.0f} s; is a ggmq worker listening there?"
 
 
 class BrokerState:
@@ -93,6 +94,11 @@ class BrokerState:
                 return self._open(event.link, event.now_s)
             case LinkLost():
                 return self._closed(event.link, event.reason)
+            case Unreached():
+                worker = self.workers.get(event.link)
+                if worker is not None and not worker.ready and not worker.silent:
+                    worker.lost = event.reason
+                return []
             case WorkerEnded():
                 links = {e.link for e in self.devices.entries.values() if e.info.worker == event.worker and not e.lost}
                 return [i for link in links for i in self._closed(link, event.reason)]

@@ -1,4 +1,4 @@
-"""Sockets with every limit set, and who may connect to them: CURVE with one key for the cluster.
+"""Sockets with every limit set, and who may connect to them: CURVE with one key for the cluster. Who is refused is named.
 
 Broker and workers share it, which is why it lies with the keys.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import re
 import secrets
@@ -14,7 +15,11 @@ import shutil
 import socket
 import stat
 import struct
+import sys
 import tempfile
+import threading
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +27,11 @@ import zmq
 import zmq.auth.thread
 
 from config.keys import KeyPair, default_key_file, read_keys
+from config.reaching import Happening
+from config.refusals import Refusals
+from config.terminal import print_line
 from protocol import limits
-from protocol.errors import ConfigError, Unavailable
+from protocol.errors import ConfigError, GgmqError, Unavailable, VersionError
 
 
 class Allowed:
@@ -58,6 +66,37 @@ def new_socket(context: zmq.Context[Any], kind: int, keys: KeyPair | None, serve
     if kind == zmq.ROUTER:
         s.setsockopt(zmq.ROUTER_MANDATORY, 1)
     return s
+
+
+_FAILED = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+_DIALLING = (zmq.EVENT_CONNECTED | zmq.EVENT_CONNECT_RETRIED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+             | _FAILED)  # fmt: skip
+_LISTENING = (zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_MONITOR_STOPPED
+              | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH)  # fmt: skip
+
+
+def monitor_of(s: zmq.Socket[Any]) -> zmq.Socket[Any]:
+    """A socket on which comes what becomes of a connection that `s` is about to make; read it with `happening`."""
+    return s.get_monitor_socket(_DIALLING)
+
+
+def close_monitored(s: zmq.Socket[Any], monitor: zmq.Socket[Any]) -> None:
+    """Close both. The monitor is taken off first: ZeroMQ waits for ever to tell one that is closed."""
+    s.disable_monitor()
+    monitor.close(linger=0)
+    s.close(linger=0)
+
+
+def happening(frames: Sequence[bytes]) -> Happening:
+    """What a message of a monitor says."""
+    event, value = struct.unpack("=hi", frames[0])
+    if event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
+        return Happening.LATE if value in (errno.EAGAIN, errno.ETIMEDOUT) else Happening.CLOSED
+    if event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+        return Happening.MISMATCHED if value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH else Happening.STRANGE
+    return {int(zmq.EVENT_CONNECTED): Happening.CONNECTED, int(zmq.EVENT_CONNECT_RETRIED): Happening.RETRIED,
+            int(zmq.EVENT_HANDSHAKE_SUCCEEDED): Happening.SHAKEN, int(zmq.EVENT_DISCONNECTED): Happening.LOST,
+            int(zmq.EVENT_HANDSHAKE_FAILED_AUTH): Happening.DENIED}[event]  # fmt: skip
 
 
 def bound_endpoint(s: zmq.Socket[Any]) -> str:
@@ -100,6 +139,9 @@ class Listener:
     the connections themselves: it cuts off who has sent too much without completing a message, and, when file descriptors
     are about to run out, whoever has said nothing yet.
 
+    Who is refused for its key, or for its version, is named on standard error, in a line that begins with `who`; never when
+    that is empty.
+
     Attributes:
         endpoint: what it is bound to, with its real port.
         n_cut: connections that were cut off.
@@ -109,10 +151,11 @@ class Listener:
 
     def __init__(
         self, context: zmq.Context[Any], endpoint: str, keys: KeyPair | None, advice: str,
-        max_bytes: int = limits.MAX_REQUEST_BYTES,
+        max_bytes: int = limits.MAX_REQUEST_BYTES, who: str = "worker",
     ) -> None:  # fmt: skip
         self.socket = new_socket(context, zmq.ROUTER, keys, server=True)
         self.socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)
+        self._door = _Door(context, self.socket, keys, who) if endpoint.startswith("tcp://") and who else None
         try:
             self.socket.bind(endpoint)
         except zmq.ZMQError as e:
@@ -128,6 +171,12 @@ class Listener:
         """A message came complete: one of its frames tells over which connection. The next there may have `whole_bytes`."""
         if self._port:
             self._heard[int(frame.get(zmq.SRCFD))] = whole_bytes
+
+    def refused(self, frame: zmq.Frame, error: GgmqError) -> None:
+        """Say that a message could not be read, if that is for its sender's version. `frame`: one of the message."""
+        if self._door is not None and isinstance(error, VersionError):
+            with contextlib.suppress(zmq.ZMQError):  # no address: its connection is gone
+                self._door.say(str(frame.get("Peer-Address")), str(error))
 
     def guard(self) -> None:
         """Look at every connection. Takes some microseconds for each file descriptor of the process; call it often, after
@@ -175,12 +224,92 @@ class Listener:
         self.socket.close()
 
 
+class _Door:
+    """Names the peers whose handshake with a listening socket fails.
+
+    ZeroMQ tells of a failure without an address, and of a connection with a file descriptor that may be another's soon. So a
+    thread waits for nothing else, and looks up the address as a connection begins. It ends with the socket or the context.
+    """
+
+    def __init__(self, context: zmq.Context[Any], s: zmq.Socket[Any], keys: KeyPair | None, who: str) -> None:
+        self.who, self.keys = who, keys
+        self._refusals, self._lock = Refusals(), threading.Lock()
+        name = f"inproc://door-{secrets.token_hex(8)}"
+        s.monitor(name, _LISTENING)
+        # of a shadow: whoever destroys the context does not close what the thread reads, but ends its waiting
+        self._events: zmq.Socket[Any] = zmq.Context.shadow(context.underlying).socket(zmq.PAIR)
+        self._events.setsockopt(zmq.RCVHWM, N_EVENTS)
+        self._events.connect(name)
+        threading.Thread(target=self._watch, name="ggmq-door", daemon=True).start()
+
+    def say(self, address: str, reason: str) -> None:
+        """Threads: any."""
+        with self._lock:
+            line = self._refusals.line(address, reason, time.monotonic())
+        if line:
+            print_line(f"{self.who}: {line}", file=sys.stderr)
+
+    def _watch(self) -> None:
+        addresses: dict[int, str] = {}
+        reason, n_looked_up, since_s = "", 0, 0.0
+        try:
+            while True:
+                event, value = struct.unpack("=hi", self._events.recv())
+                self._events.recv()  # the address on which we listen
+                if event == zmq.EVENT_ACCEPTED:
+                    now = time.monotonic()
+                    if now - since_s > 1:
+                        n_looked_up, since_s = 0, now
+                    n_looked_up += 1
+                    addresses[value] = _peer_of(value) if n_looked_up <= N_LOOKED_UP else ""
+                elif event == zmq.EVENT_DISCONNECTED:  # one thread of ZeroMQ tells all: this is the one that failed
+                    address = addresses.pop(value, "")
+                    if reason:
+                        self.say(address, reason)
+                    reason = ""
+                elif event == zmq.EVENT_MONITOR_STOPPED:
+                    return
+                else:
+                    reason = self._reason(event, value)
+        except zmq.ContextTerminated:
+            pass
+        finally:
+            self._events.close(linger=0)
+
+    def _reason(self, event: int, value: int) -> str:
+        """Why a handshake failed. That a peer only went away is not told: scanners, and those who look who is there, do."""
+        if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            return "it has another pair of keys than this cluster; copy the key file to it again"
+        if value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
+            if self.keys is not None:
+                return "it uses no cluster key; copy the key file to it, and leave --insecure out there"
+            return f"it uses a cluster key, and this {self.who.rpartition(' ')[2]} runs without one"
+        if value == zmq.PROTOCOL_ERROR_ZMTP_CRYPTOGRAPHIC:
+            return "it has another cluster key; copy the key file to it again"
+        return "it speaks ZeroMQ's protocol in another way than ggmq"
+
+
+def _peer_of(fd: int) -> str:
+    """The address at the other end of a connection of this process; empty when it is closed already."""
+    with contextlib.suppress(OSError):
+        s = socket.socket(socket.AF_INET, socket.SOCK_STREAM, fileno=fd)
+        try:
+            return str(s.getpeername()[0])
+        finally:
+            s.detach()
+    return ""
+
+
 def give_back_free_memory() -> None:
     """Have the C library return to the system what was freed; nothing where it has no such function (glibc has)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
+N_EVENTS = 20_000
+"""What ZeroMQ may have to tell of connections before it waits for the thread that listens."""
+N_LOOKED_UP = 100
+"""Addresses that are looked up in a second: a crowd of strangers shall not take a worker's time."""
 N_TRIMS = 20
 """Looks after a cut at which free memory is given back: a second or two."""
 TCPI_BYTES_RECEIVED = 128
@@ -191,8 +320,8 @@ def open_descriptors() -> list[int]:
     """File descriptors of this process; none where the system does not tell."""
     try:
         return [int(name) for name in os.listdir("/proc/self/fd")]
-    except OSError:
-        return []
+    except OSError as e:  # to look takes one too: where all are in use they are known without
+        return list(range(min(descriptor_limit(), 1 << 16))) if e.errno == errno.EMFILE else []
 
 
 def descriptor_limit() -> int:

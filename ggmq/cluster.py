@@ -17,30 +17,36 @@ from pathlib import Path
 from typing import Any
 
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
 from broker.loop import BrokerLoop
-from config.auth import new_socket, socket_folder
+from config.auth import close_monitored, happening, monitor_of, new_socket, socket_folder
 from config.clock import LivedClock
 from config.installed import module_command, module_environment
 from config.keys import KeyPair
+from config.reaching import Happening, Reaching
 from config.terminal import print_line
 from ggmq import __version__
 from protocol import PROTOCOL_VERSION, limits, tokens
 from protocol import messages as m
-from protocol.errors import DeadlineExceeded, ForeignCluster, GgmqError, ProtocolError, Unavailable, WorkerLost, from_wire
+from protocol.errors import (
+    DeadlineExceeded,
+    ForeignCluster,
+    GgmqError,
+    ProtocolError,
+    Unavailable,
+    VersionError,
+    WorkerLost,
+    from_wire,
+)
 from protocol.frames import Frame, Message, decode, encode
+from protocol.messages import Command
 
 SOFTWARE = f"ggmq {__version__}"
 CONNECT_S = 10.0
 START_S = 600.0
 END_S = 3.0
-QUIET_S = 1.0
-"""Who takes a connection and says nothing for so long is asleep, not another program: that would close it, or answer."""
 NOTED_S = 2.5
 """After a silence of the broker of this long a user is told what is waited for."""
-_ENDS = (zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-         | zmq.EVENT_HANDSHAKE_FAILED_AUTH)  # fmt: skip
 
 
 class Client:
@@ -66,23 +72,26 @@ class Client:
         self._poller.register(self._socket, zmq.POLLIN)
         self._monitor: zmq.Socket[Any] | None = None
         if not endpoint.startswith("inproc"):
-            self._monitor = self._socket.get_monitor_socket(zmq.EVENT_CONNECTED | _ENDS)
+            self._monitor = monitor_of(self._socket)
             self._poller.register(self._monitor, zmq.POLLIN)
         self._socket.connect(endpoint)
-        self._seq = 0
+        self._seq = self.session = 0
+        self.lost = ""
         self._waiting: set[int] = set()
         self._replies: dict[int, Message] = {}
         self._clock = LivedClock()
         self._heard_s = self._asked_s = self._clock.now_s()
         self._said = False
-        self._open_s: float | None = None
-        self._quiet = False
-        self.session, self.lost = 0, ""
+        tcp = endpoint.startswith("tcp")
+        self._reaching = Reaching(endpoint, keys if tcp else None, "broker", self._heard_s, CONNECT_S)
         self.n_round_trips = 0
         self.on_wait: Callable[[], None] | None = None
         try:
             hello = self._greet().header
             assert isinstance(hello, m.Hello)  # the decoder gives HELLO's reply this type
+            if hello.role != "broker":
+                raise ProtocolError(f"{endpoint}: a ggmq {hello.role} listens there, not a broker; "
+                                    "a worker's address is for --rpc")  # fmt: skip
             if cluster and hello.token != tokens.answer(self._token, cluster):
                 raise ForeignCluster("HELLO: the broker that answers belongs to another cluster, or to none")
         except BaseException:
@@ -92,8 +101,7 @@ class Client:
 
     def close(self) -> None:
         if self._monitor is not None:
-            self._socket.disable_monitor()
-            self._monitor.close(linger=0)
+            close_monitored(self._socket, self._monitor)
         self._socket.close(linger=0)
 
     def submit(self, header: m.Header, payload: Sequence[Frame] = (), device: int = 0) -> int:
@@ -104,8 +112,13 @@ class Client:
             self._heard_s = self._clock.now_s()
         self._waiting.add(self._seq)
         if not self.lost:
-            self._socket.send_multipart(frames, copy=False)
+            self._send(frames)
         return self._seq
+
+    def _send(self, frames: list[Frame]) -> None:
+        """Before there is a session ZeroMQ may have given the connection up already; it would wait for ever to send."""
+        with contextlib.suppress(zmq.Again):
+            self._socket.send_multipart(frames, 0 if self.session else zmq.DONTWAIT, copy=False)
 
     def wait(self, seq: int, timeout_s: float = limits.REQUEST_DEADLINE_S + 5) -> Message:
         """The reply to a request.
@@ -117,14 +130,16 @@ class Client:
             now = self._clock.now_s()
             if self.lost:
                 raise Unavailable(f"{self.endpoint}: {self.lost}")
-            if now >= due:
-                raise DeadlineExceeded(f"{self.endpoint}: no reply within {timeout_s:.0f} s; is a ggmq broker there, "
-                                       "with the same keys?")  # fmt: skip
-            ready = dict(self._poller.poll(int(min(due - now, 0.5) * 1000) + 1))
+            if now >= due or (not self.session and self._hopeless(now)):
+                raise self._no_reply(timeout_s - max(0.0, due - now))
+            ready = dict(self._poller.poll(int(min(due - now, 0.5 if self.session else 0.1) * 1000) + 1))
             if self._socket in ready:
-                self._take(self._socket.recv_multipart(copy=False))
+                try:
+                    self._take(self._socket.recv_multipart(copy=False))
+                except VersionError as e:
+                    raise VersionError(f"{self.endpoint}: {e}") from None
             elif self._monitor is not None and self._monitor in ready:
-                self._watch(recv_monitor_message(self._monitor)["event"])
+                self._watch(happening(self._monitor.recv_multipart()))
             else:
                 self._look_after()
             if self.on_wait is not None:
@@ -138,23 +153,31 @@ class Client:
 
     def _greet(self) -> Message:
         """HELLO. A broker that is asleep is waited for longer than one that is not there."""
-        seq = self.submit(m.Hello(PROTOCOL_VERSION, "client", self._token, software=SOFTWARE))
+        hello = m.Hello(PROTOCOL_VERSION, "client", self._token, software=SOFTWARE)
+        seq = self.submit(hello)
+        self._hello = encode(Message(Command.HELLO, hello, seq=seq))
         try:
             return self.wait(seq, CONNECT_S)
         except DeadlineExceeded:
-            if not self._quiet and (self._open_s is None or self._clock.now_s() - self._open_s <= QUIET_S):
+            if not self._reaching.asleep(self._clock.now_s()):
                 raise
         self.note(f"{self.endpoint} answers nothing; waiting for it, {limits.RETURN_S:.0f} s at most")
         return self.wait(seq, limits.RETURN_S - CONNECT_S)
 
-    def _watch(self, event: int) -> None:
+    def _hopeless(self, now: float) -> bool:
+        return bool(self._reaching.reason(now)) and not self._reaching.asleep(now)
+
+    def _no_reply(self, waited_s: float) -> DeadlineExceeded:
+        within = f"no reply within {waited_s:.0f} s" if waited_s >= 1 else ""
+        cause = "" if self.session else self._reaching.cause() or "is a ggmq broker there?"
+        return DeadlineExceeded(": ".join(part for part in (self.endpoint, within, cause) if part))
+
+    def _watch(self, what: Happening) -> None:
         """What became of the connection."""
-        now = self._clock.now_s()
-        if event == zmq.EVENT_CONNECTED:
-            self._open_s = now
-        elif self._open_s is not None:
-            self._quiet, self._open_s = now - self._open_s > QUIET_S, None
-        if event == zmq.EVENT_DISCONNECTED and self.session:  # before, it may have been anything: ZeroMQ tries again
+        self._reaching.happened(what, self._clock.now_s())
+        if what is Happening.SHAKEN and self._reaching.n_shaken > 1 and not self.session:
+            self._send(self._hello)  # the first went with the connection before
+        if what is Happening.LOST and self.session:  # before, it may have been anything: ZeroMQ tries again
             self.lost = "the broker closed the connection; it was stopped or killed"
 
     def _look_after(self) -> None:

@@ -42,6 +42,19 @@ class ForeignCluster(ProtocolError):
     code = "foreign_cluster"
 
 
+class VersionError(ProtocolError):
+    """The two sides speak different versions of the protocol."""
+
+    code = "version"
+
+    @classmethod
+    def between(cls, ours: int, theirs: int, software: str = "") -> VersionError:
+        """`software`: what the peer says that it runs."""
+        named = f" ({software})" if software else ""
+        older = "this side" if ours < theirs else "the peer's side"
+        return cls(f"this side speaks protocol {ours}, the peer protocol {theirs}{named}; upgrade ggmq on {older}")
+
+
 class GraphError(ProtocolError):
     """A graph, a node, a shape, a stride or an op parameter is not one that the op table allows.
 

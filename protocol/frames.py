@@ -15,7 +15,7 @@ import msgpack
 import msgspec
 
 from protocol import limits
-from protocol.errors import ProtocolError
+from protocol.errors import ProtocolError, VersionError
 from protocol.messages import ANSWER, PAYLOAD_FRAMES, REPLY, REQUEST, Command, GraphCompute, HandOver, Header, Hello
 
 PREFIX = struct.Struct("<4sBBHIQ")
@@ -170,8 +170,7 @@ def decode(frames: Sequence[Frame]) -> Message:
         if len(payload) != expected:
             raise ProtocolError(f"{command.name}: expected {expected} payload frames, got {len(payload)}")
     if isinstance(header, Hello) and header.version != limits.PROTOCOL_VERSION:
-        raise ProtocolError(f"HELLO: this side speaks protocol {limits.PROTOCOL_VERSION}, the peer {header.version}; "
-                            "install the same version of ggmq on both")  # fmt: skip
+        raise VersionError.between(limits.PROTOCOL_VERSION, header.version, header.software)
     return Message(command, header, payload, reply, device, epoch, seq)
 
 
@@ -186,7 +185,7 @@ def prefix_of(frame: Frame) -> tuple[Command, bool, int, int, int]:
     if magic != MAGIC:
         raise ProtocolError(f"message: expected the mark {MAGIC!r}, got {magic!r}; is the peer a ggmq of another kind?")
     if version != limits.PROTOCOL_VERSION and command & ~REPLY != Command.HELLO:
-        raise ProtocolError(f"message: this side speaks protocol {limits.PROTOCOL_VERSION}, the peer {version}")
+        raise VersionError.between(limits.PROTOCOL_VERSION, version)
     try:
         return Command(command & ~REPLY), bool(command & REPLY), device, epoch, seq
     except ValueError:

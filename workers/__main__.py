@@ -178,7 +178,7 @@ def _main(args: argparse.Namespace) -> int:
     models = ModelFolder(args.model_dir) if args.model_dir else None
     loop = WorkerLoop(device, cache, SOFTWARE, keys, args.parent_pid, args.name[:256], models,
                       bytes.fromhex(args.instance), args.insecure, args.spin_us / 1e6,
-                      args.port or 0, own_cluster_id())  # fmt: skip
+                      args.port or 0, args.quiet, own_cluster_id())  # fmt: skip
     if args.join:
         loop.join(args.join)
         endpoint = args.join

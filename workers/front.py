@@ -127,7 +127,10 @@ class Front:
         rid = frames[0].bytes
         try:
             command, _, device, _, seq = prefix_of(frames[1].buffer if len(frames) > 1 else b"")
+            if command == Command.HELLO:
+                decode([f.bytes for f in frames[1:]])  # only here is it known who says it
         except GgmqError as e:
+            self.listener.refused(frames[-1], e)
             self._error(rid, frames, e)
             return
         if command in TO_ALL:

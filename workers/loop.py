@@ -6,6 +6,7 @@ front does; a worker that dialled a broker has one peer with an empty name.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import sys
@@ -20,7 +21,10 @@ import zmq
 
 from config.auth import (
     Listener,
+    close_monitored,
+    happening,
     local_address,
+    monitor_of,
     new_socket,
     raise_descriptor_limit,
     remove_socket_folder,
@@ -28,10 +32,11 @@ from config.auth import (
 )
 from config.clock import LivedClock
 from config.keys import KeyPair
+from config.reaching import Happening, Reaching
 from config.terminal import print_line
 from protocol import PROTOCOL_VERSION, limits, tokens
 from protocol import messages as m
-from protocol.errors import Cancelled, ConfigError, GgmqError, ProtocolError, Unavailable
+from protocol.errors import Cancelled, ConfigError, GgmqError, ProtocolError, Unavailable, VersionError
 from protocol.frames import Frame, Message, decode, encode, prefix_of
 from protocol.messages import Command
 from workers.cache import Cache, ModelFolder
@@ -43,6 +48,8 @@ from workers.turns import Key, Turns
 
 HOUSEKEEPING_S = 0.1
 GUARD_S = 0.05
+REFUSED_REDIAL_S = 5.0
+"""So often a worker tries whose broker has another key, another version, or is none: somebody must change that first."""
 
 
 @dataclass(slots=True)
@@ -51,7 +58,8 @@ class _Dialled:
 
     Attributes:
         control, bulk: routing ids that we give to its two channels.
-        monitor: tells when the connection is closed.
+        monitor: tells what becomes of the connection.
+        reaching: finds out why there is no answer, until there is one.
         token: names the broker that answered.
         redial_s: when to connect anew; 0: no need.
         said: what was last printed of it.
@@ -61,6 +69,7 @@ class _Dialled:
     control: bytes = b""
     bulk: bytes = b""
     monitor: zmq.Socket[Any] | None = None
+    reaching: Reaching | None = None
     token: bytes = b""
     redial_s: float = 0.0
     said: str = ""
@@ -75,13 +84,14 @@ class WorkerLoop:
         spin_s: how long it looks for the next compute before it sleeps.
         cluster: the id of the cluster that it was started for; it works for no other broker.
         peer_port: where other workers reach this one when it dialled its broker; 0: anywhere.
+        quiet: strangers that are refused are not named: standard error is that of a program that people look at.
         parent_pid: with it, the process ends when its parent has gone (a launcher that was killed leaves nothing).
     """
 
     def __init__(
         self, device: Device, cache: Cache | None, software: str, keys: KeyPair | None = None, parent_pid: int = 0,
         name: str = "", models: ModelFolder | None = None, instance: bytes = b"", insecure: bool = False,
-        spin_s: float = 0.0, peer_port: int = 0, cluster: bytes = b"",
+        spin_s: float = 0.0, peer_port: int = 0, quiet: bool = False, cluster: bytes = b"",
     ) -> None:  # fmt: skip
         self.device, self.keys, self.parent_pid, self.name = device, keys, parent_pid, name
         self.state = WorkerState(software)
@@ -100,7 +110,7 @@ class WorkerLoop:
         self.clock = LivedClock()
         self.kept_s = self.probed_s = self.guarded_s = 0.0
         self.instance, self.cluster = tokens.token(instance or secrets.token_bytes(16), "worker", cluster), cluster
-        self.insecure, self.peer_port = insecure, peer_port
+        self.insecure, self.peer_port, self.quiet = insecure, peer_port, quiet
         self.spin_s, self.spin_until = spin_s, 0.0
         self.broker: _Dialled | None = None
         self.channels: dict[zmq.Socket[Any], bytes] = {}
@@ -123,9 +133,12 @@ class WorkerLoop:
         self.poller.register(s, zmq.POLLIN)
 
     def _remove(self, s: zmq.Socket[Any]) -> None:
+        self._forget_socket(s)
+        s.close()
+
+    def _forget_socket(self, s: zmq.Socket[Any]) -> None:
         self.sockets.remove(s)
         self.poller.unregister(s)
-        s.close()
 
     def _keys_for(self, endpoint: str) -> KeyPair | None:
         """A path of this host is guarded by its folder's mode."""
@@ -136,7 +149,7 @@ class WorkerLoop:
         if keys is not None and self.auth is None:
             self.auth = require_curve(self.context, keys)
         advice = "is another worker on this port? Choose another with -p"
-        listener = Listener(self.context, endpoint, keys, advice)
+        listener = Listener(self.context, endpoint, keys, advice, who="" if self.quiet else "worker")
         self.listeners[listener.socket] = listener
         self._add(listener.socket)
         return listener
@@ -166,12 +179,13 @@ class WorkerLoop:
         self.broker = self.broker or _Dialled(endpoint)
         self.broker.control = self._channel(endpoint, "worker")
         self.broker.bulk = self._channel(endpoint, "worker-bulk")
+        self.broker.reaching = Reaching(endpoint, self._keys_for(endpoint), "broker", self.clock.now_s(), limits.RECONNECT_S)
         self.broker.redial_s = 0.0
 
     def _channel(self, endpoint: str, role: str) -> bytes:
         s = new_socket(self.context, zmq.DEALER, self._keys_for(endpoint), server=False)
         if role == "worker" and self.broker is not None:
-            self.broker.monitor = s.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+            self.broker.monitor = monitor_of(s)
             self._add(self.broker.monitor)
         self._add(s)
         try:
@@ -180,22 +194,48 @@ class WorkerLoop:
             raise ConfigError(f"--broker {endpoint}: expected an endpoint such as tcp://HOST:5555; {e}") from None
         self.n_channels += 1
         rid = self.channels[s] = b"dial" + self.n_channels.to_bytes(8)
-        s.send_multipart(encode(Message(Command.HELLO, self._hello(role))))
+        with contextlib.suppress(zmq.Again):  # ZeroMQ has given the connection up already: that is found out beside
+            s.send_multipart(encode(Message(Command.HELLO, self._hello(role))), zmq.DONTWAIT)
         return rid
 
-    def _hang_up(self, reason: str, now_s: float) -> None:
+    def _hang_up(self, reason: str, now_s: float, wait_s: float = limits.REDIAL_S) -> None:
         """The broker that we dialled has gone, or does not know us: connect anew, so that nothing old is on its way."""
         broker = self.broker
         if broker is None or broker.redial_s:
             return
         if reason != broker.said:
             print_line(f"worker: broker {broker.endpoint}: {reason}; dialling again", file=sys.stderr)
-        broker.said, broker.redial_s = reason, now_s + limits.REDIAL_S
+        broker.said, broker.redial_s = reason, now_s + wait_s
         self.state.closed(broker.token, now_s)
-        for s in [*self.channels, *([broker.monitor] if broker.monitor is not None else [])]:
+        control = next((s for s, rid in self.channels.items() if rid == broker.control), None)
+        if broker.monitor is not None and control is not None:
+            self._forget_socket(broker.monitor)
+            self._forget_socket(control)
+            close_monitored(control, broker.monitor)
+            del self.channels[control]
+        for s in self.channels:
             self._remove(s)
         self.channels.clear()
-        broker.monitor = None
+        broker.monitor = broker.reaching = None
+
+    def _look_at_broker(self, now_s: float) -> None:
+        """Say why the broker is not reached, and dial it afresh: ZeroMQ does not after some refusals, nor looks names up."""
+        reaching = self.broker.reaching if self.broker is not None else None
+        reason = reaching.reason(now_s) if reaching is not None else ""
+        if reaching is not None and reason and not reaching.asleep(now_s):
+            self._hang_up(reason, now_s, REFUSED_REDIAL_S if reaching.shut else limits.REDIAL_S)
+        elif self.broker is not None and reason and reason != self.broker.said:
+            self.broker.said = reason
+            print_line(f"worker: broker {self.broker.endpoint}: {reason}; waiting for it", file=sys.stderr)
+
+    def _monitored(self, what: Happening, now_s: float) -> None:
+        broker = self.broker
+        if broker is None:
+            return
+        if what is Happening.LOST and (broker.reaching is None or broker.reaching.shaken):  # HELLO went with it
+            self._hang_up("it closed the connection, or was stopped or killed", now_s)
+        elif broker.reaching is not None:
+            broker.reaching.happened(what, now_s)
 
     def _redial(self, now_s: float) -> None:
         broker = self.broker
@@ -298,6 +338,7 @@ class WorkerLoop:
             self.stop()
         self._probe(now)
         self._forget(self.state.gone(now))
+        self._look_at_broker(now)
         self._redial(now)
         self._carry_out(self.links.tick(now))
         self.turns.keep(self.state.sessions)
@@ -335,11 +376,11 @@ class WorkerLoop:
             while not s.closed and s.getsockopt(zmq.EVENTS) & zmq.POLLIN:
                 raw = s.recv_multipart(copy=False)
                 if self.broker is not None and s is self.broker.monitor:
-                    self._hang_up("it closed the connection, or was stopped or killed", self.clock.now_s())
-                    break
+                    self._monitored(happening([f.bytes for f in raw]), self.clock.now_s())
+                    continue
                 if s in self.listeners:
                     self.listeners[s].heard(raw[-1])
-                self._arrived(s, [f.buffer if len(f) > 4096 else f.bytes for f in raw])
+                self._arrived(s, [f.buffer if len(f) > 4096 else f.bytes for f in raw], raw[-1])
                 if len(self.queue) >= limits.MAX_INFLIGHT_PER_CLIENT:
                     break
         now = time.monotonic()
@@ -348,7 +389,7 @@ class WorkerLoop:
             for listener in self.listeners.values():
                 listener.guard()
 
-    def _arrived(self, s: zmq.Socket[Any], frames: list[Frame]) -> None:
+    def _arrived(self, s: zmq.Socket[Any], frames: list[Frame], frame: zmq.Frame) -> None:
         self.state.wire_in_bytes += sum(len(f) for f in frames)
         name = next((n for n, linked in self.linked.items() if linked is s), None)
         if name is not None:
@@ -362,6 +403,11 @@ class WorkerLoop:
         try:
             message = decode(frames)
         except ProtocolError as e:
+            if s in self.listeners:
+                self.listeners[s].refused(frame, e)
+            elif s in self.channels and isinstance(e, VersionError):
+                self._hang_up(str(e), self.clock.now_s(), REFUSED_REDIAL_S)
+                return
             self._refuse_frames(rid, frames, e)
             return
         if self.debug:
@@ -456,7 +502,7 @@ class WorkerLoop:
             return []
         if broker.token != h.token:  # another one: nobody can ask any more for what the one before held
             self._forget({broker.token})
-        broker.token, broker.said = h.token, ""
+        broker.token, broker.said, broker.reaching = h.token, "", None
         for key in self.state.hello(rid, m.Hello(h.version, "broker", h.token, h.epoch, h.session), now):
             self._free(key)
         return []

@@ -21,6 +21,7 @@ from broker.events import (
     Tick,
     ToClient,
     ToWorker,
+    Unreached,
     WorkerEnded,
 )
 from broker.state import BrokerState
@@ -252,6 +253,20 @@ def test_a_worker_that_answers_again_has_its_devices_and_sessions_under_a_new_ep
     assert [(d.state, d.free_bytes) for d in devices(state)] == [("ready", 100)]
     (sent,) = ask(state, m.StatsQuery(), 4)
     assert sent.message.epoch == again.epoch
+
+
+def test_why_a_worker_is_not_reached_is_kept_until_it_is() -> None:
+    state = BrokerState("t", 10)
+    state.handle(LinkOpened(A, 0.0))
+    assert state.handle(Unreached(A, "connection refused", 3.0)) == [], "it is dialled on"
+    assert state.workers[A].lost == "connection refused"
+    assert state.handle(Tick(limits.RECONNECT_S + 0.1)) == [Redial(A)]
+    assert state.workers[A].lost == "connection refused"
+    hello(state, A, 7.0)
+    client(state)
+    state.handle(Unreached(A, "late news", 7.5))
+    assert state.workers[A].lost == "" and devices(state)[0].state == "ready"
+    assert state.handle(Unreached(B, "of nobody", 8.0)) == []
 
 
 def test_what_ends_while_a_worker_is_away_is_ended_when_it_is_back() -> None:
