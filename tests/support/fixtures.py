@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import socket
 from pathlib import Path
 
@@ -19,10 +21,13 @@ VOCABULARIES = sorted(p.name for p in (SHARED / "vocab").glob("*.gguf"))
 
 
 def free_port() -> int:
-    """A TCP port of this host that nobody listens on."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    """A TCP port of this host that nobody listens on, below those that the system gives to connections: it stays free while
+    a test's own process is started, killed and started again on it."""
+    while True:
+        port = random.randrange(10_000, 32_768)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 def nmse(got: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> float:
