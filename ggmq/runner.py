@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -19,10 +18,12 @@ import numpy.typing as npt
 
 from broker.placement import Assignment, DeviceMemory, ModelSizes, place
 from config.clock import LivedClock
-from ggmq.archs.base import Arch, Batch, KVCache, Placed, Stage
+from ggmq.archs.base import Arch
+from ggmq.archs.stage import Batch, KVCache, Placed, Stage
 from ggmq.cluster import Client
 from ggmq.gguf import TensorInfo
 from ggmq.manifest import tensor_hashes
+from ggmq.upload import Upload
 from protocol import limits
 from protocol import messages as m
 from protocol.dtypes import GGMLType
@@ -42,7 +43,6 @@ MIN_PIECE = 16
 PIECE = 64
 """Tokens of a prompt that move on together when there are several stages."""
 MAX_GRAPHS = 128
-HASH_WINDOW = 64
 MAX_TRIES = 3
 """So often in a row something is tried again that a worker's silence had ended."""
 
@@ -277,7 +277,7 @@ class Runner:
     def _upload(self, hashes: dict[str, bytes], progress: Progress | None) -> None:
         total = sum(p.info.n_bytes for s in self.stages for p in s.placed.values())
         done = 0
-        uploads = [_Upload(self, s, hashes) for s in self.stages]
+        uploads = [Upload(self, s.assignment.device, s.placed.values(), hashes) for s in self.stages]
         while any(u.busy for u in uploads):
             for u in uploads:
                 done += u.advance()
@@ -419,59 +419,6 @@ class Runner:
             piece = tokens[at : at + chunk]
             out.append(self.forward(piece, at, range(len(piece))))
         return np.concatenate(out)
-
-
-class _Upload:
-    """Fills one stage's weights: asks by hash first, sends what is missing in chunks under credits."""
-
-    def __init__(self, runner: Runner, stage: _StageOnDevice, hashes: dict[str, bytes]) -> None:
-        self.runner, self.client, self.hashes = runner, runner.client, hashes
-        self.device = stage.assignment.device
-        self.to_ask = deque(stage.placed.values())
-        self.asked: deque[tuple[int, Placed]] = deque()
-        self.to_send: deque[Placed] = deque()
-        self.at = 0
-        self.sent: deque[tuple[int, int]] = deque()
-
-    @property
-    def busy(self) -> bool:
-        return bool(self.to_ask or self.asked or self.to_send or self.sent)
-
-    def advance(self) -> int:
-        """Keep the windows full, then wait for one reply. Returns: bytes that are now in place."""
-        session, report = self.client.session, self.runner.report
-        while self.to_ask and len(self.asked) < HASH_WINDOW:
-            p = self.to_ask.popleft()
-            t = p.info
-            file = self.runner.arch.gguf.paths[t.part].name
-            query = m.SetTensorHash(session, p.buffer, p.offset, t.n_bytes, self.hashes[t.name], int(t.type), t.ne,
-                                    file[:256], t.offset)  # fmt: skip
-            self.asked.append((self.client.submit(query, device=self.device), p))
-            report.n_tensors += 1
-        while self.to_send and len(self.sent) < limits.CREDIT_CHUNKS:
-            p = self.to_send[0]
-            t = p.info
-            chunk = self.runner.arch.gguf.data(t.name)[self.at : self.at + limits.MAX_CHUNK_BYTES]
-            part = m.SetTensor(session, p.buffer, p.offset, t.n_bytes, self.at, int(t.type), t.ne, self.hashes[t.name])
-            self.sent.append((self.client.submit(part, [chunk], device=self.device), len(chunk)))
-            report.sent_bytes += len(chunk)
-            self.at += len(chunk)
-            if self.at == t.n_bytes:
-                self.to_send.popleft()
-                self.at = 0
-        if self.sent and (not self.asked or len(self.sent) == limits.CREDIT_CHUNKS):
-            seq, n = self.sent.popleft()
-            self.client.wait(seq)
-            return n
-        if self.asked:
-            seq, p = self.asked.popleft()
-            header = self.client.wait(seq).header
-            assert isinstance(header, m.Found)  # the decoder gives SET_TENSOR_HASH's reply this type
-            if header.found:
-                report.cached_bytes += p.info.n_bytes
-                return p.info.n_bytes
-            self.to_send.append(p)
-        return 0
 
 
 def plan(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ggmq.archs.base import StageGraph
 from ggmq.archs.builder import T
 from ggmq.archs.gemma2 import Gemma2
 from ggmq.archs.hparams import Rope
+from ggmq.archs.stage import StageGraph
 
 
 class Gemma3(Gemma2):

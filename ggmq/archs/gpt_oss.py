@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ggmq.archs.base import NEOX, Arch, StageGraph
+from ggmq.archs.base import NEOX, Arch
 from ggmq.archs.builder import GraphBuilder, T
 from ggmq.archs.hparams import Rope
+from ggmq.archs.stage import StageGraph
 
 
 def clamped_swiglu(b: GraphBuilder, gate: T, up: T) -> T:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ggmq.archs.base import StageGraph
 from ggmq.archs.builder import T
 from ggmq.archs.llama import Llama
+from ggmq.archs.stage import StageGraph
 
 
 class Granite(Llama):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from ggmq.archs.base import NEOX, QKV, Arch, StageGraph
+from ggmq.archs.base import NEOX, QKV, Arch
 from ggmq.archs.builder import T
+from ggmq.archs.stage import StageGraph
 
 
 class Qwen2(Arch):

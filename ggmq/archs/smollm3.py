@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from ggmq.archs.base import QKV, StageGraph
+from ggmq.archs.base import QKV
 from ggmq.archs.builder import T
 from ggmq.archs.qwen2 import Qwen2
+from ggmq.archs.stage import StageGraph
 
 NOPE_PERIOD = 4
 

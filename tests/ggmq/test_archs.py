@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from ggmq.archs import ARCHS, open_arch
-from ggmq.archs.base import Batch, KVCache, Placed, Stage
 from ggmq.archs.keys import EVERY, READ
+from ggmq.archs.stage import Batch, KVCache, Placed, Stage
 from ggmq.cluster import Client, LocalBus
 from ggmq.gguf import GGUF
 from ggmq.runner import Entry, Runner, n_cells, plan
