@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import pty
-import select
+import re
+import shlex
 import subprocess
-import time
 from functools import cache
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 from tests.ggmq.test_chat import with_template
 from tests.support.fixtures import BUNDLED, ROOT
 from tests.support.processes import GGMQ, WORKER, started
+from tests.support.terminal import CTRL_D, ENTER, Terminal
 
 RUN = [*GGMQ, "run", "--workers", "1", "--device", "reference", "-n", "4", "--temp", "0"]
 ROLES = "{% for m in messages %}{{ m.role }}: {{ m.content }}|{% endfor -%}"
@@ -111,64 +111,39 @@ def test_lines_of_a_pipe_are_turns_where_a_chat_is_asked_for(model: Path) -> Non
 # -- a terminal --------------------------------------------------------------------------------------------------------
 
 
-class Terminal:
-    """A command with a terminal of its own, for its standard streams, or, if said, all but its output."""
-
-    def __init__(self, *args: str | Path, stdout: int | None = None) -> None:
-        self.ours, theirs = pty.openpty()
-        self.process = subprocess.Popen([*RUN, *map(str, args)], cwd=ROOT, stdin=theirs, stderr=theirs,
-                                        stdout=theirs if stdout is None else stdout)  # fmt: skip
-        os.close(theirs)
-        self.shown = b""
-
-    def until(self, words: bytes, n: int = 1, within_s: float = 20) -> None:
-        """Read until something has been shown so often, or the process has ended."""
-        due = time.monotonic() + within_s
-        while self.shown.count(words) < n:
-            assert select.select([self.ours], [], [], max(0.0, due - time.monotonic()))[0], self.shown
-            try:
-                self.shown += os.read(self.ours, 4096)
-            except OSError:  # as Linux says that nobody writes any more
-                raise AssertionError(f"it ended: {self.shown!r}") from None
-
-    def write(self, raw: bytes) -> None:
-        os.write(self.ours, raw)
-
-    def end(self) -> int:
-        """The exit code of a process that ends by itself."""
-        try:
-            while piece := os.read(self.ours, 4096):
-                self.shown += piece
-        except OSError:
-            pass
-        code = self.process.wait(60)
-        os.close(self.ours)
-        return code
-
-
 def test_at_a_terminal_the_chat_goes_on_after_the_prompt(model: Path) -> None:
-    answer = continued(f"user: {QUESTION}|").strip()
-    t = Terminal("-m", model, "-p", QUESTION)
-    t.until(answer)
-    t.until(b"> ")
-    t.write(b"Lily\r")
-    second = continued(f"user: {QUESTION}|assistant:  {answer.decode()}|user: Lily|").strip()
-    t.until(second, n=1 + (second == answer))
-    t.until(b"> ", n=2)
-    t.write(b"\x04")
-    assert t.end() == 0
+    answer = continued(f"user: {QUESTION}|").decode().strip()
+    with Terminal([*RUN, "-m", str(model), "-p", QUESTION]) as t:
+        t.until(re.escape(answer))
+        t.until("> ")
+        t.type("Lily" + ENTER)
+        second = continued(f"user: {QUESTION}|assistant:  {answer}|user: Lily|").decode().strip()
+        t.until(re.escape(second))
+        t.until("> ")
+        t.type(CTRL_D)
+        assert t.ended() == 0
 
 
 @pytest.mark.parametrize("more", [["-st"], ["--raw"], ["-m", str(BUNDLED)]])
 def test_at_a_terminal_one_answer_ends_where_no_chat_is_meant(model: Path, more: list[str]) -> None:
-    t = Terminal("-m", model, "-p", QUESTION, *more)
-    assert t.end() == 0 and b"> " not in t.shown and t.shown.strip()
+    with Terminal([*RUN, "-m", str(model), "-p", QUESTION, *more]) as t:
+        assert t.ended() == 0 and "> " not in t.text and t.text.strip()
+
+
+def test_a_chat_at_a_terminal_ends_after_one_answer_if_said(model: Path) -> None:
+    with Terminal([*RUN, "-m", str(model), "-st"]) as t:
+        t.until("> ")
+        t.type("Lily" + ENTER)
+        t.until(re.escape(continued("user: Lily|").decode().strip()))
+        assert t.ended() == 0
 
 
 def test_with_its_output_in_a_file_a_prompt_is_answered_and_that_is_all(model: Path, tmp_path: Path) -> None:
-    with (tmp_path / "out.txt").open("wb") as out:
-        assert Terminal("-m", model, "-p", QUESTION, stdout=out.fileno()).end() == 0
-    assert (tmp_path / "out.txt").read_bytes() == continued(f"user: {QUESTION}|")
+    out = tmp_path / "out.txt"
+    command = shlex.join([*RUN, "-m", str(model), "-p", QUESTION])
+    with Terminal(["sh", "-c", f"{command} > {shlex.quote(str(out))}"]) as t:
+        assert t.ended() == 0
+    assert out.read_bytes() == continued(f"user: {QUESTION}|")
 
 
 # -- bytes, outputs, contexts ------------------------------------------------------------------------------------------
