@@ -89,7 +89,7 @@ def test_three_quotes_keep_a_message_open(text: str, is_unfinished: bool) -> Non
 
 
 def test_lines_are_answered_beyond_a_full_context_and_one_that_cannot_fit_is_an_error(tmp_path: Path) -> None:
-    run = [*RUN, "-m", str(with_template(tmp_path / "m.gguf", SHOWN)), "-c", "128", "-n", "20"]
+    run = [*RUN, "-m", str(with_template(tmp_path / "m.gguf", SHOWN)), "-cnv", "-c", "128", "-n", "20"]
     lines = "Once upon a time\n/help\n" + "One day Tom went to the park\n" * 6
     r = subprocess.run(run, cwd=ROOT, input=lines, capture_output=True, text=True, timeout=120)
     assert r.returncode == 0, r.stderr

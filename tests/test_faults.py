@@ -43,7 +43,7 @@ def bus(*worker_options: str) -> Iterator[tuple[str, list[str], subprocess.Popen
 
 @pytest.mark.parametrize("stage", [0, 1])
 def test_a_stage_that_sleeps_is_waited_for_and_the_text_is_the_same(stage: int) -> None:
-    with started([*RUN, "-n", "300"], **PIPES) as p:
+    with started([*RUN, "-n", "300", "--workers", "2"], **PIPES) as p:
         got = read_some(p, 50)
         worker = sorted(children_of(p.pid))[stage]
         os.kill(worker, signal.SIGSTOP)

@@ -104,7 +104,7 @@ def test_a_prompt_does_not_wait_for_a_pipe(model: Path) -> None:
 def test_lines_of_a_pipe_are_turns_where_a_chat_is_asked_for(model: Path) -> None:
     first = continued("user: Tom|").decode()
     both = run("-m", model, "-cnv", stdin=b"Tom\nLily\n").stdout.decode()
-    assert both == first + continued(f"user: Tom|assistant: {first[:-1]}|user: Lily|").decode() + "\n"
+    assert both == first + continued(f"user: Tom|assistant: {first[:-1]}|user: Lily|").decode()
     assert run("-m", model, "-cnv", "-st", stdin=b"Tom\nLily\n").stdout.decode() == first
 
 

@@ -25,18 +25,18 @@ class Turns:
         self._used_s: dict[Key, float] = {}
         self._virtual_s = 0.0
         self._away_until_s: dict[Key, float] = {}
-        self._last: Key | None = None
-        self._due_s = 0.0
+        self._due_s: dict[Key, float] = {}
 
     def choose(self, waiting: Collection[Key], now_s: float) -> Key | None:
         """Whose turn it is, of those who wait, in the order in which they came; None: nobody's yet, ask again soon."""
         chosen = min(waiting, key=self._start_s)
-        last = self._last
-        if last is not None and last not in waiting and self._start_s(last) < self._start_s(chosen):
-            if now_s < self._due_s:
-                return None
-            self._away_until_s[last] = now_s + AWAY_S
-        self._last = None
+        before = [k for k in self._due_s if k not in waiting and self._start_s(k) <= self._start_s(chosen)]
+        if any(now_s < self._due_s[k] for k in before):
+            return None
+        for key in before:
+            del self._due_s[key]
+            self._away_until_s[key] = now_s + AWAY_S
+        self._due_s.pop(chosen, None)
         self._virtual_s = self._start_s(chosen)
         return chosen
 
@@ -44,14 +44,13 @@ class Turns:
         """What was chosen is done."""
         self._used_s[key] = self._start_s(key) + took_s
         if now_s >= self._away_until_s.get(key, 0.0):
-            self._last, self._due_s = key, now_s + WAIT_S
+            self._due_s[key] = now_s + WAIT_S
 
     def keep(self, living: Collection[Key]) -> None:
         """Forget all others."""
         self._used_s = {key: s for key, s in self._used_s.items() if key in living}
         self._away_until_s = {key: s for key, s in self._away_until_s.items() if key in living}
-        if self._last not in living:
-            self._last = None
+        self._due_s = {key: s for key, s in self._due_s.items() if key in living}
 
     def _start_s(self, key: Key) -> float:
         return max(self._used_s.get(key, 0.0), self._virtual_s)

@@ -76,6 +76,12 @@ def chat(
                 return
 
 
+def note_full(engine: Engine) -> None:
+    """Say so where the context cut an answer."""
+    if engine.cut == "context":
+        note(f"the answer was cut: the context of {engine.runner.n_ctx} tokens is full; use a larger -c")
+
+
 class Chat:
     """One chat: a dialogue, and the engine that answers."""
 
@@ -129,8 +135,7 @@ class Chat:
         self.dialogue.keep(Turn(question, "".join(parts)), n_dropped)
         if self.engine.cut == "limit":
             note(f"the answer was cut after {_count(self._n_predict, 'token')}; -n sets the limit")
-        elif self.engine.cut == "context":
-            note(f"the answer was cut: the context of {self.engine.runner.n_ctx} tokens is full; use a larger -c")
+        note_full(self.engine)
 
     def _stream(self, parts: list[str], ctrl_c: _CtrlC) -> None:
         decoder = StreamDecoder(self.dialogue.vocabulary)

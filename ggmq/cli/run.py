@@ -10,7 +10,7 @@ from typing import Any
 from config.terminal import for_stream
 from ggmq.chat import ChatTemplate, Message
 from ggmq.cli import foreign
-from ggmq.cli.chatting import chat
+from ggmq.cli.chatting import chat, note_full
 from ggmq.cli.clusters import apply_cluster
 from ggmq.cli.options import (
     add_model,
@@ -191,6 +191,7 @@ def _answer(
         print(for_stream(prompt, sys.stdout), end="", flush=True)
     _stream(args, engine, vocabulary)
     print(flush=True)
+    note_full(engine)
 
 
 def _system(args: argparse.Namespace) -> list[Message]:

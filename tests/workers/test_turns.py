@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from workers.turns import AWAY_S, WAIT_S, Key, Turns
@@ -74,6 +74,7 @@ def test_who_was_away_does_not_make_up_for_it() -> None:
     assert first.worst_gap_s < 0.31
 
 
+@example([(2**-9, 0.0), (2**-9, 0.0024)])
 @given(st.lists(st.tuples(st.floats(0.001, 0.3), st.floats(0, 0.0025)), min_size=2, max_size=6))
 def test_all_who_ask_at_once_have_the_same_time_and_nobody_starves(kinds: list[tuple[float, float]]) -> None:
     clients = [Client(str(i), *kind) for i, kind in enumerate(kinds)]
