@@ -228,7 +228,9 @@ class _Door:
     """Names the peers whose handshake with a listening socket fails.
 
     ZeroMQ tells of a failure without an address, and of a connection with a file descriptor that may be another's soon. So a
-    thread waits for nothing else, and looks up the address as a connection begins. It ends with the socket or the context.
+    thread waits for nothing else, and looks up the address as a connection begins. Of one that was gone sooner it waits a
+    little for another try of the same peer (a ggmq one tries again slowly, see `config.probe`). It ends with the socket or
+    the context.
     """
 
     def __init__(self, context: zmq.Context[Any], s: zmq.Socket[Any], keys: KeyPair | None, who: str) -> None:
@@ -252,8 +254,13 @@ class _Door:
     def _watch(self) -> None:
         addresses: dict[int, str] = {}
         reason, n_looked_up, since_s = "", 0, 0.0
+        unnamed, due_s = "", 0.0
         try:
             while True:
+                left_s = due_s - time.monotonic()
+                if unnamed and (left_s <= 0 or not self._events.poll(int(1000 * left_s) + 1)):
+                    self.say("", unnamed)
+                    unnamed = ""
                 event, value = struct.unpack("=hi", self._events.recv())
                 self._events.recv()  # the address on which we listen
                 if event == zmq.EVENT_ACCEPTED:
@@ -264,8 +271,11 @@ class _Door:
                     addresses[value] = _peer_of(value) if n_looked_up <= N_LOOKED_UP else ""
                 elif event == zmq.EVENT_DISCONNECTED:  # one thread of ZeroMQ tells all: this is the one that failed
                     address = addresses.pop(value, "")
-                    if reason:
+                    if reason and address:
                         self.say(address, reason)
+                        unnamed = ""
+                    elif reason and not unnamed:
+                        unnamed, due_s = reason, time.monotonic() + NAMED_LATER_S
                     reason = ""
                 elif event == zmq.EVENT_MONITOR_STOPPED:
                     return
@@ -308,6 +318,8 @@ def give_back_free_memory() -> None:
 
 N_EVENTS = 20_000
 """What ZeroMQ may have to tell of connections before it waits for the thread that listens."""
+NAMED_LATER_S = 2.0
+"""For so long a peer whose address is not known may come again and be named."""
 N_LOOKED_UP = 100
 """Addresses that are looked up in a second: a crowd of strangers shall not take a worker's time."""
 N_TRIMS = 20

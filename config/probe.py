@@ -18,6 +18,8 @@ from enum import Enum, auto
 CONNECT_S = 4.0
 GREET_S = 1.0
 MISMATCH_S = 0.5
+NAMED_S = 0.2
+"""A peer that refuses closes at once; so long before, it can look up our address, also when its host is busy."""
 N_ADDRESSES = 3
 GREETING_BYTES = 64
 N_BEGIN = 11
@@ -107,6 +109,7 @@ def _greet(s: socket.socket, mechanism: str) -> Finding:
     found = _meaning(got)
     if found.kind is Kind.ZEROMQ and found.detail != mechanism:
         with contextlib.suppress(OSError):  # once it has read the rest it closes, and can say why
+            time.sleep(NAMED_S)
             s.settimeout(MISMATCH_S)
             s.sendall(greeting(mechanism)[N_BEGIN:])
             s.recv(1)
