@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct, field
 
+from protocol import limits
+
 Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
 Line = Annotated[str, Meta(max_length=4096, pattern=r"^[^\x00-\x1f\x7f]*$")]
 Count = Annotated[int, Meta(ge=0, le=1 << 24)]
@@ -39,6 +41,7 @@ class ModelSection(Strict, frozen=True):
 class WorkerSection(Strict, frozen=True):
     """Workers of one host, a process for each device.
 
+    `keep_s`: so long weights stay in memory after a run, for the next one that wants the same.
     `launcher`: local starts a process here, ssh one on `host`, none expects one that listens on `host` and `port`.
     """
 
@@ -49,6 +52,7 @@ class WorkerSection(Strict, frozen=True):
     threads: Count = 0
     memory_mib: Count = 0
     cache: bool = False
+    keep_s: Count = limits.LEASE_S
     port: Annotated[int, Meta(ge=1, le=65535)] = 50052
     command: Line = "worker"
     keys: Line = ""

@@ -235,6 +235,18 @@ class Client:
         assert isinstance(header, m.Stats)
         return header
 
+    def found(self, seq: int) -> bool:
+        """The answer to a request that is answered with Found. Errors: as `wait`'s."""
+        header = self.wait(seq).header
+        assert isinstance(header, m.Found)  # the decoder gives the replies to these commands this type
+        return header.found
+
+    def release(self) -> bool:
+        """Have all devices free the weights that they keep of sessions that ended. Returns: whether there were any."""
+        asked = [self.submit(m.Release(), device=i) for i, d in enumerate(self.devices()) if d.state == "ready"]
+        found = [self.found(seq) for seq in asked]
+        return any(found)
+
     def drain(self, timeout_s: float = limits.REQUEST_DEADLINE_S + 5) -> None:
         """Free everything of this session, everywhere."""
         self.request(m.Drain(self.session), timeout_s=timeout_s)

@@ -26,8 +26,9 @@ from ggmq.manifest import tensor_hashes
 from ggmq.upload import Upload
 from protocol import limits
 from protocol import messages as m
+from protocol.content import content_name
 from protocol.dtypes import GGMLType
-from protocol.errors import DeadlineExceeded, FormatError, HandleError, Overloaded, Unavailable
+from protocol.errors import DeadlineExceeded, FormatError, HandleError, OutOfMemory, Overloaded, Unavailable
 from protocol.frames import Frame
 from protocol.graph import encode_graph, graph_digest
 
@@ -76,10 +77,11 @@ def device_memory(infos: Sequence[m.ListedDevice]) -> list[DeviceMemory]:
 @dataclass(slots=True)
 class LoadReport:
     """Units: bytes; `sent_bytes` went over the bus, `cached_bytes` were found by hash where they were needed: in a cache, or
-    in a copy of the file."""
+    in a copy of the file; `kept_bytes` were in the workers' memory, from a run before."""
 
     sent_bytes: int = 0
     cached_bytes: int = 0
+    kept_bytes: int = 0
     n_tensors: int = 0
 
 
@@ -168,6 +170,11 @@ class Runner:
             try:
                 self._load(progress)
                 break
+            except OutOfMemory:  # another worker of the same host may keep what nobody uses
+                self.client.settle()
+                self.client.drain()
+                if not n_left or not self.client.release():
+                    raise
             except Unavailable as e:
                 if not n_left:
                     raise
@@ -189,7 +196,7 @@ class Runner:
                 progress("hashing", hashed, total)
 
         hashes = tensor_hashes(self.arch.gguf, on_hash)
-        pending = []
+        pending, allocated = [], []
         for i, s in enumerate(self.stages):
             weights = self.arch.stage_weights(s.stage)
             at = 0
@@ -203,21 +210,22 @@ class Runner:
                 s.caches[il] = KVCache(2 * i + 2, kv_at, kv_at + k, cells)
                 kv_at += self.arch.kv_bytes(il, cells)
             session, device = self.client.session, s.assignment.device
-            pending.append(self.client.submit(m.AllocBuffer(session, 2 * i + 1, max(at, 1), "weights"), device=device))
+            name = content_name(max(at, 1), (p.part(hashes[p.info.name]) for p in s.placed.values()))
+            weights_here = m.AllocBuffer(session, 2 * i + 1, max(at, 1), "weights", name)
+            allocated.append(self.client.submit(weights_here, device=device))
             pending.append(self.client.submit(m.AllocBuffer(session, 2 * i + 2, max(kv_at, 1), "kv"), device=device))
         link = self._ask_links()
+        kept = [self.client.found(seq) for seq in allocated]
         for seq in pending:
             self.client.wait(seq)
-        self._upload(hashes, progress)
+        self._upload(hashes, kept, progress)
         self._learn_links(link)
 
     def _ask_links(self) -> int:
         return self.client.submit(m.Link(self.client.session, [s.assignment.device for s in self.stages]))
 
     def _learn_links(self, asked: int) -> None:
-        linked = self.client.wait(asked).header
-        assert isinstance(linked, m.Found)  # the decoder gives LINK's reply this type
-        self.direct = linked.found
+        self.direct = self.client.found(asked)
 
     def recover(self, error: Unavailable) -> bool:
         """Wait for a worker that was silent, and make everything as it was.
@@ -274,10 +282,13 @@ class Runner:
                 said = True
             time.sleep(0.05)
 
-    def _upload(self, hashes: dict[str, bytes], progress: Progress | None) -> None:
-        total = sum(p.info.n_bytes for s in self.stages for p in s.placed.values())
-        done = 0
-        uploads = [Upload(self, s.assignment.device, s.placed.values(), hashes) for s in self.stages]
+    def _upload(self, hashes: dict[str, bytes], kept: Sequence[bool], progress: Progress | None) -> None:
+        """Fill the stages' buffers, save those that were `kept`."""
+        sizes = [sum(p.info.n_bytes for p in s.placed.values()) for s in self.stages]
+        total = sum(sizes)
+        done = self.report.kept_bytes = sum(n for n, there in zip(sizes, kept, strict=True) if there)
+        uploads = [Upload(self, s.assignment.device, s.placed.values(), hashes)
+                   for s, there in zip(self.stages, kept, strict=True) if not there]  # fmt: skip
         while any(u.busy for u in uploads):
             for u in uploads:
                 done += u.advance()

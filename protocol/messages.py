@@ -36,6 +36,7 @@ class Command(IntEnum):
     PEER_LISTEN = 17
     PEER_DIAL = 18
     HAND_OVER = 19
+    RELEASE = 20
 
 
 REPLY = 0x80
@@ -113,12 +114,17 @@ class DeviceList(Header, frozen=True):
 
 
 class AllocBuffer(Header, frozen=True):
-    """The client names the buffer, so that it need not wait for the reply to use it."""
+    """The client names the buffer, so that it need not wait for the reply to use it.
+
+    `content`: the name of what it will hold (`protocol.content`), where that is known. Found: a session that ended has left
+    a buffer of that content, and this is it now; a new one holds zeros.
+    """
 
     session: U64
     buffer: Handle
     n_bytes: Size
     usage: Short = "compute"
+    content: Annotated[bytes, Meta(max_length=32)] = b""
 
 
 class FreeBuffer(Header, frozen=True):
@@ -278,12 +284,20 @@ class Drain(Header, frozen=True):
     session: U64
 
 
+class Release(Header, frozen=True):
+    """Free what ended sessions have left on a device. Found: whether there was anything."""
+
+
 class StatsQuery(Header, frozen=True):
     pass
 
 
 class Stats(Header, frozen=True):
-    """Counters since the start of a worker process. `handed_out_bytes`: those of `wire_out_bytes` that went to workers."""
+    """What a device holds now, and counters since the start of its process.
+
+    `kept_bytes`: weights that ended sessions left for the next; `free_bytes` counts them, `buffer_bytes` does not.
+    `handed_out_bytes`: those of `wire_out_bytes` that went to workers.
+    """
 
     device: Short = ""
     free_bytes: Size = 0
@@ -292,6 +306,7 @@ class Stats(Header, frozen=True):
     n_sessions: U64 = 0
     n_buffers: U64 = 0
     buffer_bytes: Size = 0
+    kept_bytes: Size = 0
     n_graphs: U64 = 0
     n_computes: U64 = 0
     n_refused: U64 = 0
@@ -321,13 +336,14 @@ REQUEST: dict[Command, type[Header]] = {
     Command.GET_TENSOR: GetTensor, Command.COPY_TENSOR: CopyTensor, Command.GRAPH_PUT: GraphPut,
     Command.GRAPH_COMPUTE: GraphCompute, Command.CANCEL: Cancel, Command.PING: Ping, Command.DRAIN: Drain,
     Command.STATS: StatsQuery, Command.LINK: Link, Command.PEER_LISTEN: PeerListen, Command.PEER_DIAL: PeerDial,
-    Command.HAND_OVER: HandOver,
+    Command.HAND_OVER: HandOver, Command.RELEASE: Release,
 }  # fmt: skip
 COMMAND_OF: dict[type[Header], Command] = {kind: command for command, kind in REQUEST.items()}
 ANSWER: dict[Command, type[Header]] = {
-    **dict.fromkeys(REQUEST, Ok), Command.HELLO: Hello, Command.DEVICE_INFO: DeviceList,
+    **dict.fromkeys(REQUEST, Ok), Command.HELLO: Hello, Command.DEVICE_INFO: DeviceList, Command.ALLOC_BUFFER: Found,
     Command.SET_TENSOR_HASH: Found, Command.GRAPH_COMPUTE: ComputeDone, Command.PING: Ping, Command.STATS: Stats,
     Command.ERROR: Error, Command.LINK: Found, Command.PEER_LISTEN: PeerAddress, Command.PEER_DIAL: Found,
+    Command.RELEASE: Found,
 }  # fmt: skip
 PAYLOAD_FRAMES: dict[Command, int] = {Command.SET_TENSOR: 1, Command.GRAPH_PUT: 1}
 """Payload frames that a request carries; GRAPH_COMPUTE and HAND_OVER say it in their headers, every other has none."""

@@ -16,8 +16,10 @@ import psutil
 import pytest
 
 from config.running import ClusterState, read_state, write_state
-from protocol.errors import ForeignCluster
-from tests.support.fixtures import ROOT, free_port
+from ggmq.cli import main, session
+from ggmq.runner import Runner
+from protocol.errors import ForeignCluster, OutOfMemory
+from tests.support.fixtures import BUNDLED, ROOT, free_port
 from tests.support.processes import GGMQ, WORKER, await_devices, started, until
 
 TWO = """
@@ -223,6 +225,103 @@ def test_status_as_json(user: Callable[..., User]) -> None:
     r = u.ggmq("status", "--json")
     dead = json.loads(r.stdout)["clusters"][0]
     assert r.returncode == 1 and dead["error"] and dead["devices"] == []
+
+
+LOADED = r"load +[\d.]+ s  ([\d.]+) MiB sent, ([\d.]+) MiB from caches or files(?:, ([\d.]+) MiB there from a run before)?"
+
+
+def loaded(run: subprocess.CompletedProcess[str]) -> tuple[float, float, float]:
+    """MiB that were sent, were in caches or files, and were in the workers' memory."""
+    assert run.returncode == 0, run.stderr
+    found = re.search(LOADED, run.stderr)
+    assert found is not None, run.stderr
+    return float(found[1]), float(found[2]), float(found[3] or 0)
+
+
+def test_a_cluster_keeps_its_model_between_runs(user: Callable[..., User]) -> None:
+    u = user("keeps")
+    assert u.up().returncode == 0
+    story = ("run", "--cluster", u.file, *STORY)
+    first = u.ggmq(*story)
+    sent, cached, kept = loaded(first)
+    assert sent + cached > 3 and kept == 0
+    kept_bytes = [d["kept_bytes"] for d in u.status()["devices"]]
+    assert all(kept_bytes) and "MiB kept for the next run" in u.ggmq("status", u.file).stdout
+    second = u.ggmq(*story)
+    assert loaded(second) == (0, 0, pytest.approx(sent + cached, abs=0.1)) and second.stdout == first.stdout
+    longer = u.ggmq(*story, "-c", "96")
+    assert loaded(longer)[:2] == (0, 0) and longer.stdout == first.stdout, "it is the same for another context"
+    with started([*GGMQ, *map(str, story), "-n", "500"], env={**os.environ, "XDG_STATE_HOME": str(u.state_home)}) as run:
+        until(lambda: any(d["n_sessions"] and not d["kept_bytes"] for d in u.status()["devices"]))
+        run.kill()
+    until(lambda: [d["kept_bytes"] for d in u.status()["devices"]] == kept_bytes)
+    os.kill(u.pids["broker"], signal.SIGKILL)
+    os.kill(u.pids["left/reference"], signal.SIGKILL)
+    until(lambda: not any(p["running"] for p in u.status()["processes"][:2]))
+    assert u.up().returncode == 0
+    again = u.ggmq(*story)
+    assert loaded(again)[2] == pytest.approx(max(kept_bytes) / (1 << 20), abs=0.3), "the right worker still has its part"
+    assert again.stdout == first.stdout
+    assert loaded(u.ggmq(*story))[:2] == (0, 0)
+
+
+def test_a_worker_that_listens_keeps_a_model_too_and_gives_way_to_another(tmp_path: Path) -> None:
+    port = free_port()
+    story = ("run", "--rpc", f"127.0.0.1:{port}", *STORY)
+    with started([*WORKER, "-d", "reference", "-p", str(port), "--insecure", "-m", "48"]):
+        runs = [subprocess.run([*GGMQ, *story, *more], cwd=ROOT, capture_output=True, text=True, timeout=100,
+                               stdin=subprocess.DEVNULL, check=False)
+                for more in ((), (), ("-c", "2048"), ("-m", str(other_model(tmp_path))), ())]  # fmt: skip
+    first, second, larger, other, back = map(loaded, runs)
+    assert first[0] > 3 and second == (0, 0, first[0]) and larger == second
+    assert other[2] == 0 and back[:2] == (0, 0)
+    assert len({r.stdout for r in runs}) == 1
+
+
+def other_model(folder: Path) -> Path:
+    """The bundled model, one byte of a weight changed that no text shows."""
+    data = bytearray(BUNDLED.read_bytes())
+    data[-1] ^= 1
+    path = folder / "other.gguf"
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize(("owner", "name"), [(session, "plan"), (Runner, "_load")])
+def test_where_memory_is_short_all_workers_give_up_what_they_keep(
+    owner: Any, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stands in for a host that is full: the first try is refused, as when another worker of that host keeps too much."""
+    port = free_port()
+    story = ["run", "--rpc", f"127.0.0.1:{port}", *STORY]
+    works, n_calls = getattr(owner, name), 0
+
+    def first_refused(*args: Any, **more: Any) -> Any:
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls == 1:
+            raise OutOfMemory("stage 0: 3 bytes, 2 are free", 3, 2)
+        return works(*args, **more)
+
+    with started([*WORKER, "-d", "reference", "-p", str(port), "--insecure"]):
+        assert main(story) == 0
+        text = capsys.readouterr().out
+        monkeypatch.setattr(owner, name, first_refused)
+        assert main(story) == 0
+        out = capsys.readouterr()
+        assert n_calls == 2 and out.out == text and "from a run before" not in out.err
+        n_calls = 0
+        monkeypatch.setattr("ggmq.cluster.Client.release", lambda client: False)
+        assert main(story) == 1 and n_calls == 1, "nobody had anything to give"
+
+
+def test_how_long_a_cluster_keeps_weights_is_in_its_file(user: Callable[..., User]) -> None:
+    u = user("brief")
+    u.file.write_text(u.file.read_text().replace("devices: [reference]", "devices: [reference], keep_s: 0"))
+    assert u.up().returncode == 0
+    runs = [loaded(u.ggmq("run", "--cluster", u.file, *STORY)) for _ in range(2)]
+    assert all(sent + cached > 3 and kept == 0 for sent, cached, kept in runs)
+    assert not any(d["kept_bytes"] for d in u.status()["devices"])
 
 
 def test_logs_have_times_and_the_id_is_shown_nowhere(user: Callable[..., User]) -> None:

@@ -27,6 +27,7 @@ from config.terminal import (
     print_line,
     stamp_lines,
 )
+from protocol import limits
 from protocol.errors import ConfigError, GgmqError
 from protocol.messages import DeviceInfo
 from workers.cache import DEFAULT_QUOTA_BYTES, Cache, ModelFolder, cache_folder
@@ -60,6 +61,9 @@ def parser() -> argparse.ArgumentParser:
                    help="devices to lend: CPU, reference, CUDA0, ... (default: all accelerators, else one CPU); "
                    "without a name: list them and end")  # fmt: skip
     p.add_argument("-m", "--mem", type=_positive, default=0, metavar="MIB", help="lend at most this much memory")
+    p.add_argument("--keep", type=_seconds, default=limits.LEASE_S, metavar="SECONDS",
+                   help="weights of a run that ended stay in memory for so long, or until it is wanted for something else; "
+                   "0: not at all (default %(default)s)")  # fmt: skip
     p.add_argument("-c", "--cache", action="store_true", help="keep weights in a local cache")
     p.add_argument("--cache-dir", type=Path, help=f"where (default {cache_folder()})")
     p.add_argument("--cache-quota", type=_positive, default=DEFAULT_QUOTA_BYTES // MIB, metavar="MIB",
@@ -98,6 +102,12 @@ def _cpus(text: str) -> list[int]:
     if missing or not out:
         raise argparse.ArgumentTypeError(f"this process may use the CPUs {sorted(os.sched_getaffinity(0))}, got {text!r}")
     return out
+
+
+def _seconds(text: str) -> int:
+    if not re.fullmatch(r"\d{1,8}", text):
+        raise argparse.ArgumentTypeError(f"expected whole seconds, 0 for none, got {text!r}")
+    return int(text)
 
 
 def _microseconds(text: str) -> int:
@@ -178,7 +188,7 @@ def _main(args: argparse.Namespace) -> int:
     models = ModelFolder(args.model_dir) if args.model_dir else None
     loop = WorkerLoop(device, cache, SOFTWARE, keys, args.parent_pid, args.name[:256], models,
                       bytes.fromhex(args.instance), args.insecure, args.spin_us / 1e6,
-                      args.port or 0, args.quiet, own_cluster_id())  # fmt: skip
+                      args.port or 0, args.quiet, own_cluster_id(), args.keep)  # fmt: skip
     if args.join:
         loop.join(args.join)
         endpoint = args.join
@@ -230,6 +240,7 @@ def _serve_many(args: argparse.Namespace, names: list[str], keys: object) -> int
         common += ["--keys", str(args.keys)]
     if args.threads:
         common += ["-t", str(args.threads)]
+    common += ["--keep", str(args.keep)]
     common += ["--spin-us", str(args.spin_us if len(names) < default_threads() else 0)]
     if args.mem:
         common += ["-m", str(args.mem)]

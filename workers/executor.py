@@ -7,19 +7,24 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
+import msgspec
 from blake3 import blake3
 
+from protocol import limits
 from protocol import messages as m
+from protocol.content import Part
 from protocol.errors import Cancelled, GgmqError, InternalError, OutOfMemory, Overloaded, ProtocolError
 from workers.cache import Cache, ModelFolder
 from workers.devices.base import Buffer, Device, Plan, steps
 from workers.growing import Growing
+from workers.leases import Content, Leases, written
 from workers.links import LinkInstruction, Links
 from workers.state import Key, Work, WorkerState
 from workers.ticks import Tick, completing, nothing, paced
 
+T = TypeVar("T")
 MAX_PLANS = 64
 MAX_UPLOADS = 64
 
@@ -43,16 +48,20 @@ class Executor:
     plans: by (session, graph digest); the oldest is recompiled when it comes again.
     make_room: frees what is kept for peers that are asleep; whether there was any.
     uploads: by (session, buffer, offset).
+    contents: by (session, buffer), of buffers whose client said what they will hold.
     """
 
     def __init__(
-        self, device: Device, state: WorkerState, links: Links, cache: Cache | None, models: ModelFolder | None = None
-    ) -> None:
+        self, device: Device, state: WorkerState, links: Links, cache: Cache | None, models: ModelFolder | None = None,
+        keep_s: float = limits.LEASE_S,
+    ) -> None:  # fmt: skip
         self.device, self.state, self.links, self.cache, self.models = device, state, links, cache, models
         self.buffers: dict[Key, dict[int, Buffer]] = {}
         self.plans: dict[tuple[Key, bytes], Plan] = {}
         self.make_room: Callable[[], bool] = lambda: False
         self.uploads: dict[tuple[Key, int, int], Upload] = {}
+        self.contents: dict[tuple[Key, int], Content] = {}
+        self.leases = Leases(device, keep_s)
 
     def execute(self, work: Work, tick: Tick) -> Sequence[LinkInstruction]:
         """Do it, and say what to send. Every failure becomes an ordinary error reply."""
@@ -75,50 +84,74 @@ class Executor:
 
     def _do(self, work: Work, tick: Tick) -> tuple[m.Header, Sequence[bytes | memoryview]]:
         h, key = work.request.header, work.key
-        mine = self.buffers.setdefault(key, {}) if work.verb != "stats" else {}
+        mine = self.buffers.setdefault(key, {}) if work.verb not in ("stats", "release") else {}
         pace = paced(tick)
         match h:
             case m.AllocBuffer():
                 self.device.prepare(tick)
-                mine[h.buffer] = self._alloc(h.n_bytes)
+                return m.Found(self._alloc(key, h, pace)), ()
             case m.FreeBuffer():
                 self._forget_plans(key, h.buffer)
-                self._forget_uploads(key, h.buffer)
+                self._changed(key, h.buffer)
+                self.contents.pop((key, h.buffer), None)
                 self.device.free(mine.pop(h.buffer), pace)
             case m.SetTensor():
                 self._write(work, h, mine[h.buffer], pace)
             case m.SetTensorHash():
-                self._forget_uploads(key, h.buffer, h.offset, h.n_bytes)
-                return m.Found(self._find(mine[h.buffer], h, pace)), ()
+                self._changed(key, h.buffer, h.offset, h.n_bytes)
+                found = self._find(mine[h.buffer], h, pace)
+                if found:
+                    self._verified(key, h)
+                return m.Found(found), ()
             case m.GetTensor():
                 return m.Ok(), [self.device.read(mine[h.buffer], h.offset, h.n_bytes, pace)]
             case m.CopyTensor():
-                self._forget_uploads(key, h.dst_buffer, h.dst_offset, h.n_bytes)
+                self._changed(key, h.dst_buffer, h.dst_offset, h.n_bytes)
                 self.device.copy(mine[h.src_buffer], h.src_offset, mine[h.dst_buffer], h.dst_offset, h.n_bytes, pace)
             case m.GraphPut():
                 self._compile(work, h.digest, pace)
             case m.GraphCompute():
                 plan = self.plans.get((key, h.digest)) or self._compile(work, h.digest, pace)
                 start = time.perf_counter()
-                out = plan.run(work.request.payload, tick)
+                out = self._with_room(partial(plan.run, work.request.payload, tick), pace)
                 took = time.perf_counter() - start
                 # sockets may send later than the next run writes: the outputs leave as copies
                 return m.ComputeDone(h.spent_s + took, h.spent_nodes + plan.n_nodes), [bytes(o) for o in out]
             case m.Drain():
                 self.free_session(key, pace)
+            case m.Release():
+                any_kept = len(self.leases) > 0
+                while self.leases.give_up(pace):
+                    pass
+                return m.Found(any_kept), ()
             case m.StatsQuery():
                 return self._stats(), ()
             case _:
                 raise ProtocolError(f"{work.request.command.name}: nothing for a device to do")
         return m.Ok(), ()
 
-    def _alloc(self, n_bytes: int) -> Buffer:
-        try:
-            return self.device.alloc(n_bytes)
-        except OutOfMemory:
-            if not self.make_room():
-                raise
-            return self.device.alloc(n_bytes)
+    def _with_room(self, do: Callable[[], T], tick: Tick, make_room: Callable[[], bool] = lambda: False) -> T:
+        """Do something that finds out at its beginning whether there is memory for it: what is only kept makes room."""
+        while True:
+            try:
+                return do()
+            except OutOfMemory:
+                if not self.leases.give_up(tick) and not make_room():
+                    raise
+
+    def _alloc(self, key: Key, h: m.AllocBuffer, tick: Tick) -> bool:
+        """Returns: whether the buffer holds already what it is to hold."""
+        kept = self.leases.take(h.content, h.n_bytes) if h.content else None
+        buffer = kept or self._with_room(partial(self.device.alloc, h.n_bytes), tick, self.make_room)
+        self.buffers[key][h.buffer] = buffer
+        if h.content:
+            self.contents[key, h.buffer] = Content(h.content, h.n_bytes, whole=kept is not None)
+        return kept is not None
+
+    def _verified(self, key: Key, h: m.SetTensor | m.SetTensorHash) -> None:
+        content = self.contents.get((key, h.buffer))
+        if content is not None:
+            content.verified(Part(h.offset, h.n_bytes, h.type, h.ne, h.hash))
 
     def _find(self, buffer: Buffer, h: m.SetTensorHash, tick: Tick) -> bool:
         """Fill a weight from what is here already."""
@@ -138,11 +171,11 @@ class Executor:
     def _write(self, work: Work, h: m.SetTensor, buffer: Buffer, tick: Tick) -> None:
         data, key = memoryview(work.request.payload[0]), (work.key, h.buffer, h.offset)
         if not h.hash:
-            self._forget_uploads(work.key, h.buffer, h.offset + h.at, len(data))
+            self._changed(work.key, h.buffer, h.offset + h.at, len(data))
             self.device.write(buffer, h.offset + h.at, data, tick)
             return
         if not h.at:
-            self._forget_uploads(work.key, h.buffer, h.offset, h.n_bytes)
+            self._changed(work.key, h.buffer, h.offset, h.n_bytes)
             if sum(k[0] == work.key for k in self.uploads) >= MAX_UPLOADS:
                 raise Overloaded(f"SET_TENSOR: {MAX_UPLOADS} tensors of this session are on their way; finish one first")
             entry = self.cache.begin(h.hash, h.n_bytes) if self.cache is not None else None
@@ -170,17 +203,25 @@ class Executor:
         if upload.entry is not None:
             upload.entry.keep()
         self.device.finish(buffer, h.offset, h.n_bytes, h.type, h.ne, tick)
+        self._verified(work.key, h)
 
-    def _forget_uploads(self, key: Key, buffer: int, offset: int = 0, n_bytes: int | None = None) -> None:
-        """Something else has come into these bytes, or nothing more can: what was coming is not what its hash says."""
+    def _changed(self, key: Key, buffer: int, offset: int = 0, n_bytes: int | None = None) -> None:
+        """Something else comes into these bytes, or nothing more can: what was there, or was coming, is not what its hash
+        says."""
         for k, u in list(self.uploads.items()):
             inside = n_bytes is None or (k[2] < offset + n_bytes and offset < k[2] + u.n_bytes)
             if k[:2] == (key, buffer) and inside:
                 self.uploads.pop(k).drop()
+        content = self.contents.get((key, buffer))
+        if content is not None:
+            content.changed(offset, content.n_bytes if n_bytes is None else n_bytes)
 
     def _compile(self, work: Work, digest: bytes, tick: Tick) -> Plan:
         assert work.graph is not None  # the state machine looked it up
-        plan = self.device.compile(work.graph, self.buffers.get(work.key, {}), tick)
+        for buffer in written(work.graph):
+            if (work.key, buffer) in self.contents:
+                self.contents[work.key, buffer].spoil()
+        plan = self._with_room(partial(self.device.compile, work.graph, self.buffers.get(work.key, {}), tick), tick)
         while len(self.plans) >= MAX_PLANS:
             del self.plans[next(iter(self.plans))]
         self.plans[(work.key, digest)] = plan
@@ -192,16 +233,25 @@ class Executor:
             del self.plans[k]
 
     def free_session(self, key: Key, tick: Tick = nothing) -> None:
-        """Give back everything of a session, to the last byte."""
+        """Give back everything of a session, to the last byte, save weights that are kept for the next."""
         for k in [k for k in self.plans if k[0] == key]:
             del self.plans[k]
         buffers = self.buffers.pop(key, {})
-        for number in buffers:
-            self._forget_uploads(key, number)
+        for upload in [at for at in self.uploads if at[0] == key]:
+            self.uploads.pop(upload).drop()
         with contextlib.suppress(Cancelled), completing(tick) as steady:
-            for buffer in buffers.values():
-                self.device.free(buffer, steady)
+            for number, buffer in buffers.items():
+                content = self.contents.pop((key, number), None)
+                if content is not None and content.complete:
+                    self.leases.leave(content.name, buffer, steady)
+                else:
+                    self.device.free(buffer, steady)
             self.device.trim(steady)
+
+    def info(self) -> m.DeviceInfo:
+        """The device as it describes itself; what is only kept is free."""
+        info = self.device.info()
+        return msgspec.structs.replace(info, free_bytes=min(info.total_bytes, info.free_bytes + self.leases.n_bytes))
 
     def close(self) -> None:
         """The process ends: what is still to be kept is, within a bound."""
@@ -209,11 +259,12 @@ class Executor:
             self.cache.close()
 
     def _stats(self) -> m.Stats:
-        info, state, cache = self.device.info(), self.state, self.cache
+        info, state, cache = self.info(), self.state, self.cache
         buffers = [b for mine in self.buffers.values() for b in mine.values()]
         return m.Stats(
             device=info.name, free_bytes=info.free_bytes, total_bytes=info.total_bytes, rss_bytes=rss_bytes(),
             n_sessions=len(state.sessions), n_buffers=len(buffers), buffer_bytes=sum(b.n_bytes for b in buffers),
+            kept_bytes=self.leases.n_bytes,
             n_graphs=len(self.plans), n_computes=state.n_computes, n_refused=state.n_refused, n_fenced=state.n_fenced,
             payload_in_bytes=state.payload_in_bytes, wire_in_bytes=state.wire_in_bytes,
             wire_out_bytes=state.wire_out_bytes, handed_out_bytes=state.handed_out_bytes,

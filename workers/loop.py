@@ -92,11 +92,12 @@ class WorkerLoop:
         self, device: Device, cache: Cache | None, software: str, keys: KeyPair | None = None, parent_pid: int = 0,
         name: str = "", models: ModelFolder | None = None, instance: bytes = b"", insecure: bool = False,
         spin_s: float = 0.0, peer_port: int = 0, quiet: bool = False, cluster: bytes = b"",
+        keep_s: float = limits.LEASE_S,
     ) -> None:  # fmt: skip
         self.device, self.keys, self.parent_pid, self.name = device, keys, parent_pid, name
         self.state = WorkerState(software)
         self.links = Links(self.state)
-        self.executor = Executor(device, self.state, self.links, cache, models)
+        self.executor = Executor(device, self.state, self.links, cache, models, keep_s)
         self.context: zmq.Context[Any] = zmq.Context()
         self.auth: Any = None
         self.debug = bool(os.environ.get("GGMQ_DEBUG") or os.environ.get("GGML_RPC_DEBUG"))
@@ -258,7 +259,7 @@ class WorkerLoop:
     def _hello(self, role: str) -> m.Hello:
         devices = []
         if not role.endswith("-bulk"):
-            info, gone = self.device.info(), {token for token, p in self.state.peers.items() if p.closed_s}
+            info, gone = self.executor.info(), {token for token, p in self.state.peers.items() if p.closed_s}
             held = sum(b.n_bytes for key, mine in self.executor.buffers.items() if key[0] in gone for b in mine.values())
             free = min(info.total_bytes, info.free_bytes + held)  # theirs is free as soon as another broker comes
             devices = [msgspec.structs.replace(info, worker=self.name, free_bytes=free)]
@@ -338,6 +339,7 @@ class WorkerLoop:
             self.stop()
         self._probe(now)
         self._forget(self.state.gone(now))
+        self.executor.leases.expire(self._tick)
         self._look_at_broker(now)
         self._redial(now)
         self._carry_out(self.links.tick(now))

@@ -35,7 +35,7 @@ class Work:
     """Something for the device to do, for the request it answers.
 
     Attributes:
-        verb: alloc, free, write, fetch, read, copy, compile, compute, drain, or stats.
+        verb: alloc, free, write, fetch, read, copy, compile, compute, drain, release, or stats.
         finish: with `write`: the tensor is complete; verify it by its hash, store it, let the device repack it.
     """
 
@@ -208,6 +208,8 @@ class WorkerState:
         match h:
             case m.StatsQuery():
                 return [Work("stats", rid, (token, 0), message)]
+            case m.Release():
+                return [Work("release", rid, (token, 0), message)]
             case m.Cancel():
                 return [Send(rid, message.answer(m.Ok()))]
             case m.Drain():

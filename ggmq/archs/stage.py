@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ggmq.archs.builder import GraphBuilder, T, pad
 from ggmq.gguf import TensorInfo
+from protocol.content import Part
 from protocol.dtypes import GGMLType
 from protocol.errors import FormatError
 
@@ -24,6 +25,11 @@ class Placed:
     info: TensorInfo
     buffer: int
     offset: int
+
+    def part(self, digest: bytes) -> Part:
+        """What it is to whoever keeps the buffer. `digest`: its bytes' BLAKE3."""
+        t = self.info
+        return Part(self.offset, t.n_bytes, int(t.type), t.ne, digest)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,10 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+import msgspec
 
 from broker.placement import Assignment
 from config.terminal import print_line
@@ -22,7 +25,7 @@ from ggmq.runner import Runner, default_n_ctx, n_cells, plan
 from protocol import limits
 from protocol import messages as m
 from protocol.dtypes import GGMLType
-from protocol.errors import ConfigError, GgmqError
+from protocol.errors import ConfigError, GgmqError, OutOfMemory
 
 MIB = 1 << 20
 DEFAULT_WORKERS = 1
@@ -52,8 +55,16 @@ def open_session(args: argparse.Namespace, g: GGUF, n_ctx: int = 0, n_slots: int
     with open_bus(args, arch.hp.n_layer, g.path.absolute()) as (client, order, host):
         client.note = note
         infos = settled(client)
-        cells = n_cells(n_ctx, n_slots)
-        assignments = plan(arch, infos, cells, args.tensor_split, args.ngl, host, order)
+        placed = partial(plan, arch, n_ctx=n_cells(n_ctx, n_slots), split=args.tensor_split, ngl=args.ngl, host=host,
+                         order=order)  # fmt: skip
+        try:
+            assignments = placed(infos)
+        except OutOfMemory:  # workers of one host do not know what the others keep of runs that ended
+            if not client.release():
+                raise
+            infos = [msgspec.structs.replace(d, free_bytes=client.stats(i).free_bytes) if d.state == "ready" else d
+                     for i, d in enumerate(infos)]  # fmt: skip
+            assignments = placed(infos)
         runner = Runner(client, arch, n_ctx, assignments, n_slots, GGMLType[args.activations.upper()])
         runner.note = note
         try:
@@ -127,7 +138,8 @@ def print_summary(s: Session) -> None:
     """One line for the load, one for each stage."""
     r = s.runner.report
     sent, found = f"{r.sent_bytes / MIB:.1f} MiB sent", f"{r.cached_bytes / MIB:.1f} MiB from caches or files"
-    print(f"load    {s.load_s:8.2f} s  {sent}, {found}", file=sys.stderr)
+    kept = f", {r.kept_bytes / MIB:.1f} MiB there from a run before" if r.kept_bytes else ""
+    print(f"load    {s.load_s:8.2f} s  {sent}, {found}{kept}", file=sys.stderr)
     if len(s.runner.stages) > 1 and not s.runner.direct:
         print("note    activations pass through the broker: not every worker can reach the next one", file=sys.stderr)
     for stage in s.runner.stages:

@@ -90,8 +90,8 @@ def _devices(client: Client, planned: dict[int, dict[str, Any]]) -> list[dict[st
         if d.state == "ready":
             s = client.stats(i)
             entry |= {"total_bytes": d.total_bytes, "free_bytes": s.free_bytes, "buffer_bytes": s.buffer_bytes,
-                      "n_buffers": s.n_buffers, "n_sessions": s.n_sessions, "n_graphs_run": s.n_computes,
-                      "planned": planned.get(i)}  # fmt: skip
+                      "kept_bytes": s.kept_bytes, "n_buffers": s.n_buffers, "n_sessions": s.n_sessions,
+                      "n_graphs_run": s.n_computes, "planned": planned.get(i)}  # fmt: skip
         out.append(entry)
     return out
 
@@ -119,7 +119,8 @@ def _print(c: dict[str, Any]) -> None:
             print_line(begin + d["state"])
             continue
         loaded = f"{d['buffer_bytes'] // MIB} MiB loaded in {d['n_buffers']} buffers of {d['n_sessions']} sessions"
+        kept = f", {d['kept_bytes'] // MIB} MiB kept for the next run" if d["kept_bytes"] else ""
         p = d["planned"]
         planned = f", planned: layers {p['first_layer']}-{p['last_layer']} of {p['model']}" if p else ""
-        print_line(f"{begin}{d['total_bytes'] // MIB} MiB, {d['free_bytes'] // MIB} MiB free, {loaded}, "
+        print_line(f"{begin}{d['total_bytes'] // MIB} MiB, {d['free_bytes'] // MIB} MiB free, {loaded}{kept}, "
                    f"{d['n_graphs_run']} graphs run{planned}")  # fmt: skip

@@ -205,7 +205,7 @@ def test_a_worker_with_little_memory_serves_one_client_after_the_other(kernels: 
     model = Model(tmp_path, 300 * MIB)
     with cpu_worker("--model-dir", str(tmp_path), "-m", "400") as (a, _):
         for session in range(1, 6):
-            assert isinstance(a.ask(m.AllocBuffer(session, 1, model.n_bytes)).header, m.Ok)
+            assert isinstance(a.ask(m.AllocBuffer(session, 1, model.n_bytes)).header, m.Found)
             a.ask(model.fetch(session, 1))
             frame = encode_graph(model.graph(1))
             a.ask(m.GraphPut(session, graph_digest(frame)), frame)

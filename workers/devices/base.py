@@ -26,6 +26,8 @@ PIECE_BYTES = 1 << 20
 """What is read, packed or copied at once: it is still in the processor's cache when it is packed, and takes no time."""
 FREED_BYTES = 64 << 20
 """What is given back to the system at once."""
+SHORT_SHARE = 0.05
+"""A host with a smaller share of its memory free is short of it."""
 SPARE_BYTES = 16 << 20
 """Scratch memory that is kept between plans."""
 
@@ -104,6 +106,10 @@ class Device(ABC):
     def info(self) -> DeviceInfo:
         """Name, kind and memory, as they are now."""
 
+    def short(self) -> bool:
+        """Whether others need the memory that is only kept for later."""
+        return False
+
     @abstractmethod
     def alloc(self, n_bytes: int) -> Buffer:
         """A zeroed buffer. Errors: OutOfMemory with both figures."""
@@ -161,12 +167,15 @@ class HostDevice(Device):
         self._arena_used = 0
 
     def total_bytes(self) -> int:
-        return self.limit_bytes or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return self.limit_bytes or memory_bytes()
 
     def free_bytes(self) -> int:
         if self.limit_bytes:
             return max(0, self.limit_bytes - self.used_bytes - self.scratch_bytes())
         return available_bytes()
+
+    def short(self) -> bool:
+        return available_bytes() < SHORT_SHARE * memory_bytes()
 
     def scratch_bytes(self) -> int:
         """What plans have left behind and `trim` gives back."""
@@ -333,6 +342,14 @@ def zeroed(n_bytes: int) -> tuple[Bytes, mmap.mmap | None]:
     memory = np.frombuffer(room, np.uint8)
     start = -memory.ctypes.data % HUGE_PAGE_BYTES
     return memory[start : start + n_bytes], room
+
+
+def memory_bytes() -> int:
+    """Bytes of memory that the host has, or that its cgroup may use."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError), open("/sys/fs/cgroup/memory.max", encoding="ascii") as f:
+        total = min(total, int(f.read()))
+    return total
 
 
 def available_bytes() -> int:
