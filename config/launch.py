@@ -21,7 +21,6 @@ from config.installed import module_command, module_environment
 from config.remote import ssh
 from config.running import Process
 from config.schema import ClusterFile, WorkerSection, expanded
-from protocol import limits
 from protocol.errors import ConfigError, Unavailable
 
 LIST_S = 120.0
@@ -39,7 +38,7 @@ def worker_options(cluster: ClusterFile, w: WorkerSection, device: str, broker: 
         out += ["-m", str(w.memory_mib)]
     if w.cache:
         out.append("-c")
-    if w.keep_s != limits.LEASE_S:
+    if w.keep_s:
         out += ["--keep", str(w.keep_s)]
     if cluster.security.insecure:
         out.append("--insecure")

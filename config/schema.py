@@ -8,8 +8,6 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct, field
 
-from protocol import limits
-
 Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
 Line = Annotated[str, Meta(max_length=4096, pattern=r"^[^\x00-\x1f\x7f]*$")]
 Count = Annotated[int, Meta(ge=0, le=1 << 24)]
@@ -52,7 +50,7 @@ class WorkerSection(Strict, frozen=True):
     threads: Count = 0
     memory_mib: Count = 0
     cache: bool = False
-    keep_s: Count = limits.LEASE_S
+    keep_s: Count = 300
     port: Annotated[int, Meta(ge=1, le=65535)] = 50052
     command: Line = "worker"
     keys: Line = ""

@@ -71,8 +71,6 @@ PEER_KEPT_S = 300.0
 """A worker frees what such a peer holds after this long in any case: it was suspended, or its host is gone."""
 PEER_CLOSED_S = 5.0
 """The same for a peer whose connection is closed: in this time a broken network may heal."""
-LEASE_S = 300
-"""Weights of a session that ended stay on a worker for so long, unless it was started with another time."""
 PROBE_S = 1.0
 """A connection over which nothing came for this long is tried."""
 

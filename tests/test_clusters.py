@@ -268,7 +268,7 @@ def test_a_cluster_keeps_its_model_between_runs(user: Callable[..., User]) -> No
 def test_a_worker_that_listens_keeps_a_model_too_and_gives_way_to_another(tmp_path: Path) -> None:
     port = free_port()
     story = ("run", "--rpc", f"127.0.0.1:{port}", *STORY)
-    with started([*WORKER, "-d", "reference", "-p", str(port), "--insecure", "-m", "48"]):
+    with started([*WORKER, "-d", "reference", "-p", str(port), "--insecure", "-m", "48", "--keep", "300"]):
         runs = [subprocess.run([*GGMQ, *story, *more], cwd=ROOT, capture_output=True, text=True, timeout=100,
                                stdin=subprocess.DEVNULL, check=False)
                 for more in ((), (), ("-c", "2048"), ("-m", str(other_model(tmp_path))), ())]  # fmt: skip
@@ -303,7 +303,7 @@ def test_where_memory_is_short_all_workers_give_up_what_they_keep(
             raise OutOfMemory("stage 0: 3 bytes, 2 are free", 3, 2)
         return works(*args, **more)
 
-    with started([*WORKER, "-d", "reference", "-p", str(port), "--insecure"]):
+    with started([*WORKER, "-d", "reference", "-p", str(port), "--insecure", "--keep", "300"]):
         assert main(story) == 0
         text = capsys.readouterr().out
         monkeypatch.setattr(owner, name, first_refused)

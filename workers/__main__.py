@@ -27,7 +27,6 @@ from config.terminal import (
     print_line,
     stamp_lines,
 )
-from protocol import limits
 from protocol.errors import ConfigError, GgmqError
 from protocol.messages import DeviceInfo
 from workers.cache import DEFAULT_QUOTA_BYTES, Cache, ModelFolder, cache_folder
@@ -61,9 +60,9 @@ def parser() -> argparse.ArgumentParser:
                    help="devices to lend: CPU, reference, CUDA0, ... (default: all accelerators, else one CPU); "
                    "without a name: list them and end")  # fmt: skip
     p.add_argument("-m", "--mem", type=_positive, default=0, metavar="MIB", help="lend at most this much memory")
-    p.add_argument("--keep", type=_seconds, default=limits.LEASE_S, metavar="SECONDS",
-                   help="weights of a run that ended stay in memory for so long, or until it is wanted for something else; "
-                   "0: not at all (default %(default)s)")  # fmt: skip
+    p.add_argument("--keep", type=_seconds, default=0, metavar="SECONDS",
+                   help="weights of a run that ended stay in memory for so long, unless they must make room, and "
+                   "the next run loads nothing (default 0: they are freed; `ggmq up` gives its workers 300)")  # fmt: skip
     p.add_argument("-c", "--cache", action="store_true", help="keep weights in a local cache")
     p.add_argument("--cache-dir", type=Path, help=f"where (default {cache_folder()})")
     p.add_argument("--cache-quota", type=_positive, default=DEFAULT_QUOTA_BYTES // MIB, metavar="MIB",

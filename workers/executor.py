@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 import msgspec
 from blake3 import blake3
 
-from protocol import limits
 from protocol import messages as m
 from protocol.content import Part
 from protocol.errors import Cancelled, GgmqError, InternalError, OutOfMemory, Overloaded, ProtocolError
@@ -53,7 +52,7 @@ class Executor:
 
     def __init__(
         self, device: Device, state: WorkerState, links: Links, cache: Cache | None, models: ModelFolder | None = None,
-        keep_s: float = limits.LEASE_S,
+        keep_s: float = 0.0,
     ) -> None:  # fmt: skip
         self.device, self.state, self.links, self.cache, self.models = device, state, links, cache, models
         self.buffers: dict[Key, dict[int, Buffer]] = {}

@@ -92,7 +92,7 @@ class WorkerLoop:
         self, device: Device, cache: Cache | None, software: str, keys: KeyPair | None = None, parent_pid: int = 0,
         name: str = "", models: ModelFolder | None = None, instance: bytes = b"", insecure: bool = False,
         spin_s: float = 0.0, peer_port: int = 0, quiet: bool = False, cluster: bytes = b"",
-        keep_s: float = limits.LEASE_S,
+        keep_s: float = 0.0,
     ) -> None:  # fmt: skip
         self.device, self.keys, self.parent_pid, self.name = device, keys, parent_pid, name
         self.state = WorkerState(software)
