@@ -62,7 +62,7 @@ def written(graph: Graph) -> set[int]:
     return {graph.tensors[graph.root(i)[0]].buffer for i in nodes} - {0}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Lease:
     """A buffer that is kept until a time, in the seconds of the clock."""
 

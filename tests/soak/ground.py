@@ -27,6 +27,7 @@ from tests.support.supervised import Supervised
 
 GGMQ = [sys.executable, "-m", "ggmq"]
 WORKER = [sys.executable, "-m", "workers"]
+KEEP = ("--keep", "1")
 PROMPTS = ("Once upon a time", "Tom and his mother went to the park")
 N_TOKENS = 20
 N_LONG = 160
@@ -126,12 +127,16 @@ class Ground:
         self.start_all()
 
     def start_all(self) -> None:
-        """The broker and the long-lived workers. Errors: RuntimeError when one is not ready."""
+        """The broker and the long-lived workers, two of which keep weights for a second.
+
+        Errors: RuntimeError when one is not ready.
+        """
         cache = ("--cache-dir", str(self.folder / "cache"))
         self.workers = {"listen-cpu": self.worker("listen-cpu", "CPU", self.ports["listen-cpu"], *cache),
-                        "listen-ref": self.worker("listen-ref", "reference", self.ports["listen-ref"])}  # fmt: skip
+                        "listen-ref": self.worker("listen-ref", "reference", self.ports["listen-ref"], *KEEP)}  # fmt: skip
         self.start_broker()
-        self.workers |= {"dial-cpu": self.worker("dial-cpu", "CPU"), "dial-ref": self.worker("dial-ref", "reference")}
+        self.workers |= {"dial-cpu": self.worker("dial-cpu", "CPU", 0, *KEEP),
+                         "dial-ref": self.worker("dial-ref", "reference")}  # fmt: skip
         for p in self.workers.values():
             if not p.says(ENDED, READY_S):
                 raise RuntimeError(f"a worker was not ready: {p.story()}")

@@ -103,6 +103,15 @@ def test_leases_end_in_their_order_by_time_by_number_and_for_want_of_memory(monk
     assert not none and device.info().free_bytes == 100 * MIB
 
 
+def test_two_sessions_that_had_the_same_leave_two_buffers() -> None:
+    device = open_device("reference", 1, 100 * MIB)
+    leases = Leases(device, 10.0, lambda: 0.0)
+    buffers = [device.alloc(MIB) for _ in range(3)]
+    for b in buffers:
+        leases.leave(NAME, b)
+    assert [leases.take(NAME, MIB) for _ in range(4)] == [*reversed(buffers), None]
+
+
 # -- a real worker -----------------------------------------------------------------------------------------------------
 
 
