@@ -14,6 +14,7 @@ from pathlib import Path
 
 from config.auth import find_keys
 from config.commandline import Parser
+from config.cores import n_cores
 from config.installed import module_command
 from config.keys import default_key_file
 from config.running import own_cluster_id
@@ -53,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
                    "which other workers hand activations over (default: any)")  # fmt: skip
     p.add_argument("-t", "--threads", type=_positive, default=0, help="CPU threads (default: all cores)")
     p.add_argument("--cpus", type=_cpus, default=[], metavar="0,2-5", help="keep each thread on one of these CPUs")
-    p.add_argument("--spin-us", type=_microseconds, default=SPIN_US if default_threads() > 1 else 0, metavar="US",
+    p.add_argument("--spin-us", type=_microseconds, default=SPIN_US if n_cores() > 1 else 0, metavar="US",
                    help="after a graph, look for the next one for so long before sleeping; 0 where several workers share "
                    "few cores (default %(default)s)")  # fmt: skip
     p.add_argument("-d", "--device", nargs="?", const=LIST, metavar="NAME[,NAME]",
@@ -121,10 +122,6 @@ def _port(text: str) -> int:
     return int(text)
 
 
-def default_threads() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `worker`. Returns the exit code."""
     open_streams()
@@ -155,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(args: argparse.Namespace) -> int:
-    threads = args.threads or len(args.cpus) or default_threads()
+    threads = args.threads or len(args.cpus) or n_cores()
     if args.cpus and threads > len(args.cpus):
         raise ConfigError(f"-t {threads}: --cpus names {len(args.cpus)}; give a CPU for each thread")
     if args.device == LIST:
@@ -240,7 +237,7 @@ def _serve_many(args: argparse.Namespace, names: list[str], keys: object) -> int
     if args.threads:
         common += ["-t", str(args.threads)]
     common += ["--keep", str(args.keep)]
-    common += ["--spin-us", str(args.spin_us if len(names) < default_threads() else 0)]
+    common += ["--spin-us", str(args.spin_us if len(names) < n_cores() else 0)]
     if args.mem:
         common += ["-m", str(args.mem)]
     if args.cache or args.cache_dir:

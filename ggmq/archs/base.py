@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 
 from ggmq.archs.builder import GraphBuilder, T
@@ -49,7 +50,6 @@ class Arch:
         self.hp = read_hparams(g)
         self.keys = Keys(g, self.hp.arch)
         self.swa_layers = self._swa_layers()
-        self._idle: frozenset[str] = frozenset()
 
     # -- choices that some architectures make otherwise ----------------------------------------------------------------
 
@@ -70,7 +70,8 @@ class Arch:
 
     def windowed_rope(self) -> Rope:
         """How positions turn the layers that see only the window."""
-        return self.hp.rope
+        r = self.hp.rope
+        return replace(r, freq_base=r.freq_base_swa or r.freq_base, freq_scale=r.freq_scale_train)
 
     def kq_scale(self) -> float:
         return self.hp.attention_scale or 1.0 / math.sqrt(self.hp.d_k)
@@ -226,9 +227,14 @@ class Arch:
 
     # -- the whole -----------------------------------------------------------------------------------------------------
 
-    @cached_property
+    @property
     def used(self) -> frozenset[str]:
-        """The tensors of the file that the graphs use.
+        """The tensors of the file that the graphs use. Errors: FormatError for one that they cannot use."""
+        return self._used_and_idle[0]
+
+    @cached_property
+    def _used_and_idle(self) -> tuple[frozenset[str], frozenset[str]]:
+        """Tensors that the graphs use, and those that they pass over knowingly.
 
         Errors: FormatError for one that is missing, has another shape, or a type that its op does not take.
         """
@@ -251,13 +257,13 @@ class Arch:
             leaves = [graph.tensors[i] for i in graph.tensors[e.tensor].src]
             found = ", ".join(n for t in leaves if (n := names.get((t.buffer, t.offset))) is not None)
             raise FormatError(f"{self.gguf.path.name}: {found}: {e}; architecture {hp.arch} cannot run it") from None
-        self._idle = frozenset(s.idle)
-        return frozenset(used)
+        return frozenset(used), frozenset(s.idle)
 
     def check(self) -> None:
         """See that this is a model that can be run, before anything is sent.
 
-        Errors: FormatError as of `used`, and for a tensor that no graph uses: what is left out would change the answer.
+        Errors: FormatError for a tensor that the graphs cannot use, and for one that no graph uses: what is left out would
+            change the answer.
         """
         hp = self.hp
         if not self.turns_part and hp.rope.n_dims != hp.d_k:
@@ -266,7 +272,8 @@ class Arch:
             for key, same in (("attention.key_length_swa", hp.d_k), ("attention.value_length_swa", hp.d_v),
                               ("rope.dimension_count_swa", hp.rope.n_dims)):  # fmt: skip
                 self.keys.integer(key, same, same, same)
-        allowed = self.used | self.unused | self._idle
+        used, idle = self._used_and_idle
+        allowed = used | self.unused | idle
         left = [t.name for t in self.gguf if t.name not in allowed]
         if left:
             others = f" and {len(left) - 1} others" if len(left) > 1 else ""

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 from ggmq.archs.base import NEOX, Arch
 from ggmq.archs.builder import T
-from ggmq.archs.hparams import Rope
 from ggmq.archs.stage import StageGraph
 
 
@@ -21,10 +19,6 @@ class Gemma2(Arch):
 
     def embed_scale(self) -> float:
         return math.sqrt(self.hp.n_embd)
-
-    def windowed_rope(self) -> Rope:
-        r = self.hp.rope
-        return replace(r, freq_base=r.freq_base_swa or r.freq_base, freq_scale=r.freq_scale_train)
 
     def kq_scale(self) -> float:
         hp = self.hp

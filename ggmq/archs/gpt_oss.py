@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from ggmq.archs.base import NEOX, Arch
 from ggmq.archs.builder import GraphBuilder, T
-from ggmq.archs.hparams import Rope
 from ggmq.archs.stage import StageGraph
 
 
@@ -19,10 +16,6 @@ class GptOss(Arch):
     swa_period = 2
     tied = False
     needs_biases = frozenset({"attn_output", "ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"})
-
-    def windowed_rope(self) -> Rope:
-        r = self.hp.rope
-        return replace(r, freq_base=r.freq_base_swa or r.freq_base, freq_scale=r.freq_scale_train)
 
     def layer(self, s: StageGraph, x: T, il: int) -> T:
         hp, p = self.hp, f"blk.{il}."

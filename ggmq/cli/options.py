@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from config.auth import find_keys
+from config.cores import n_cores
 from config.keys import KeyPair, default_key_file
 from ggmq.hub import download
 from protocol.errors import ConfigError
@@ -126,10 +127,6 @@ def model_path(args: argparse.Namespace) -> Path:
 
 def keys_of(args: argparse.Namespace) -> KeyPair | None:
     return find_keys(args.keys, args.insecure)
-
-
-def n_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def host_memory() -> tuple[int, int]:

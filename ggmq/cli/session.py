@@ -14,10 +14,11 @@ from pathlib import Path
 import msgspec
 
 from broker.placement import Assignment
+from config.cores import n_cores
 from config.terminal import print_line
 from ggmq.archs import open_arch
 from ggmq.archs.base import Arch
-from ggmq.cli.options import cpus_of, keys_of, local_threads, n_cores
+from ggmq.cli.options import cpus_of, keys_of, local_threads
 from ggmq.cli.progress import progress_bars
 from ggmq.cluster import Client, connect, local_bus
 from ggmq.gguf import GGUF

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from config.cores import n_cores
 from config.installed import module_command, module_environment
 from protocol.errors import KernelError
 from workers.kernels.layout import (
@@ -64,10 +65,6 @@ def _cache_folder(cpu: str) -> Path:
     told = f"{os.environ.get('NUMBA_CPU_NAME')} {os.environ.get('NUMBA_CPU_FEATURES')}"
     text = f"{cpu} {platform.machine()} {version('numba')} {version('llvmlite')} {version('numpy')} {sys.version} {told}"
     return root / blake2b(text.encode() + source, digest_size=8).hexdigest()
-
-
-def n_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Kernels:
