@@ -211,9 +211,9 @@ class Runner:
                 kv_at += self.arch.kv_bytes(il, cells)
             session, device = self.client.session, s.assignment.device
             name = content_name(max(at, 1), (p.part(hashes[p.info.name]) for p in s.placed.values()))
-            weights_here = m.AllocBuffer(session, 2 * i + 1, max(at, 1), "weights", name)
+            weights_here = m.AllocBuffer(session, 2 * i + 1, max(at, 1), name)
             allocated.append(self.client.submit(weights_here, device=device))
-            pending.append(self.client.submit(m.AllocBuffer(session, 2 * i + 2, max(kv_at, 1), "kv"), device=device))
+            pending.append(self.client.submit(m.AllocBuffer(session, 2 * i + 2, max(kv_at, 1)), device=device))
         link = self._ask_links()
         kept = [self.client.found(seq) for seq in allocated]
         for seq in pending:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from protocol import limits
 from protocol.dtypes import TYPES, contiguous_nb, tensor_bytes
@@ -78,7 +78,6 @@ class Graph:
     tensors: tuple[Tensor, ...]
     inputs: tuple[int, ...] = ()
     outputs: tuple[int, ...] = ()
-    names: tuple[str, ...] = field(default=(), compare=False)
 
     def root(self, index: int) -> tuple[int, int]:
         """The tensor that owns the bytes of `index`, and the byte offset of `index` in it."""
@@ -113,7 +112,7 @@ def decode_graph(frame: bytes | memoryview) -> Graph:
 
     Errors: GraphError names the first tensor that is wrong, what was expected and what came.
     """
-    from protocol.ops import OP_NAMES, validate
+    from protocol.ops import OP_NAME, validate
 
     n, rest = divmod(len(frame), RECORD.size)
     if rest or n == 0:
@@ -124,8 +123,9 @@ def decode_graph(frame: bytes | memoryview) -> Graph:
     inputs: list[int] = []
     outputs: list[int] = []
     for i, (type_id, op, n_src, flags, *v) in enumerate(RECORD.iter_unpack(frame)):
-        if op >= len(OP_NAMES):
-            raise GraphError(f"tensor {i}: op id {op} is not in the table of {len(OP_NAMES)} ops")
+        name = OP_NAME.get(op)
+        if name is None:
+            raise GraphError(f"tensor {i}: op id {op} is not in the table of {len(OP_NAME)} ops")
         if n_src > limits.MAX_SRC:
             raise GraphError(f"tensor {i}: at most {limits.MAX_SRC} sources, got {n_src}")
         if any(s != -1 for s in v[24 + n_src : 34]):
@@ -133,7 +133,7 @@ def decode_graph(frame: bytes | memoryview) -> Graph:
         if flags & ~(FLAG_INPUT | FLAG_OUTPUT):
             raise GraphError(f"tensor {i}: unknown flag bits {flags:#x}")
         tensors.append(
-            Tensor(type_id, OP_NAMES[op], tuple(v[0:4]), tuple(v[4:8]), tuple(v[8:24]), tuple(v[24 : 24 + n_src]),
+            Tensor(type_id, name, tuple(v[0:4]), tuple(v[4:8]), tuple(v[8:24]), tuple(v[24 : 24 + n_src]),
                    *v[34:38])
         )  # fmt: skip
         if flags & FLAG_INPUT:

@@ -123,7 +123,6 @@ class AllocBuffer(Header, frozen=True):
     session: U64
     buffer: Handle
     n_bytes: Size
-    usage: Short = "compute"
     content: Annotated[bytes, Meta(max_length=32)] = b""
 
 

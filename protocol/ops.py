@@ -53,7 +53,6 @@ class Source:
 
 
 Rule = Callable[[Tensor, "Sources", dict[str, Any]], None]
-Cost = Callable[[Tensor, "Sources"], int]
 
 
 class Sources(list["Tensor | None"]):
@@ -78,7 +77,6 @@ class Op:
         writes: index of the source whose bytes the result is (SET_ROWS, CPY), or -1.
         inplace: the result may be a view of source 0.
         nmse: bound of the normalised mean squared error against ggml's own result.
-        cost: floating-point operations of a node.
     """
 
     name: str
@@ -93,7 +91,6 @@ class Op:
     writes: int = -1
     allow_empty: bool = False
     nmse: float = 1e-7
-    cost: Cost | None = None
 
     def values(self, words: Sequence[int]) -> dict[str, Any]:
         """The parameters of a node by name, decoded and held against their ranges."""
@@ -294,15 +291,6 @@ def _arange(t: Tensor, s: Sources, p: dict[str, Any]) -> None:
     need(t.ne == (n, 1, 1, 1), f"result must be [{n}], got {t.ne}")
 
 
-def _mul_mat_cost(t: Tensor, s: Sources) -> int:
-    return 2 * t.n_elements * s.req(0).ne[0]
-
-
-def _flash_attn_cost(t: Tensor, s: Sources) -> int:
-    q, k, v = s.req(0), s.req(1), s.req(2)
-    return 2 * q.ne[1] * q.ne[2] * q.ne[3] * k.ne[1] * (k.ne[0] + v.ne[0])
-
-
 _TABLE: list[Op] = []
 
 
@@ -360,11 +348,9 @@ _op("NORM", "y = (x - mean) / sqrt(var + eps) in each row", _x(_F32), _same, _EP
 _op("RMS_NORM", "y = x / sqrt(mean(x^2) + eps) in each row", _x(_F32), _same, _EPS, inplace=True)
 _op("L2_NORM", "y = x / max(|x|, eps) in each row", _x(_F32), _same, _EPS, inplace=True)
 _op("MUL_MAT", "y[i, j] = sum over k of a[k, i] * b[k, j]; a repeated over ne[2], ne[3]",
-    [Source("a", WEIGHTS), Source("b", FLOATS)], _mul_mat, {"prec": _PREC}, nmse=5e-4,
-    cost=_mul_mat_cost)  # fmt: skip
+    [Source("a", WEIGHTS), Source("b", FLOATS)], _mul_mat, {"prec": _PREC}, nmse=5e-4)  # fmt: skip
 _op("MUL_MAT_ID", "y[:, i, t] = a[:, :, ids[i, t]]^T b[:, i mod n, t]",
-    [Source("a", WEIGHTS), Source("b", _F32), Source("ids", _I32)], _mul_mat_id, {"prec": _PREC}, nmse=5e-4,
-    cost=_mul_mat_cost)  # fmt: skip
+    [Source("a", WEIGHTS), Source("b", _F32), Source("ids", _I32)], _mul_mat_id, {"prec": _PREC}, nmse=5e-4)  # fmt: skip
 _op("OUT_PROD", "y[i, j] = sum over k of a[i, k] * b[j, k]", [Source("a", WEIGHTS), Source("b", _F32)], _out_prod,
     nmse=5e-4)  # fmt: skip
 _op("CPY", "y = x, converted and written into the target", [Source("x", COPYABLE), Source("target", STORABLE)], _copy,
@@ -398,10 +384,10 @@ _op("FLASH_ATTN_EXT", "y = softmax(scale * cap(q k^T) + slope(head) * mask) v; s
      Source("sinks", _F32, True)], _flash_attn,
     {"scale": Param(0, "f32", -1e30, 1e30), "max_bias": Param(1, "f32", 0.0, 1e4),
      "logit_softcap": Param(2, "f32", 0.0, 1e30), "prec": Param(3, "i32", 0, 1 << 16)},
-    nmse=5e-4, cost=_flash_attn_cost)  # fmt: skip
+    nmse=5e-4)  # fmt: skip
 
 _XIELU = {n: Param(i + 1, "f32", -1e30, 1e30) for i, n in enumerate(("alpha_n", "alpha_p", "beta", "eps"))}
-for _kind, (_name, _line) in enumerate([
+_UNARY = [
     ("ABS", "y = |x|"), ("SGN", "y = sign(x)"), ("NEG", "y = -x"), ("STEP", "y = 1 if x > 0 else 0"),
     ("TANH", "y = tanh(x)"), ("ELU", "y = x if x > 0 else exp(x) - 1"), ("RELU", "y = max(x, 0)"),
     ("SIGMOID", "y = 1 / (1 + exp(-x))"), ("GELU", "y = x/2 (1 + tanh(sqrt(2/pi) x (1 + 0.044715 x^2)))"),
@@ -412,31 +398,43 @@ for _kind, (_name, _line) in enumerate([
     ("XIELU", "y = alpha_p x^2 + beta x if x > 0 else alpha_n (expm1(min(x, eps)) - x) + beta x"),
     ("FLOOR", "y = floor(x)"), ("CEIL", "y = ceil(x)"), ("ROUND", "y = x rounded, halves away from 0"),
     ("TRUNC", "y = x cut to an integer"),
-]):  # fmt: skip
+]  # fmt: skip
+UNARY_KINDS = tuple(name for name, _ in _UNARY)
+"""By number: params[0] of UNARY, which counts as ggml's enum does."""
+for _kind, (_name, _line) in enumerate(_UNARY):
     _op(_name, _line, _x(), _same, _XIELU if _name == "XIELU" else None, FLOATS, kind=_kind, inplace=True)
 
 _SPLIT = [Source("x", FLOATS), Source("gate", FLOATS, True)]
 _SWAP = {"swapped": Param(1, "i32", 0, 1)}
 _LIMIT = {**_SWAP, "alpha": Param(2, "f32", -1e30, 1e30), "limit": Param(3, "f32", 0.0, 1e30)}
-for _kind, (_name, _line) in enumerate([
+_GLU = [
     ("REGLU", "y = relu(x) g"), ("GEGLU", "y = gelu(x) g"), ("SWIGLU", "y = silu(x) g"),
     ("SWIGLU_OAI", "x' = min(x, limit), y = x' / (1 + exp(-alpha x')) (1 + clamp(g, -limit, limit))"),
     ("GEGLU_ERF", "y = gelu_erf(x) g"), ("GEGLU_QUICK", "y = gelu_quick(x) g"),
     ("SWIGLU_CLAMP", "y = silu(min(x, limit)) clamp(g, -limit, limit)"),
-]):  # fmt: skip
+]  # fmt: skip
+GLU_KINDS = tuple(name for name, _ in _GLU)
+"""The same for GLU."""
+for _kind, (_name, _line) in enumerate(_GLU):
     _op(_name, _line + "; one source holds x and g in its halves", _SPLIT, _glu,
         _LIMIT if _name in ("SWIGLU_OAI", "SWIGLU_CLAMP") else _SWAP, FLOATS, kind=_kind)  # fmt: skip
-
-N_UNARY = 22
-UNARY_KINDS = [o.name for o in _TABLE if o.kind >= 0][:N_UNARY]
-GLU_KINDS = [o.name for o in _TABLE if o.kind >= 0][N_UNARY:]
 
 OPS: dict[str, Op] = {o.name: o for o in _TABLE}
 """Every declaration by its finest name (SILU, not UNARY)."""
 
-OP_NAMES: tuple[str, ...] = (*(o.name for o in _TABLE if o.kind < 0), "UNARY", "GLU")
-"""Names as they travel, by id."""
-OP_ID: dict[str, int] = {name: i for i, name in enumerate(OP_NAMES)}
+OP_ID: dict[str, int] = {
+    "NONE": 0, "VIEW": 1, "RESHAPE": 2, "PERMUTE": 3, "TRANSPOSE": 4, "ADD": 5, "SUB": 6, "MUL": 7, "DIV": 8,
+    "ADD_ID": 9, "SQR": 10, "SQRT": 11, "LOG": 12, "SIN": 13, "COS": 14, "SCALE": 15, "CLAMP": 16, "LEAKY_RELU": 17,
+    "SUM_ROWS": 18, "MEAN": 19, "CUMSUM": 20, "ARGMAX": 21, "ARGSORT": 22, "TOP_K": 23, "REPEAT": 24, "CONCAT": 25,
+    "NORM": 26, "RMS_NORM": 27, "L2_NORM": 28, "MUL_MAT": 29, "MUL_MAT_ID": 30, "OUT_PROD": 31, "CPY": 32, "DUP": 33,
+    "CONT": 34, "GET_ROWS": 35, "SET_ROWS": 36, "DIAG_MASK_INF": 37, "FILL": 38, "ARANGE": 39, "SOFT_MAX": 40,
+    "ROPE": 41, "FLASH_ATTN_EXT": 42, "UNARY": 43, "GLU": 44,
+}  # fmt: skip
+"""What travels for a name. An id is never changed nor used again; a new op has the next one."""
+OP_NAME: dict[int, str] = {number: name for name, number in OP_ID.items()}
+
+if OP_ID.keys() - {"UNARY", "GLU"} != {o.name for o in _TABLE if o.kind < 0} or len(OP_NAME) != len(OP_ID):
+    raise AssertionError("protocol/ops.py: each op has an id of its own in OP_ID, and each id an op")
 
 
 def op_of(t: Tensor) -> Op:
@@ -523,9 +521,3 @@ def _validate_node(tensors: Sequence[Tensor], t: Tensor, i: int) -> None:
     if t.view_src >= 0:
         check_no_overlap(t, i)
 
-
-def flops(tensors: Sequence[Tensor], t: Tensor) -> int:
-    """Floating-point operations of a node, as its declaration counts them."""
-    op = op_of(t)
-    s = Sources(tensors[j] if j >= 0 else None for j in t.src)
-    return op.cost(t, s) if op.cost is not None else t.n_elements

@@ -13,7 +13,7 @@ from protocol import limits
 from protocol.dtypes import GGMLType, contiguous_nb, tensor_bytes
 from protocol.errors import GraphError
 from protocol.graph import RECORD, Graph, Tensor, decode_graph, encode_graph
-from protocol.ops import OP_NAMES, OPS, validate
+from protocol.ops import GLU_KINDS, OP_ID, OPS, UNARY_KINDS, validate
 from tests.support.strategies import leaf, node_graphs
 
 F32, F16, Q4_0, I32 = GGMLType.F32, GGMLType.F16, GGMLType.Q4_0, GGMLType.I32
@@ -111,9 +111,16 @@ def test_the_threats_are_refused_for_their_own_sake() -> None:
     validate(graph(X, VIEW, node("SQR", (1,))))
 
 
+def test_what_travels_for_an_op_never_changes() -> None:
+    """Some of the first and the last: who moves an id breaks every worker of the same protocol version."""
+    known = {"NONE": 0, "ADD": 5, "MUL_MAT": 29, "FLASH_ATTN_EXT": 42, "UNARY": 43, "GLU": 44}
+    assert {name: OP_ID[name] for name in known} == known
+    assert (UNARY_KINDS.index("SILU"), UNARY_KINDS.index("XIELU"), GLU_KINDS.index("SWIGLU_OAI")) == (10, 17, 3)
+
+
 def test_op_ids_outside_the_table_and_bad_records_are_refused() -> None:
     frame = bytearray(encode_graph(graph(X)))
-    struct.pack_into("<H", frame, 2, len(OP_NAMES))
+    struct.pack_into("<H", frame, 2, max(OP_ID.values()) + 1)
     for bad in (bytes(frame), b"", bytes(frame)[:-1], bytes(RECORD.size)):
         with pytest.raises(GraphError):
             decode_graph(bad)
