@@ -295,6 +295,7 @@ class Stats(Header, frozen=True):
     """What a device holds now, and counters since the start of its process.
 
     `kept_bytes`: weights that ended sessions left for the next; `free_bytes` counts them, `buffer_bytes` does not.
+    `n_fallbacks`: nodes that were computed without a kernel of the device's own.
     `handed_out_bytes`: those of `wire_out_bytes` that went to workers.
     """
 
@@ -317,6 +318,7 @@ class Stats(Header, frozen=True):
     cache_hits: U64 = 0
     cache_misses: U64 = 0
     cache_repairs: U64 = 0
+    n_fallbacks: U64 = 0
     kernel_compiles: U64 = 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 import msgspec
 from blake3 import blake3
 
+from config.terminal import print_line
 from protocol import messages as m
 from protocol.content import Part
 from protocol.errors import Cancelled, GgmqError, InternalError, OutOfMemory, Overloaded, ProtocolError
@@ -48,6 +50,7 @@ class Executor:
     make_room: frees what is kept for peers that are asleep; whether there was any.
     uploads: by (session, buffer, offset).
     contents: by (session, buffer), of buffers whose client said what they will hold.
+    n_fallbacks: nodes that were computed without a kernel of the device's own.
     """
 
     def __init__(
@@ -61,6 +64,8 @@ class Executor:
         self.uploads: dict[tuple[Key, int, int], Upload] = {}
         self.contents: dict[tuple[Key, int], Content] = {}
         self.leases = Leases(device, keep_s)
+        self.n_fallbacks = 0
+        self._warned: set[str] = set()
 
     def execute(self, work: Work, tick: Tick) -> Sequence[LinkInstruction]:
         """Do it, and say what to send. Every failure becomes an ordinary error reply."""
@@ -114,6 +119,7 @@ class Executor:
                 start = time.perf_counter()
                 out = self._with_room(partial(plan.run, work.request.payload, tick), pace)
                 took = time.perf_counter() - start
+                self.n_fallbacks += len(plan.fallbacks)
                 # sockets may send later than the next run writes: the outputs leave as copies
                 return m.ComputeDone(h.spent_s + took, h.spent_nodes + plan.n_nodes), [bytes(o) for o in out]
             case m.Drain():
@@ -221,6 +227,10 @@ class Executor:
             if (work.key, buffer) in self.contents:
                 self.contents[work.key, buffer].spoil()
         plan = self._with_room(partial(self.device.compile, work.graph, self.buffers.get(work.key, {}), tick), tick)
+        for op in sorted(set(plan.fallbacks) - self._warned):
+            self._warned.add(op)
+            print_line(f"worker: {self.device.name}: no kernel of its own for {op} with such types and strides; "
+                       "it runs in NumPy", file=sys.stderr)  # fmt: skip
         while len(self.plans) >= MAX_PLANS:
             del self.plans[next(iter(self.plans))]
         self.plans[(work.key, digest)] = plan
@@ -268,7 +278,8 @@ class Executor:
             payload_in_bytes=state.payload_in_bytes, wire_in_bytes=state.wire_in_bytes,
             wire_out_bytes=state.wire_out_bytes, handed_out_bytes=state.handed_out_bytes,
             cache_hits=cache.hits if cache else 0, cache_misses=cache.misses if cache else 0,
-            cache_repairs=cache.repairs if cache else 0, kernel_compiles=self.device.kernel_compiles,
+            cache_repairs=cache.repairs if cache else 0, n_fallbacks=self.n_fallbacks,
+            kernel_compiles=self.device.kernel_compiles,
         )  # fmt: skip
 
 

@@ -6,14 +6,19 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, quantize
 
+from protocol import messages as m
 from protocol.dtypes import GGMLType, contiguous_nb, tensor_bytes
 from protocol.errors import Cancelled, HandleError, OutOfMemory
-from protocol.graph import Graph, Tensor
+from protocol.graph import Graph, Tensor, encode_graph, graph_digest
+from tests.support.attacker import Attacker
+from tests.support.fixtures import free_port
+from tests.support.processes import WORKER, started
 from tests.support.strategies import leaf
 from workers.devices import cpu_plan
 from workers.devices.base import PIECE_BYTES, Buffer
@@ -243,7 +248,8 @@ def test_a_plan_whose_weights_change_layout_can_be_cancelled_and_run_again(devic
     plan = device.compile(product(GGMLType.Q8_0, NE), {1: buffer})
     columns = np.ones(NE[0], np.float32).tobytes()
     expected = bytes(plan.run([columns], nothing)[0])
-    device.compile(fallback(NE), {1: buffer})  # unpacks
+    unpacks = device.compile(fallback(NE), {1: buffer})
+    assert unpacks.fallbacks == ("CPY",) and plan.fallbacks == ()
     assert not buffer.packed
     assert bytes(plan.run([columns], nothing)[0]) == expected
     device.trim()  # a session ended meanwhile
@@ -253,3 +259,22 @@ def test_a_plan_whose_weights_change_layout_can_be_cancelled_and_run_again(devic
         device.compile(fallback(NE), {1: buffer}, Counted(3))
     assert bytes(plan.run([columns], nothing)[0]) == expected
     device.free(buffer)
+
+
+def test_a_worker_says_once_what_runs_without_a_kernel(kernels: None, tmp_path: Path) -> None:
+    ne, log, port = (64, 3, 1, 1), tmp_path / "log", free_port()
+    frame = encode_graph(fallback(ne))
+    command = [*WORKER, "-p", str(port), "-t", "1", "-d", "CPU", "--insecure"]
+    counts = []
+    with open(log, "wb") as f, started(command, stderr=f):
+        a = Attacker(port, b"slow")
+        for session in (1, 2):
+            a.ask(m.AllocBuffer(session, 1, tensor_bytes(GGMLType.Q8_0, ne)))
+            assert a.code(m.GraphPut(session, graph_digest(frame)), frame) == "ok"
+            assert a.code(m.GraphCompute(session, graph_digest(frame), 1), bytes(4 * 64 * 3)) == "ok"
+            stats = a.ask(m.StatsQuery()).header
+            assert isinstance(stats, m.Stats)
+            counts.append(stats.n_fallbacks)
+        a.close()
+    assert counts == [1, 2]
+    assert log.read_text().count("worker: CPU: no kernel of its own for CPY") == 1

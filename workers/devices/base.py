@@ -72,10 +72,15 @@ class Buffer:
 
 
 class Plan(ABC):
-    """A graph compiled for a device: addresses resolved, kernels bound, scratch laid out."""
+    """A graph compiled for a device: addresses resolved, kernels bound, scratch laid out.
+
+    Attributes:
+        fallbacks: ops of the nodes that run the reference kernel because the device has none of its own.
+    """
 
     graph: Graph
     n_nodes: int
+    fallbacks: tuple[str, ...] = ()
 
     @abstractmethod
     def run(self, inputs: Sequence[bytes | memoryview], tick: Tick) -> list[memoryview]:

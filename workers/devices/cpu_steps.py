@@ -114,7 +114,7 @@ class StepPlan(HostPlan):
         self._first_row = 0
         self._end = -(-self.arena_bytes // ALIGN) * ALIGN
         self._scratch_bytes = layout.PANEL_BYTES  # more than the 192 bytes that a rest of 16 lanes needs
-        cost, skip = 0, -1
+        cost, skip, fallbacks = 0, -1, []
         for k, node in enumerate(nodes):
             if node.index == skip:
                 continue
@@ -123,6 +123,7 @@ class StepPlan(HostPlan):
             if not bound:
                 self._flush()
                 self._out.append((self._fallback(node), node.index))
+                fallbacks.append(node.op.name)
                 cost = 0
                 continue
             if fused and following is not None:
@@ -132,6 +133,7 @@ class StepPlan(HostPlan):
                 self._flush()
                 cost = 0
         self._flush()
+        self.fallbacks = tuple(fallbacks)
         self.program = np.zeros((len(self._rows), layout.WORDS), np.int64)
         for i, row in enumerate(self._rows):
             self.program[i, : len(row)] = row
