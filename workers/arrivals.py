@@ -11,7 +11,7 @@ from msgspec import structs
 
 from protocol import limits
 from protocol import messages as m
-from protocol.errors import HandleError, Overloaded, ProtocolError
+from protocol.errors import HandleError, Overloaded, ProtocolError, Unavailable
 from protocol.frames import Frame, Message
 
 
@@ -25,11 +25,13 @@ class _Stashed:
 class Arrivals:
     """Attributes:
     stashed: handed over before its compute came; by ticket.
+    forgotten: tickets of what nobody took for too long, and of computes that will not run; the last ones.
     parked: computes that wait, with their routing ids and the tokens of their brokers; by ticket.
     """
 
     def __init__(self) -> None:
         self.stashed: dict[bytes, _Stashed] = {}
+        self.forgotten: dict[bytes, None] = {}
         self.parked: dict[bytes, tuple[bytes, bytes, Message]] = {}
 
     def handed(self, message: Message, now_s: float) -> list[tuple[bytes, Message]]:
@@ -42,6 +44,8 @@ class Arrivals:
         parked = self.parked.pop(h.ticket, None)
         if parked is not None:
             return [(parked[0], _completed(parked[2], h, message.payload))]
+        if h.ticket in self.forgotten:
+            return []
         if h.ticket in self.stashed:
             raise ProtocolError("HAND_OVER: this ticket came before")
         held = sum(len(f) for s in self.stashed.values() for f in s.payload)
@@ -54,13 +58,17 @@ class Arrivals:
     def take(self, rid: bytes, token: bytes, message: Message) -> Message | None:
         """A compute that takes a ticket. Returns: it with all its inputs; None when it must wait.
 
-        Errors: HandleError for a ticket that another compute takes, Overloaded.
+        Errors: HandleError for a ticket that another compute takes, Unavailable when what it names was here for too long,
+            Overloaded.
         """
         h = message.header
         assert isinstance(h, m.GraphCompute)  # only a compute takes
         stashed = self.stashed.pop(h.take, None)
         if stashed is not None:
             return _completed(message, stashed.hand, stashed.payload)
+        if h.take in self.forgotten:
+            raise Unavailable(f"GRAPH_COMPUTE: its activations waited here for over {limits.HANDED_KEPT_S:.0f} s; "
+                              "compute them again")  # fmt: skip
         if len(h.take) != 16 or h.take in self.parked:
             raise HandleError("GRAPH_COMPUTE: expected a ticket of 16 bytes that nothing else takes")
         if len(self.parked) >= limits.MAX_INFLIGHT_PER_CLIENT:
@@ -76,13 +84,20 @@ class Arrivals:
             assert isinstance(h, m.GraphCompute)  # only a compute is parked
             if owner == token and session == h.session and seq in (None, message.seq):
                 del self.parked[ticket]
+                self._forget(ticket)
                 out.append((rid, message))
         return out
 
     def expire(self, now_s: float) -> None:
         """Forget what nobody took: its compute was cancelled, or its broker has gone."""
-        for ticket in [t for t, s in self.stashed.items() if now_s - s.since_s > limits.PEER_SILENCE_S]:
+        for ticket in [t for t, s in self.stashed.items() if now_s - s.since_s > limits.HANDED_KEPT_S]:
             del self.stashed[ticket]
+            self._forget(ticket)
+
+    def _forget(self, ticket: bytes) -> None:
+        self.forgotten[ticket] = None
+        if len(self.forgotten) > limits.MAX_INFLIGHT_PER_CLIENT:
+            del self.forgotten[next(iter(self.forgotten))]
 
 
 def _completed(message: Message, hand: m.HandOver, payload: tuple[Frame, ...]) -> Message:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from protocol import limits
 from protocol import messages as m
-from protocol.errors import HandleError, Overloaded, ProtocolError
+from protocol.errors import HandleError, Overloaded, ProtocolError, Unavailable
 from protocol.frames import Message
 from protocol.graph import Graph, encode_graph, graph_digest
 from protocol.messages import Command
@@ -207,6 +207,25 @@ def test_every_compute_runs_once_with_what_was_handed_for_it(steps: list[tuple[b
     assert len(arrivals.parked) == len(taken - given_) and len(arrivals.stashed) == len(given_ - taken)
 
 
+def test_activations_wait_for_a_broker_as_long_as_its_client_does() -> None:
+    """A broker that is suspended between the parts of a compute sends the second when it wakes."""
+    arrivals = Arrivals()
+    arrivals.handed(Message(Command.HAND_OVER, m.HandOver(TICKET, 1), (b"x",)), 0.0)
+    arrivals.expire(limits.RETURN_S + limits.RECONNECT_S)
+    whole = arrivals.take(b"r", b"t", Message(Command.GRAPH_COMPUTE, compute(take=TICKET)))
+    assert whole is not None and list(whole.payload) == [b"x"]
+
+
+def test_what_comes_for_a_compute_that_was_cancelled_is_dropped() -> None:
+    arrivals = Arrivals()
+    for i in range(2 * limits.MAX_INFLIGHT_PER_CLIENT):
+        ticket = i.to_bytes(16)
+        assert arrivals.take(b"r", b"t", Message(Command.GRAPH_COMPUTE, compute(take=ticket), (), seq=i)) is None
+        assert len(arrivals.unpark(b"t", SESSION, i)) == 1
+        assert arrivals.handed(Message(Command.HAND_OVER, m.HandOver(ticket, 1), (bytes(1 << 20),)), 0.0) == []
+    assert not arrivals.stashed and not arrivals.parked and len(arrivals.forgotten) == limits.MAX_INFLIGHT_PER_CLIENT
+
+
 def test_what_nobody_takes_is_bounded_and_forgotten() -> None:
     arrivals = Arrivals()
     large = bytes(limits.MAX_HANDED_BYTES // 2)
@@ -216,8 +235,11 @@ def test_what_nobody_takes_is_bounded_and_forgotten() -> None:
         arrivals.handed(Message(Command.HAND_OVER, m.HandOver(TICKET, 1), (b"x",)), 2.0)
     with pytest.raises(ProtocolError):
         arrivals.handed(Message(Command.HAND_OVER, m.HandOver(bytes(16), 1), (b"x",)), 2.0)
-    arrivals.expire(limits.PEER_SILENCE_S + 0.5)
+    arrivals.expire(limits.HANDED_KEPT_S + 0.5)
     assert list(arrivals.stashed) == [bytes([1]) * 16]
+    with pytest.raises(Unavailable, match="compute them again"):
+        arrivals.take(b"r", b"t", Message(Command.GRAPH_COMPUTE, compute(take=bytes(16))))
+    assert not arrivals.parked
     arrivals.take(b"r", b"t", Message(Command.GRAPH_COMPUTE, compute(take=TICKET)))
     with pytest.raises(HandleError):
         arrivals.take(b"r", b"t", Message(Command.GRAPH_COMPUTE, compute(take=TICKET)))
