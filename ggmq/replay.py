@@ -18,8 +18,9 @@ import numpy.typing as npt
 from ggmq.cluster import Client
 from protocol import messages as m
 from protocol.dtypes import GGMLType, contiguous_nb
+from protocol.encoding import encode_graph, graph_digest
 from protocol.errors import FormatError, GgmqError
-from protocol.graph import Graph, Tensor, encode_graph, graph_digest
+from protocol.graph import Graph, Tensor
 from protocol.ops import OP_ID
 
 BUFFER = 1

@@ -28,9 +28,9 @@ from protocol import limits
 from protocol import messages as m
 from protocol.content import content_name
 from protocol.dtypes import GGMLType
+from protocol.encoding import encode_graph, graph_digest
 from protocol.errors import DeadlineExceeded, FormatError, HandleError, OutOfMemory, Overloaded, Unavailable
 from protocol.frames import Frame
-from protocol.graph import encode_graph, graph_digest
 
 ALIGN = 64
 KV_STEP = 256

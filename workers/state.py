@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from protocol import limits
 from protocol import messages as m
 from protocol.dtypes import TYPES, tensor_bytes
+from protocol.encoding import decode_graph, graph_digest
 from protocol.errors import Cancelled, GgmqError, HandleError, Overloaded, ProtocolError
 from protocol.frames import Message
-from protocol.graph import Graph, decode_graph, graph_digest
+from protocol.graph import Graph
 from protocol.messages import Command
 from workers.arrivals import Arrivals
 

@@ -20,7 +20,8 @@ from ggmq.gguf import GGUF, TensorInfo
 from protocol.dtypes import GGMLType
 from protocol.errors import FormatError, GraphError
 from protocol.graph import Graph
-from protocol.ops import ROPE_NEOX, validate
+from protocol.rules import ROPE_NEOX
+from protocol.validation import validate
 
 QKV = frozenset({"attn_q", "attn_k", "attn_v", "attn_qkv"})
 LONG_ROPE = frozenset({"rope_factors_long.weight", "rope_factors_short.weight"})

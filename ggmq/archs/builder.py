@@ -6,20 +6,14 @@ anything is sent.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 
 from protocol.dtypes import GGMLType, contiguous_nb
-from protocol.graph import Graph, Shape, Tensor
+from protocol.graph import Graph, Shape, Tensor, f32_bits
 from protocol.ops import GLU_KINDS, UNARY_KINDS
 
 T = int
 """A tensor of the graph under construction, by index."""
-
-
-def f32_bits(x: float) -> int:
-    """The word of op_params that holds a float."""
-    return int(struct.unpack("<i", struct.pack("<f", x))[0])
 
 
 def pad(shape: Sequence[int]) -> Shape:

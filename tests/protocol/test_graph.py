@@ -11,14 +11,16 @@ from hypothesis import strategies as st
 
 from protocol import limits
 from protocol.dtypes import GGMLType, contiguous_nb, tensor_bytes
+from protocol.encoding import RECORD, decode_graph, encode_graph
 from protocol.errors import GraphError
-from protocol.graph import RECORD, Graph, Tensor, decode_graph, encode_graph
-from protocol.ops import GLU_KINDS, OP_ID, OPS, UNARY_KINDS, validate
+from protocol.graph import Graph, Tensor, f32_bits
+from protocol.ops import GLU_KINDS, OP_ID, OPS, UNARY_KINDS
+from protocol.validation import validate
 from tests.support.strategies import leaf, node_graphs
 
 F32, F16, Q4_0, I32 = GGMLType.F32, GGMLType.F16, GGMLType.Q4_0, GGMLType.I32
 X = leaf(F32, (32, 4, 1, 1), buffer=1)
-BITS_NAN = struct.unpack("<i", struct.pack("<f", float("nan")))[0]
+BITS_NAN = f32_bits(float("nan"))
 
 
 def node(op: str, src: tuple[int, ...], like: Tensor = X, **more: object) -> Tensor:

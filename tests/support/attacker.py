@@ -14,8 +14,9 @@ import zmq
 
 from protocol import PROTOCOL_VERSION
 from protocol import messages as m
+from protocol.encoding import encode_graph, graph_digest
 from protocol.frames import Message, decode, encode
-from protocol.graph import Graph, encode_graph, graph_digest
+from protocol.graph import Graph
 from protocol.messages import Command
 from tests.support.fixtures import ROOT, free_port
 from tests.support.strategies import leaf

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +13,7 @@ from protocol import PROTOCOL_VERSION
 from protocol import messages as m
 from protocol.dtypes import FLOATS, TYPES, GGMLType, contiguous_nb
 from protocol.frames import Message
-from protocol.graph import Graph, Tensor
+from protocol.graph import Graph, Tensor, f32_bits
 from protocol.messages import REQUEST, Command
 from protocol.ops import GLU_KINDS, OPS, UNARY_KINDS, Op
 from workers.tensors import convert
@@ -87,7 +86,7 @@ def _params(op: Op, values: dict[str, float]) -> tuple[int, ...]:
         words[0] = op.kind
     for name, p in op.params.items():
         v = values.get(name, 1 if p.kind == "f32" else 0)
-        words[p.index] = int(v) if p.kind == "i32" else struct.unpack("<i", struct.pack("<f", v))[0]
+        words[p.index] = int(v) if p.kind == "i32" else f32_bits(v)
     return tuple(words)
 
 

@@ -12,7 +12,8 @@ from ggmq.cluster import Client
 from ggmq.replay import nmse, replay
 from protocol import messages as m
 from protocol.dtypes import GGMLType
-from protocol.graph import Graph, encode_graph, graph_digest
+from protocol.encoding import encode_graph, graph_digest
+from protocol.graph import Graph
 from protocol.ops import OPS
 from tests.support.fixtures import OPS as RECORDED
 from tests.support.strategies import node_graphs

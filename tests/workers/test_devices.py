@@ -14,8 +14,9 @@ from gguf import GGMLQuantizationType, quantize
 
 from protocol import messages as m
 from protocol.dtypes import GGMLType, contiguous_nb, tensor_bytes
+from protocol.encoding import encode_graph, graph_digest
 from protocol.errors import Cancelled, HandleError, OutOfMemory
-from protocol.graph import Graph, Tensor, encode_graph, graph_digest
+from protocol.graph import Graph, Tensor
 from tests.support.attacker import Attacker
 from tests.support.fixtures import free_port
 from tests.support.processes import WORKER, started

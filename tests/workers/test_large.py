@@ -18,7 +18,8 @@ from msgspec.structs import replace
 
 from protocol import messages as m
 from protocol.dtypes import GGMLType, contiguous_nb, tensor_bytes
-from protocol.graph import Graph, Tensor, encode_graph, graph_digest
+from protocol.encoding import encode_graph, graph_digest
+from protocol.graph import Graph, Tensor
 from protocol.limits import CREDIT_CHUNKS, MAX_CHUNK_BYTES, MAX_MESSAGE_BYTES
 from tests.support.attacker import SESSION, Attacker, listening_worker
 from tests.support.strategies import leaf

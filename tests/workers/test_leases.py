@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from protocol import messages as m
 from protocol.content import Part, content_name
 from protocol.dtypes import GGMLType
-from protocol.graph import Graph, encode_graph, graph_digest
+from protocol.encoding import encode_graph, graph_digest
+from protocol.graph import Graph
 from tests.support.attacker import Attacker, listening_worker
 from tests.support.processes import until
 from tests.support.strategies import leaf

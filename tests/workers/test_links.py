@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from protocol import limits
 from protocol import messages as m
+from protocol.encoding import encode_graph, graph_digest
 from protocol.errors import HandleError, Overloaded, ProtocolError, Unavailable
 from protocol.frames import Message
-from protocol.graph import Graph, encode_graph, graph_digest
+from protocol.graph import Graph
 from protocol.messages import Command
 from tests.support.attacker import SESSION, Attacker, X, listening_worker
 from tests.support.strategies import leaf

@@ -15,8 +15,9 @@ import zmq
 
 from protocol import messages as m
 from protocol.dtypes import GGMLType
+from protocol.encoding import encode_graph, graph_digest
 from protocol.frames import Message, decode, encode
-from protocol.graph import Graph, encode_graph, graph_digest
+from protocol.graph import Graph
 from protocol.messages import Command
 from tests.support.attacker import SESSION, Attacker, GoodRequest, listening_worker
 from tests.support.strategies import leaf

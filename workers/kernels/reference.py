@@ -19,7 +19,8 @@ import numpy as np
 from protocol.errors import KernelError
 from protocol.graph import Tensor
 from protocol.limits import MAX_ROPE_POSITION
-from protocol.ops import ROPE_IMROPE, ROPE_MROPE, ROPE_VISION, Op
+from protocol.ops import Op
+from protocol.rules import ROPE_IMROPE, ROPE_MROPE, ROPE_VISION
 from workers import tensors
 from workers.tensors import Array
 
