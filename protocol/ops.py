@@ -183,6 +183,10 @@ _op("FLASH_ATTN_EXT", "y = softmax(scale * cap(q k^T) + slope(head) * mask) v; s
     {"scale": Param(0, "f32", -1e30, 1e30), "max_bias": Param(1, "f32", 0.0, 1e4),
      "logit_softcap": Param(2, "f32", 0.0, 1e30), "prec": Param(3, "i32", 0, 1 << 16)},
     nmse=5e-4)  # fmt: skip
+_op("SSM_CONV", "y[c, t] = sum over k of x[t + k, c] * w[k, c]", [Source("x", _F32), Source("w", _F32)], rules.ssm_conv)
+_op("SSM_SCAN", "h = exp(softplus(dt) a) h + softplus(dt) x b, y = h c; then the last n_states of h, the latest first",
+    [Source(n, _F32) for n in ("h", "x", "dt", "a", "b", "c")] + [Source("ids", _I32)], rules.ssm_scan,
+    {"n_states": Param(0, "i32", 0, 1 << 16)})  # fmt: skip
 
 _XIELU = {n: Param(i + 1, "f32", -1e30, 1e30) for i, n in enumerate(("alpha_n", "alpha_p", "beta", "eps"))}
 _UNARY = [
@@ -226,7 +230,7 @@ OP_ID: dict[str, int] = {
     "SUM_ROWS": 18, "MEAN": 19, "CUMSUM": 20, "ARGMAX": 21, "ARGSORT": 22, "TOP_K": 23, "REPEAT": 24, "CONCAT": 25,
     "NORM": 26, "RMS_NORM": 27, "L2_NORM": 28, "MUL_MAT": 29, "MUL_MAT_ID": 30, "OUT_PROD": 31, "CPY": 32, "DUP": 33,
     "CONT": 34, "GET_ROWS": 35, "SET_ROWS": 36, "DIAG_MASK_INF": 37, "FILL": 38, "ARANGE": 39, "SOFT_MAX": 40,
-    "ROPE": 41, "FLASH_ATTN_EXT": 42, "UNARY": 43, "GLU": 44,
+    "ROPE": 41, "FLASH_ATTN_EXT": 42, "UNARY": 43, "GLU": 44, "SSM_CONV": 45, "SSM_SCAN": 46,
 }  # fmt: skip
 """What travels for a name. An id is never changed nor used again; a new op has the next one."""
 OP_NAME: dict[int, str] = {number: name for name, number in OP_ID.items()}

@@ -210,6 +210,27 @@ def flash_attn(t: Tensor, s: Sources, p: dict[str, Any]) -> None:
     need(p["max_bias"] == 0.0 or mask is not None, "max_bias needs a mask")
 
 
+def ssm_conv(t: Tensor, s: Sources, p: dict[str, Any]) -> None:
+    x, w = s.req(0), s.req(1)
+    need(w.ne[1:] == (x.ne[1], 1, 1) and x.ne[3] == 1, f"filters {w.ne} must be [d_conv, {x.ne[1]}]")
+    want = (x.ne[1], x.ne[0] - w.ne[0] + 1, x.ne[2], 1)
+    need(t.ne == want, f"result {t.ne} must be {want}: of {x.ne[0]} tokens the first {w.ne[0] - 1} are only seen")
+
+
+def ssm_scan(t: Tensor, s: Sources, p: dict[str, Any]) -> None:
+    state, x, dt, a, b, c, ids = (s.req(i) for i in range(7))
+    d_state, (d_head, n_head, n_tokens, n_seqs) = state.ne[0], x.ne
+    need(state.ne[1:3] == (d_head, n_head), f"states {state.ne} must be [d_state, {d_head}, {n_head}, n]")
+    need(dt.ne == (n_head, n_tokens, n_seqs, 1), f"dt {dt.ne} must be {(n_head, n_tokens, n_seqs)}")
+    need(a.ne[0] in (1, d_state) and a.ne[1:] == (n_head, 1, 1), f"a {a.ne} must be [{d_state} or 1, {n_head}]")
+    need(b.ne == c.ne == (d_state, b.ne[1], n_tokens, n_seqs),
+         f"b {b.ne} and c {c.ne} must be [{d_state}, n_group, {n_tokens}, {n_seqs}]")  # fmt: skip
+    need(n_head % b.ne[1] == 0, f"{n_head} heads do not divide into {b.ne[1]} groups")
+    need(ids.ne == (n_seqs, 1, 1, 1), f"ids {ids.ne} must be [{n_seqs}]")
+    n = x.n_elements + max(1, p["n_states"]) * d_state * d_head * n_head * n_seqs
+    need(t.ne == (n, 1, 1, 1), f"result {t.ne} must be [{n}]: y, then states")
+
+
 def unbound(t: Tensor, s: Sources, p: dict[str, Any]) -> None:
     pass
 

@@ -1,4 +1,4 @@
-"""Compare with llama.cpp: `python -m tests.peer tokenizer|templates|models|texts --n N --seed S`.
+"""Compare with llama.cpp: `python -m tests.peer tokenizer|templates|models|texts|scans --n N --seed S`.
 
 Needs libllama: `pip install 'ggmq[peers]'`, or `GGMQ_LIBLLAMA=/path/to/libllama.so`. The exit status is 0 when nothing
 differs but by choice.
@@ -16,6 +16,7 @@ SUBJECTS = {
     "templates": "chat templates and conversations",
     "models": "logits of random models of every architecture",
     "texts": "greedy texts of whole models",
+    "scans": "states of random recurrences",
 }
 
 

@@ -13,7 +13,7 @@ from protocol import PROTOCOL_VERSION
 from protocol import messages as m
 from protocol.dtypes import FLOATS, TYPES, GGMLType, contiguous_nb
 from protocol.frames import Message
-from protocol.graph import Graph, Tensor, f32_bits
+from protocol.graph import Graph, Shape, Tensor, f32_bits
 from protocol.messages import REQUEST, Command
 from protocol.ops import GLU_KINDS, OPS, UNARY_KINDS, Op
 from workers.tensors import convert
@@ -98,9 +98,12 @@ def node_name(op: Op) -> str:
 
 @st.composite
 def node_graphs(draw: st.DrawFn) -> tuple[str, Graph, list[bytes]]:
-    """One node over input leaves, with their bytes: any elementwise, row or product op, small shapes, finite values."""
-    name = draw(st.sampled_from([*ELEMENTWISE, *ROWS, *GLU_KINDS, "MUL_MAT", "ROPE"]))
+    """One node over input leaves, with their bytes: any elementwise, row, product or recurrent op, small shapes, finite
+    values."""
+    name = draw(st.sampled_from([*ELEMENTWISE, *ROWS, *GLU_KINDS, "MUL_MAT", "ROPE", "SSM_CONV", "SSM_SCAN"]))
     op = OPS[name]
+    if name.startswith("SSM"):
+        return name, *draw(_recurrences(op))
     ne = (draw(st.sampled_from([1, 3, 32, 64])), draw(small), draw(small), draw(st.integers(1, 2)))
     if name == "ARGMAX":
         ne = (ne[0], ne[1], 1, 1)
@@ -130,12 +133,37 @@ def node_graphs(draw: st.DrawFn) -> tuple[str, Graph, list[bytes]]:
         if ne[0] % 32 == 0:
             types[0] = draw(st.sampled_from([types[0], GGMLType.Q8_0, GGMLType.Q4_0]))
     types += [GGMLType.F32] * (len(leaves) - len(types))
+    return name, *draw(_single(op, types, leaves, out, params))
+
+
+@st.composite
+def _single(
+    draw: st.DrawFn, op: Op, types: list[GGMLType], leaves: list[Shape], out: Shape, params: dict[str, float]
+) -> tuple[Graph, list[bytes]]:
+    """One node with a result of shape `out` over leaves of these types and shapes, and their bytes."""
     rng_bytes = [draw(_leaf_bytes(t, shape)) for t, shape in zip(types, leaves, strict=True)]
     tensors = [leaf(t, shape) for t, shape in zip(types, leaves, strict=True)]
     out_type = GGMLType.I32 if op.out == {GGMLType.I32} else GGMLType.F32
     node = replace(leaf(out_type, out), op=node_name(op), src=tuple(range(len(leaves))), params=_params(op, params))
     tensors.append(node)
-    return name, Graph(tuple(tensors), tuple(range(len(leaves))), (len(leaves),)), rng_bytes
+    return Graph(tuple(tensors), tuple(range(len(leaves))), (len(leaves),)), rng_bytes
+
+
+@st.composite
+def _recurrences(draw: st.DrawFn, op: Op) -> tuple[Graph, list[bytes]]:
+    n_tokens, n_seqs, n_head, d_head = draw(small), draw(small), draw(st.sampled_from([2, 4])), draw(st.sampled_from([1, 8]))
+    types = [GGMLType.F32] * len(op.sources)
+    if op.name == "SSM_CONV":
+        d_conv, n = draw(small), n_head * d_head
+        leaves: list[Shape] = [(d_conv - 1 + n_tokens, n, n_seqs, 1), (d_conv, n, 1, 1)]
+        return draw(_single(op, types, leaves, (n, n_tokens, n_seqs, 1), {}))
+    d_state, n_group, n_states = draw(st.sampled_from([1, 16])), draw(st.sampled_from([1, 2])), draw(st.integers(1, 3))
+    shared = (d_state, n_group, n_tokens, n_seqs)
+    leaves = [(d_state, d_head, n_head, 500), (d_head, n_head, n_tokens, n_seqs), (n_head, n_tokens, n_seqs, 1),
+              (draw(st.sampled_from([1, d_state])), n_head, 1, 1), shared, shared, (n_seqs, 1, 1, 1)]  # fmt: skip
+    types[-1] = GGMLType.I32
+    n = d_head * n_head * n_seqs * (n_tokens + n_states * d_state)
+    return draw(_single(op, types, leaves, (n, 1, 1, 1), {"n_states": n_states}))
 
 
 def leaf(type_id: int, ne: tuple[int, int, int, int], buffer: int = 0, offset: int = 0) -> Tensor:

@@ -16,6 +16,7 @@ from protocol.encoding import encode_graph, graph_digest
 from protocol.graph import Graph
 from protocol.ops import OPS
 from tests.support.fixtures import OPS as RECORDED
+from tests.support.fixtures import ROOT
 from tests.support.strategies import node_graphs
 from workers.devices.reference import ReferenceDevice
 from workers.kernels.reference import KERNELS
@@ -46,6 +47,11 @@ def test_a_node_agrees_with_its_definition(bus: Client, case: tuple[str, Graph, 
 def test_recorded_graphs_agree(bus: Client, shared: Path, file: str) -> None:
     results = list(replay(bus, shared / "ops" / file))
     assert results and [r for r in results if not r.ok and not r.skipped] == []
+
+
+def test_recorded_scans_agree(bus: Client) -> None:
+    results = list(replay(bus, ROOT / "tests" / "data" / "ssm_scan.msgpack"))
+    assert results and [r for r in results if not r.ok] == []
 
 
 def test_concat_in_every_dimension(bus: Client) -> None:

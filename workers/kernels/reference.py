@@ -22,6 +22,7 @@ from protocol.limits import MAX_ROPE_POSITION
 from protocol.ops import Op
 from protocol.rules import ROPE_IMROPE, ROPE_MROPE, ROPE_VISION
 from workers import tensors
+from workers.kernels import recurrent
 from workers.tensors import Array
 
 
@@ -135,7 +136,7 @@ UNARY: dict[str, Callable[[Array], Array]] = {
     "ELU": lambda x: np.where(x > 0, x, np.expm1(x)), "RELU": lambda x: np.maximum(x, 0), "SIGMOID": _sigmoid,
     "GELU": gelu, "GELU_QUICK": gelu_quick, "SILU": silu,
     "HARDSWISH": lambda x: x * np.clip((x + 3) / 6, 0, 1), "HARDSIGMOID": lambda x: np.clip((x + 3) / 6, 0, 1),
-    "EXP": np.exp, "EXPM1": np.expm1, "SOFTPLUS": lambda x: np.where(x > 20, x, np.log1p(np.exp(x))),
+    "EXP": np.exp, "EXPM1": np.expm1, "SOFTPLUS": recurrent.softplus,
     "GELU_ERF": gelu_erf, "FLOOR": np.floor, "CEIL": np.ceil,
     "ROUND": lambda x: np.trunc(x + np.copysign(0.5, x)), "TRUNC": np.trunc,
     "SQR": np.square, "SQRT": np.sqrt, "LOG": np.log, "SIN": np.sin, "COS": np.cos,
@@ -384,6 +385,22 @@ def _flash_attn(n: Node) -> None:
         total = total + np.exp(sinks - peak)
     y = (e @ v) / np.where(total == 0, 1, total)  # a row that may see nothing gives zeros
     n.put(y.transpose(0, 2, 1, 3))
+
+
+# -- states ------------------------------------------------------------------------------------------------------------
+
+
+@kernel("SSM_CONV")
+def _ssm_conv(n: Node) -> None:
+    n.put(recurrent.causal_conv(n.x(0)[0], n.x(1)[0, 0]))
+
+
+@kernel("SSM_SCAN")
+def _ssm_scan(n: Node) -> None:
+    pool, x, dt, a, b, c = (n.x(i) for i in range(6))
+    state = pool[n.indices(6, pool.shape[0])[0, 0, 0]]
+    y, states = recurrent.selective_scan(state, x, dt[0], a[0, 0], b, c, max(1, n.params["n_states"]))
+    n.put(np.concatenate([y.reshape(-1), states.reshape(-1)]))
 
 
 # -- rotary positions --------------------------------------------------------------------------------------------------
