@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from protocol.dtypes import TYPES, GGMLType, row_bytes
 from protocol.graph import Tensor
 from protocol.limits import MAX_ROPE_POSITION
 from workers.devices.cpu_steps import STEP_COST, StepPlan
-from workers.kernels import layout, reference
+from workers.kernels import layout, reference, steps
 from workers.kernels.reference import Node, rope_turn
 from workers.plan import Step
 
@@ -23,14 +23,16 @@ STEP_ROWS = 64
 """A product that is several steps is divided at multiples of this, where groups of rows begin that kernels take together."""
 
 
-TWO = {name: getattr(layout, name) for name in ("ADD", "SUB", "MUL", "DIV", "SWIGLU", "GEGLU")}
-ONE = {name: getattr(layout, name) for name in ("TANH", "SILU", "GELU", "SIGMOID", "STEP", "RELU")}
-"""Kinds of elementwise ops with two sources and with one."""
+class Rows(NamedTuple):
+    """Evenly spaced rows: address of the first, bytes from one to the next, how many, and elements of each."""
 
+    at: int
+    row: int
+    n_rows: int
+    n: int
 
-def float_word(x: float) -> int:
-    """The bits of a float32 as an argument of a step."""
-    return int(struct.unpack("<i", struct.pack("<f", x))[0])
+    def alike(self, other: Rows) -> bool:
+        return (self.n_rows, self.n) == (other.n_rows, other.n)
 
 
 class CPUPlan(StepPlan):
@@ -42,12 +44,8 @@ class CPUPlan(StepPlan):
             return self._rms_norm(node, following)
         name = node.op.name
         bind: Callable[[Node], bool] | None = getattr(self, f"_bind_{name.lower()}", None)
-        if bind is None and name.endswith("GLU") and name in TWO:
-            bind = partial(self._glu, kind=TWO[name])
-        elif bind is None and name in TWO:
-            bind = partial(self._elementwise, kind=TWO[name], second=1)
-        elif bind is None and name in ONE:
-            bind = partial(self._elementwise, kind=ONE[name])
+        if bind is None and name in steps.FUNCTIONS:
+            bind = self._function
         return (bind is not None and 0 not in node.tensor.ne and bind(node)), False
 
     def _fallback(self, node: Node) -> Step:
@@ -58,68 +56,62 @@ class CPUPlan(StepPlan):
 
     # -- rows ----------------------------------------------------------------------------------------------------------
 
-    def _float_rows(self, i: int, kind: GGMLType = F32) -> tuple[int, int, int, int] | None:
-        """Address, bytes from row to row, rows and row length of a float32 (or float16) tensor with evenly spaced rows."""
+    def _float_rows(self, i: int, kind: GGMLType = F32) -> Rows | None:
+        """A float32 (or float16) tensor whose rows are evenly spaced."""
         t = self.graph.tensors[i]
         if t.type != kind or t.nb[0] != (4 if kind == F32 else 2) or 0 in t.ne:
             return None
         if t.ne[2] == t.ne[3] == 1 or (t.nb[2] == t.nb[1] * t.ne[1] and t.nb[3] == t.nb[2] * t.ne[2]):
-            return self._address(i), t.nb[1], t.n_rows, t.ne[0]
+            return Rows(self._address(i), t.nb[1], t.n_rows, t.ne[0])
         if t.ne[1] == t.ne[3] == 1:
-            return self._address(i), t.nb[2], t.n_rows, t.ne[0]
+            return Rows(self._address(i), t.nb[2], t.n_rows, t.ne[0])
         return None
 
-    def _elementwise(
-        self, n: Node, kind: int, second: int = 0, offsets: tuple[int, int] = (0, 0),
-        params: tuple[float, float] = (0.0, 0.0),
-    ) -> bool:  # fmt: skip
+    def _function(self, n: Node) -> bool:
+        """An op that is a function of elements; one of the GLU family has both sources in the halves of one, or two."""
+        f = steps.FUNCTIONS[n.op.name]
+        if "swapped" not in n.params or (len(n.src) > 1 and n.src[1] is not None):
+            return self._elementwise(n, n.op.name, f.n_sources - 1)
+        half = 4 * n.tensor.ne[0]
+        return self._elementwise(n, n.op.name, 0, (half, 0) if n.params["swapped"] else (0, half))
+
+    def _elementwise(self, n: Node, name: str, second: int = 0, offsets: tuple[int, int] = (0, 0)) -> bool:
         """y = f(x, z) over rows; z is source `second` with the rows of x, rows that repeat, or an element a row."""
         i, j, k = n.tensor.src[0], n.tensor.src[second], n.index
         x, z, y = self._float_rows(i), self._float_rows(j), self._float_rows(k)
-        if x is None or z is None or y is None or x[2] != y[2]:
+        if x is None or z is None or y is None or x.n_rows != y.n_rows:
             return False
         tx, tz = self.graph.tensors[i], self.graph.tensors[j]
         ranges = [self._range(i), self._range(j)], [self._range(k)]
-        if tz.ne == (1, *tx.ne[1:]) and kind <= layout.DIV and tx.ne[0] > 1:
-            self._add(n, layout.BY_ROW, [kind, x[0], x[1], z[0], z[1], y[0], y[1], y[2], y[3]], *ranges)
+        kind = steps.FUNCTION_CODE[name]
+        if tz.ne == (1, *tx.ne[1:]) and name in steps.BY_ROW and tx.ne[0] > 1:
+            self._add(n, steps.ByRow(kind=kind, x=x.at, x_row=x.row, z=z.at, z_step=z.row, y=y.at, y_row=y.row,
+                                     n_rows=y.n_rows, n=y.n), *ranges)  # fmt: skip
             return True
         same = second == 0 or tx.ne == tz.ne
         if not same and (tz.ne[0] != tx.ne[0] or (tz.n_rows != 1 and tz.ne[1:] != (tx.ne[1], 1, 1))):
             return False
-        self._add(n, layout.ELEMENTWISE,
-                  [kind, x[0] + offsets[0], x[1], z[0] + offsets[1], z[1], z[2], y[0], y[1], y[2], y[3],
-                   *map(float_word, params)], *ranges)  # fmt: skip
+        params = {f"p{at}": n.params[param] for at, param in enumerate(steps.FUNCTIONS[name].params)}
+        self._add(n, steps.Elementwise(kind=kind, x=x.at + offsets[0], x_row=x.row, z=z.at + offsets[1], z_row=z.row,
+                                       z_rows=z.n_rows, y=y.at, y_row=y.row, n_rows=y.n_rows, n=y.n, **params),
+                  *ranges)  # fmt: skip
         return True
-
-    def _glu(self, n: Node, kind: int, params: tuple[float, float] = (0.0, 0.0)) -> bool:
-        if len(n.src) > 1 and n.src[1] is not None:
-            return self._elementwise(n, kind, 1, params=params)
-        half = 4 * n.tensor.ne[0]
-        return self._elementwise(n, kind, 0, (half, 0) if n.params["swapped"] else (0, half), params)
-
-    def _bind_swiglu_oai(self, n: Node) -> bool:
-        return self._glu(n, layout.SWIGLU_OAI, (n.params["alpha"], n.params["limit"]))
-
-    def _bind_scale(self, n: Node) -> bool:
-        return self._elementwise(n, layout.SCALE, params=(n.params["scale"], n.params["bias"]))
-
-    def _bind_clamp(self, n: Node) -> bool:
-        return self._elementwise(n, layout.CLAMP, params=(n.params["low"], n.params["high"]))
 
     def _bind_arange(self, n: Node) -> bool:
         if n.tensor.type != F32 or not n.tensor.contiguous:
             return False
-        args = [float_word(n.params["start"]), float_word(n.params["step"]), n.tensor.n_elements, self._address(n.index)]
-        self._add(n, layout.ARANGE, args, [], [self._range(n.index)])
+        self._add(n, steps.Arange(start=n.params["start"], step=n.params["step"], n=n.tensor.n_elements,
+                                  y=self._address(n.index)), [], [self._range(n.index)])  # fmt: skip
         return True
 
     def _bind_repeat(self, n: Node) -> bool:
         """One row, again and again."""
         i, k = n.tensor.src[0], n.index
         x, y = self._float_rows(i), self._float_rows(k)
-        if x is None or y is None or x[2] != 1 or x[3] != y[3]:
+        if x is None or y is None or x.n_rows != 1 or x.n != y.n:
             return False
-        self._add(n, layout.ELEMENTWISE, [layout.SAME, x[0], 0, x[0], 0, 1, y[0], y[1], y[2], y[3], 0, 0],
+        self._add(n, steps.Elementwise(kind=steps.FUNCTION_CODE["SAME"], x=x.at, x_row=0, z=x.at, z_row=0, z_rows=1,
+                                       y=y.at, y_row=y.row, n_rows=y.n_rows, n=y.n),
                   [self._range(i)], [self._range(k)])  # fmt: skip
         return True
 
@@ -130,50 +122,59 @@ class CPUPlan(StepPlan):
         if kinds not in ((F32, F32), (F32, F16), (F16, F32)):
             return False
         x, y = self._float_rows(i, kinds[0]), self._float_rows(k, kinds[1])
-        if x is None or y is None or x[2:] != y[2:]:
+        if x is None or y is None or not x.alike(y):
             return False
         if kinds == (F32, F32):
-            return self._elementwise(n, layout.SAME)
-        op = layout.NARROW if kinds[0] == F32 else layout.WIDEN
-        self._add(n, op, [x[0], x[1], y[0], y[1], y[2], y[3]], [self._range(i)], [self._range(k)])
+            return self._elementwise(n, "SAME")
+        convert = steps.Narrow if kinds[0] == F32 else steps.Widen
+        self._add(n, convert(x=x.at, x_row=x.row, y=y.at, y_row=y.row, n_rows=y.n_rows, n=y.n),
+                  [self._range(i)], [self._range(k)])  # fmt: skip
         return True
 
     def _bind_cont(self, n: Node) -> bool:
         return self._bind_dup(n)
 
-    def _rows_alike(self, n: Node, op: int, param: float) -> bool:
-        """An op with one parameter that makes of each row another of its length."""
-        i, k = n.tensor.src[0], n.index
-        x, y = self._float_rows(i), self._float_rows(k)
-        if x is None or y is None or x[2:] != y[2:]:
-            return False
-        args = [x[0], x[1], y[0], y[1], y[2], y[3], float_word(param)]
-        self._add(n, op, args, [self._range(i)], [self._range(k)])
-        return True
+    def _rows_alike(self, n: Node) -> tuple[Rows, Rows] | None:
+        """Source and result of an op that makes of each row another of its length."""
+        x, y = self._float_rows(n.tensor.src[0]), self._float_rows(n.index)
+        return None if x is None or y is None or not x.alike(y) else (x, y)
 
     def _bind_soft_max(self, n: Node) -> bool:
-        plain = all(j < 0 for j in n.tensor.src[1:])
-        return plain and self._rows_alike(n, layout.SOFT_MAX, n.params["scale"])
+        rows = self._rows_alike(n)
+        if rows is None or any(j >= 0 for j in n.tensor.src[1:]):
+            return False
+        x, y = rows
+        self._add(n, steps.SoftMax(x=x.at, x_row=x.row, y=y.at, y_row=y.row, n_rows=y.n_rows, n=y.n,
+                                   scale=n.params["scale"]),
+                  [self._range(n.tensor.src[0])], [self._range(n.index)])  # fmt: skip
+        return True
 
     def _bind_norm(self, n: Node) -> bool:
-        return self._rows_alike(n, layout.NORM, n.params["eps"])
+        rows = self._rows_alike(n)
+        if rows is None:
+            return False
+        x, y = rows
+        self._add(n, steps.Norm(x=x.at, x_row=x.row, y=y.at, y_row=y.row, n_rows=y.n_rows, n=y.n, eps=n.params["eps"]),
+                  [self._range(n.tensor.src[0])], [self._range(n.index)])  # fmt: skip
+        return True
 
-    def _rows_reduced(self, n: Node, op: int, *more: int) -> bool:
+    def _reduced(self, n: Node, make: type[steps.RowToFew], **more: int) -> bool:
         """An op that makes a few numbers of each row, which lie one row's behind the other's."""
         i, k, x = n.tensor.src[0], n.index, self._float_rows(n.tensor.src[0])
         if x is None or not n.tensor.contiguous:
             return False
-        self._add(n, op, [*x, self._address(k), *more], [self._range(i)], [self._range(k)])
+        self._add(n, make(x=x.at, x_row=x.row, n_rows=x.n_rows, n=x.n, y=self._address(k), **more),
+                  [self._range(i)], [self._range(k)])  # fmt: skip
         return True
 
     def _bind_top_k(self, n: Node) -> bool:
-        return n.tensor.ne[0] <= layout.MAX_TOP and self._rows_reduced(n, layout.TOP_K, n.tensor.ne[0])
+        return n.tensor.ne[0] <= layout.MAX_TOP and self._reduced(n, steps.TopK, n_top=n.tensor.ne[0])
 
     def _bind_sum_rows(self, n: Node) -> bool:
-        return self._rows_reduced(n, layout.SUM_ROWS)
+        return self._reduced(n, steps.SumRows)
 
     def _bind_argmax(self, n: Node) -> bool:
-        return n.tensor.type == GGMLType.I32 and self._rows_reduced(n, layout.ARGMAX)
+        return n.tensor.type == GGMLType.I32 and self._reduced(n, steps.Argmax)
 
     def _bind_get_rows(self, n: Node) -> bool:
         """Rows of packed weights, and of float32."""
@@ -185,11 +186,12 @@ class CPUPlan(StepPlan):
         if x.type != F32 or n.tensor.type != F32 or x.nb[0] != 4 or x.ne[3] != 1 or ids.type != GGMLType.I32:
             return False
         i, j, k = n.tensor.src[0], n.tensor.src[1], n.index
-        args = [self._address(i), x.nb[1], x.nb[2], x.ne[1], x.ne[0], self._address(j), ids.nb[0], ids.nb[1],
-                self._address(k), ids.ne[0], ids.ne[1], k]  # fmt: skip
         if ids.ne[2] * ids.ne[3] != 1 or x.ne[2] != ids.ne[1]:
             return False
-        self._add(n, layout.GET_ROWS, args, [self._range(i), self._range(j)], [self._range(k)])
+        self._add(n, steps.GetRows(x=self._address(i), x_row=x.nb[1], x_plane=x.nb[2], n_x=x.ne[1], n=x.ne[0],
+                                   ids=self._address(j), id_step=ids.nb[0], id_row=ids.nb[1], y=self._address(k),
+                                   n_ids=ids.ne[0], n_planes=ids.ne[1], node=k),
+                  [self._range(i), self._range(j)], [self._range(k)])  # fmt: skip
         return True
 
     def _bind_add_id(self, n: Node) -> bool:
@@ -197,29 +199,30 @@ class CPUPlan(StepPlan):
         x, z, y, ids = self._float_rows(i), self._float_rows(j), self._float_rows(k), n.src_tensor[2]
         if x is None or z is None or y is None or ids is None or ids.nb[0] != 4 or ids.ne[2] * ids.ne[3] != 1:
             return False
-        if x[3] != z[3] or x[2] != ids.ne[0] * ids.ne[1] or x[2:] != y[2:]:
+        if x.n != z.n or x.n_rows != ids.ne[0] * ids.ne[1] or not x.alike(y):
             return False
-        args = [x[0], x[1], z[0], z[1], z[2], self._address(c), ids.nb[1], ids.ne[0], y[0], y[1], y[2], y[3], k]
-        self._add(n, layout.ADD_ID, args, [self._range(i), self._range(j), self._range(c)], [self._range(k)])
+        self._add(n, steps.AddId(x=x.at, x_row=x.row, z=z.at, z_row=z.row, n_z=z.n_rows, ids=self._address(c),
+                                 ids_row=ids.nb[1], n_used=ids.ne[0], y=y.at, y_row=y.row, n_rows=y.n_rows, n=y.n, node=k),
+                  [self._range(i), self._range(j), self._range(c)], [self._range(k)])  # fmt: skip
         return True
 
     def _rms_norm(self, n: Node, following: Node | None) -> tuple[bool, bool]:
         """RMS_NORM, with the MUL by a row of weights behind it when nothing else wants what lies between."""
-        i, k = n.tensor.src[0], n.index
-        x, y = self._float_rows(i), self._float_rows(k)
-        if x is None or y is None or x[2:] != y[2:]:
+        i, k, rows = n.tensor.src[0], n.index, self._rows_alike(n)
+        if rows is None:
             return False, False
+        x, y = rows
         weight, reads, last = 0, [self._range(i)], k
         f = following
         if f is not None and f.op.name == "MUL" and f.tensor.src[0] == k and self._used[k] == 1:
             w, out = self._float_rows(f.tensor.src[1]), self._float_rows(f.index)
             (a, b), (c, d) = self._range(i), self._range(f.index)
             apart = a == c or b <= c or d <= a
-            if w is not None and out is not None and w[2] == 1 and w[3] == y[3] and apart:
-                weight, y, last = w[0], out, f.index
+            if w is not None and out is not None and w.n_rows == 1 and w.n == y.n and apart:
+                weight, y, last = w.at, out, f.index
                 reads.append(self._range(f.tensor.src[1]))
-        self._add(n, layout.RMS_NORM, [x[0], x[1], weight, y[0], y[1], y[2], y[3], float_word(n.params["eps"])], reads,
-                  [self._range(last)])  # fmt: skip
+        self._add(n, steps.RmsNorm(x=x.at, x_row=x.row, w=weight, y=y.at, y_row=y.row, n_rows=y.n_rows, n=y.n,
+                                   eps=n.params["eps"]), reads, [self._range(last)])  # fmt: skip
         return True, last != k
 
     # -- positions and the cache ---------------------------------------------------------------------------------------
@@ -233,10 +236,11 @@ class CPUPlan(StepPlan):
         if table is None:
             return False
         i, k = t.src[0], n.index
-        args = [self._address(i), x.nb[1], x.nb[2], self._address(k), t.nb[1], t.nb[2], t.ne[2], t.ne[1], t.ne[0],
-                *table, int(n.params["mode"] == 2), n.params["n_dims"]]  # fmt: skip
         n_bytes = 2 * t.ne[2] * n.params["n_dims"]
-        self._add(n, layout.ROPE, args, [self._range(i), *((at, at + n_bytes) for at in table)], [self._range(k)])
+        self._add(n, steps.Rope(x=self._address(i), x_head=x.nb[1], x_row=x.nb[2], y=self._address(k), y_head=t.nb[1],
+                                y_row=t.nb[2], n_tokens=t.ne[2], n_head=t.ne[1], d=t.ne[0], cos=table[0], sin=table[1],
+                                neox=n.params["mode"] == 2, n_dims=n.params["n_dims"]),
+                  [self._range(i), *((at, at + n_bytes) for at in table)], [self._range(k)])  # fmt: skip
         return True
 
     def _rope_table(self, n: Node) -> tuple[int, int] | None:
@@ -268,9 +272,10 @@ class CPUPlan(StepPlan):
             self._turns.append(turn)
             n_bytes = 4 * n_tokens * half
             known = cos, sin = self._more(n_bytes), self._more(n_bytes)
-            args = [self._address(source), positions.nb[0], turn.ctypes.data, n_tokens, half, MAX_ROPE_POSITION, cos, sin,
-                    n.index]  # fmt: skip
-            self._add(n, layout.ROPE_TABLE, args, [self._range(source)], [(cos, cos + n_bytes), (sin, sin + n_bytes)])
+            self._add(n, steps.RopeTable(positions=self._address(source), step=positions.nb[0], turn=turn.ctypes.data,
+                                         n_tokens=n_tokens, half=half, bound=MAX_ROPE_POSITION, cos=cos, sin=sin,
+                                         node=n.index),
+                      [self._range(source)], [(cos, cos + n_bytes), (sin, sin + n_bytes)])  # fmt: skip
             self._tables[key] = known
         return known
 
@@ -282,8 +287,9 @@ class CPUPlan(StepPlan):
         if not flat or t.type != F16 or t.nb[0] != 2 or x.type != F32 or x.nb[0] != 4 or x.ne[2] * x.ne[3] != 1:
             return False
         i, j, k = t.src[0], t.src[1], n.index
-        args = [self._address(i), x.nb[1], x.ne[1], x.ne[0], self._address(j), self._address(k), t.nb[1], t.ne[1], k]
-        self._add(n, layout.STORE_HALVES, args, [self._range(i), self._range(j)], [self._range(k)])
+        self._add(n, steps.StoreHalves(x=self._address(i), x_row=x.nb[1], n_rows=x.ne[1], n=x.ne[0], ids=self._address(j),
+                                       y=self._address(k), y_row=t.nb[1], n_y=t.ne[1], node=k),
+                  [self._range(i), self._range(j)], [self._range(k)])  # fmt: skip
         return True
 
     def _bind_flash_attn_ext(self, n: Node) -> bool:
@@ -306,21 +312,25 @@ class CPUPlan(StepPlan):
             self._parts[parts_bytes] = self._more(parts_bytes)
         parts = self._parts[parts_bytes] if split else 0
         sinks = src[4] if len(src) > 4 else -1
-        args = [
-            self._address(src[0]), q.nb[1], q.nb[2], q.nb[3], d, n_tokens, n_head, n_seq,
-            self._address(src[1]), k.nb[1], k.nb[2], k.nb[3], self._address(src[2]), v.nb[1], v.nb[2], v.nb[3], d_v,
-            k.ne[2], n_kv, self._address(src[3]) if mask is not None else 0, mask.nb[1] if mask is not None else 0,
-            mask.nb[3] if mask is not None and mask.ne[3] > 1 else 0, float_word(n.params["scale"]),
-            float_word(n.params["logit_softcap"]), self._address(sinks) if sinks >= 0 else 0, self._address(n.index), parts,
-        ]  # fmt: skip
+        sinks_at, y = self._address(sinks) if sinks >= 0 else 0, self._address(n.index)
+        attend = steps.Attend(
+            q=self._address(src[0]), q_row=q.nb[1], q_head=q.nb[2], q_seq=q.nb[3], d=d, n_tokens=n_tokens, n_head=n_head,
+            n_seq=n_seq, k=self._address(src[1]), k_row=k.nb[1], k_head=k.nb[2], k_seq=k.nb[3], v=self._address(src[2]),
+            v_row=v.nb[1], v_head=v.nb[2], v_seq=v.nb[3], d_v=d_v, n_head_kv=k.ne[2], n_kv=n_kv,
+            mask=self._address(src[3]) if mask is not None else 0, mask_row=mask.nb[1] if mask is not None else 0,
+            mask_seq=mask.nb[3] if mask is not None and mask.ne[3] > 1 else 0, scale=n.params["scale"],
+            softcap=n.params["logit_softcap"], sinks=sinks_at, y=y, parts=parts,
+        )  # fmt: skip
         reads, out = [self._range(j) for j in src if j >= 0], [self._range(n.index)]
         self._scratch_bytes = max(self._scratch_bytes, layout.attention_scratch_bytes(d, d_v))
-        if split:
-            between = [(parts, parts + parts_bytes)]
-            self._add(n, layout.ATTEND, args, reads, between)
-            self._add(n, layout.MERGE, args, between, out)
-        else:
-            self._add(n, layout.ATTEND, args, reads, out)
+        if not split:
+            self._add(n, attend, reads, out)
+            return True
+        between = [(parts, parts + parts_bytes)]
+        self._add(n, attend, reads, between)
+        merge = steps.MergeParts(d_v=d_v, n_tokens=n_tokens, n_head=n_head, n_seq=n_seq, n_kv=n_kv, sinks=sinks_at, y=y,
+                                 parts=parts)  # fmt: skip
+        self._add(n, merge, between, out)
         return True
 
     # -- products ------------------------------------------------------------------------------------------------------
@@ -336,7 +346,7 @@ class CPUPlan(StepPlan):
             return None if wide is None else (layout.KIND_OF[F16], wide[0], 2 * t.ne[0], wide[1])
         buffer = self.buffers.get(t.buffer)
         packed = t.op == "NONE" and buffer is not None and t.offset in buffer.packed
-        return kind, self._address(i), row_bytes(t.type, t.ne[0]), t.ne[1] // 16 * 16 if packed else 0
+        return kind, self._address(i), row_bytes(t.type, t.ne[0]), t.ne[1] // layout.GROUP * layout.GROUP if packed else 0
 
     def _columns(self, n: Node, kind: int, j: int) -> tuple[int, int] | None:
         """Address of the columns of source tensor `j` as the product of `kind` reads them, and bytes of one."""
@@ -353,7 +363,8 @@ class CPUPlan(StepPlan):
             if free is not None:
                 self._free.remove(free)
             at = free[0] if free is not None else self._more(n_bytes)
-            self._add(n, layout.QUANTIZE, [self._address(j), 4 * k, t.n_rows, k, at], [self._range(j)], [(at, at + n_bytes)])
+            self._add(n, steps.Quantize(x=self._address(j), x_row=4 * k, n=t.n_rows, k=k, y=at), [self._range(j)],
+                      [(at, at + n_bytes)])  # fmt: skip
             known = self._quantized[j] = free or (at, at + n_bytes)
         self._products_of[j] -= 1
         if not self._products_of[j]:  # nobody else multiplies it: its place can be used again
@@ -382,9 +393,10 @@ class CPUPlan(StepPlan):
             size = max(STEP_ROWS, STEP_COST // (a.ne[0] * b.n_rows) // STEP_ROWS * STEP_ROWS)
             for at in range(0, a.ne[1], size):
                 rows = min(size, a.ne[1] - at)
-                args = [kind, w + at * row, row, rows, max(0, min(rows, packed - at)), a.ne[0], x, x_bytes,
-                        self._address(k) + 4 * at, 4 * a.ne[1], b.n_rows]  # fmt: skip
-                self._add(n, layout.PRODUCT, args, [x_range, self._range(i)], [self._range(k)])
+                product = steps.MulMat(kind=kind, w=w + at * row, row_bytes=row, n_rows=rows,
+                                       n_packed=max(0, min(rows, packed - at)), k=a.ne[0], x=x, x_bytes=x_bytes,
+                                       y=self._address(k) + 4 * at, y_bytes=4 * a.ne[1], n=b.n_rows)  # fmt: skip
+                self._add(n, product, [x_range, self._range(i)], [self._range(k)])
                 if at + size < a.ne[1]:
                     self._flush()
             return True
@@ -394,9 +406,10 @@ class CPUPlan(StepPlan):
             for i2 in range(b.ne[2]):
                 matrix, batch = (i3 // r3) * a.ne[2] + i2 // r2, i3 * b.ne[2] + i2
                 at = self._address(k) + 4 * a.ne[1] * b.ne[1] * batch
-                args = [kind, w + matrix * a.ne[1] * row, row, a.ne[1], packed, a.ne[0], x + batch * b.ne[1] * x_bytes,
-                        x_bytes, at, 4 * a.ne[1], b.ne[1]]  # fmt: skip
-                self._add(n, layout.PRODUCT, args, [x_range, self._range(i)], [(at, at + 4 * a.ne[1] * b.ne[1])])
+                product = steps.MulMat(kind=kind, w=w + matrix * a.ne[1] * row, row_bytes=row, n_rows=a.ne[1],
+                                       n_packed=packed, k=a.ne[0], x=x + batch * b.ne[1] * x_bytes, x_bytes=x_bytes,
+                                       y=at, y_bytes=4 * a.ne[1], n=b.ne[1])  # fmt: skip
+                self._add(n, product, [x_range, self._range(i)], [(at, at + 4 * a.ne[1] * b.ne[1])])
         return True
 
     def _bind_mul_mat_id(self, n: Node) -> bool:
@@ -415,10 +428,11 @@ class CPUPlan(StepPlan):
         kind, w, row, packed = weights
         x, x_bytes = columns
         self._need(row, ids.ne[0] * ids.ne[1])
-        args = [kind, w, row, a.ne[1], packed, a.ne[0], x, x_bytes, self._address(k), 4 * a.ne[1], a.ne[2], b.ne[1],
-                self._address(c), ids.nb[1], ids.ne[0], ids.ne[1], k]  # fmt: skip
-        self._add(n, layout.PRODUCT_ID, args, [(x, x + x_bytes * b.n_rows), self._range(i), self._range(c)],
-                  [self._range(k)])  # fmt: skip
+        product = steps.MulMatId(kind=kind, w=w, row_bytes=row, n_rows=a.ne[1], n_packed=packed, k=a.ne[0], x=x,
+                                 x_bytes=x_bytes, y=self._address(k), y_bytes=4 * a.ne[1], n_experts=a.ne[2],
+                                 n_slots=b.ne[1], ids=self._address(c), ids_row=ids.nb[1], n_used=ids.ne[0],
+                                 n_tokens=ids.ne[1], node=k)  # fmt: skip
+        self._add(n, product, [(x, x + x_bytes * b.n_rows), self._range(i), self._range(c)], [self._range(k)])
         return True
 
     # -- rows of packed weights ----------------------------------------------------------------------------------------
@@ -436,6 +450,8 @@ class CPUPlan(StepPlan):
             return False
         kind, w, row, packed = weights
         self._need(row, 0)
-        args = [kind, w, row, x.ne[1], packed, x.ne[0], self._address(j), ids.nb[0], ids.n_elements, self._address(k), k]
-        self._add(n, layout.UNPACK, args, [self._range(i), self._range(j)], [self._range(k)])
+        self._add(n, steps.GetPackedRows(kind=kind, w=w, row_bytes=row, n_rows=x.ne[1], n_packed=packed, n=x.ne[0],
+                                         ids=self._address(j), id_step=ids.nb[0], n_ids=ids.n_elements,
+                                         y=self._address(k), node=k),
+                  [self._range(i), self._range(j)], [self._range(k)])  # fmt: skip
         return True

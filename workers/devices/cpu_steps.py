@@ -16,6 +16,8 @@ from workers.devices.base import Buffer
 from workers.kernels import layout
 from workers.kernels.native import Team
 from workers.kernels.reference import Node
+from workers.kernels.steps import HEADER, WORD, WORDS
+from workers.kernels.steps import Step as Record
 from workers.plan import ALIGN, HostPlan, Step
 from workers.tensors import Array
 from workers.ticks import Tick, nothing, paced
@@ -75,18 +77,16 @@ class StepPlan(HostPlan):
         start = time.perf_counter()
         out = super().run(inputs, tick)
         rest = time.perf_counter() - start
-        for row, ns in zip(self.program, self.profile, strict=True):
-            op = layout.OP_NAMES[row[0]]
-            if row[0] in (layout.PRODUCT, layout.PRODUCT_ID):
-                op = f"{op} {layout.KINDS[row[2]].name} {row[5]}x{row[7]}"
-            self.device.count(op, ns / 1e9, 1)
+        for record, ns in zip(self._records, self.profile, strict=True):
+            self.device.count(record.title(), ns / 1e9, 1)
             rest -= ns / 1e9
         self.device.count("between: inputs, tables, NumPy ops", rest, 1)
         return out
 
     def _bind_all(self, graph: Graph, buffers: dict[int, Buffer]) -> None:
-        self._rows: list[list[int]] = []
-        self._row_nodes: list[int] = []
+        self._records: list[Record] = []
+        self._waits: list[bool] = []
+        self._record_nodes: list[int] = []
         self._reads: list[Range] = []
         self._writes: list[Range] = []
         self._quantized: dict[int, Range] = {}
@@ -111,7 +111,7 @@ class StepPlan(HostPlan):
 
     def _steps(self, nodes: list[Node]) -> list[tuple[Step, int]]:
         self._out: list[tuple[Step | Range, int]] = []
-        self._first_row = 0
+        self._first_record = 0
         self._end = -(-self.arena_bytes // ALIGN) * ALIGN
         self._scratch_bytes = layout.PANEL_BYTES  # more than the 192 bytes that a rest of 16 lanes needs
         cost, skip, fallbacks = 0, -1, []
@@ -134,10 +134,11 @@ class StepPlan(HostPlan):
                 cost = 0
         self._flush()
         self.fallbacks = tuple(fallbacks)
-        self.program = np.zeros((len(self._rows), layout.WORDS), np.int64)
-        for i, row in enumerate(self._rows):
-            self.program[i, : len(row)] = row
-        self.profile = np.zeros(len(self._rows), np.int64) if self.device.profiling else None
+        self.program = np.zeros((len(self._records), WORDS), np.int64)
+        for i, (record, wait) in enumerate(zip(self._records, self._waits, strict=True)):
+            self.program[i, :HEADER] = record.opcode, wait
+            record.pack(self.program[i], WORD * HEADER)
+        self.profile = np.zeros(len(self._records), np.int64) if self.device.profiling else None
         self.device.arena(self._end)
         # what runs steps must not hold the plan: a plan that holds itself keeps its buffers
         out, self._out = self._out, []
@@ -148,9 +149,9 @@ class StepPlan(HostPlan):
 
     def _flush(self) -> None:
         """What was added so far is one run of the team; behind it the sockets are looked at."""
-        if self._first_row < len(self._rows):
-            self._out.append(((self._first_row, len(self._rows)), self._row_nodes[self._first_row]))
-        self._first_row = len(self._rows)
+        if self._first_record < len(self._records):
+            self._out.append(((self._first_record, len(self._records)), self._record_nodes[self._first_record]))
+        self._first_record = len(self._records)
         self._reads, self._writes = [], []
 
     @staticmethod
@@ -169,7 +170,7 @@ class StepPlan(HostPlan):
         """What runs a node that has no steps."""
         raise NotImplementedError
 
-    def _add(self, node: Node, op: int, args: list[int], reads: list[Range], writes: list[Range]) -> None:
+    def _add(self, node: Node, record: Record, reads: list[Range], writes: list[Range]) -> None:
         """Append a step; the threads meet before it when it touches what was written since they last met."""
 
         def meets(new: list[Range], old: list[Range]) -> bool:
@@ -180,8 +181,9 @@ class StepPlan(HostPlan):
             self._reads, self._writes = [], []
         self._reads += reads
         self._writes += writes
-        self._rows.append([op, int(wait), *args])
-        self._row_nodes.append(node.index)
+        self._records.append(record)
+        self._waits.append(wait)
+        self._record_nodes.append(node.index)
 
     def _more(self, n_bytes: int) -> int:
         """The address of further scratch memory of this plan."""

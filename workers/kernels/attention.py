@@ -18,42 +18,9 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from workers.kernels.layout import (
-    BLOCK,
-    CHUNK,
-    D_V,
-    K_HEAD,
-    K_ROW,
-    K_SEQ,
-    MASK,
-    MASK_ROW,
-    MASK_SEQ,
-    N_HEAD,
-    N_HEAD_KV,
-    N_KV,
-    N_SEQ,
-    N_TOKENS,
-    PARTS,
-    Q_HEAD,
-    Q_ROW,
-    Q_SEQ,
-    SCALE_BITS,
-    SINKS,
-    SOFTCAP_BITS,
-    TILE,
-    TOGETHER,
-    V_HEAD,
-    V_ROW,
-    V_SEQ,
-    D,
-    K,
-    Q,
-    V,
-    Y,
-)  # fmt: skip
+from workers.kernels.layout import BLOCK, CHUNK, TILE, TOGETHER
 from workers.kernels.simd import (
     Emit,
-    bits_to_float,
     f32,
     half_to_float,
     i16,
@@ -392,23 +359,17 @@ def _state_bytes(d_v):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True)
-def _arg(a, i):  # type: ignore[no-untyped-def]
-    return load64(a + 8 * i)
-
-
-@njit(nogil=True)
-def _sink(a, head):  # type: ignore[no-untyped-def]
-    sinks = _arg(a, SINKS)
+def _sink(sinks, head):  # type: ignore[no-untyped-def]
     return loadf(sinks + 4 * head) if sinks != 0 else np.float32(-np.inf)
 
 
 @njit(nogil=True)
-def attend(a, scratch, t, n_threads):  # type: ignore[no-untyped-def]
-    """Attention with the arguments at `a`. With PARTS the chunks are tasks of their own, and `merge_parts` must follow."""
-    n_tokens, n_head, n_kv_heads, n_kv = _arg(a, N_TOKENS), _arg(a, N_HEAD), _arg(a, N_HEAD_KV), _arg(a, N_KV)
-    d, d_v, parts, mask = _arg(a, D), _arg(a, D_V), _arg(a, PARTS), _arg(a, MASK)
-    scale, softcap = bits_to_float(np.int32(_arg(a, SCALE_BITS))), bits_to_float(np.int32(_arg(a, SOFTCAP_BITS)))
-    group = n_head // n_kv_heads
+def attend(  # type: ignore[no-untyped-def]
+    q, q_row, q_head, q_seq, d, n_tokens, n_head, n_seq, k, k_row, k_head, k_seq, v, v_row, v_head, v_seq, d_v,
+    n_head_kv, n_kv, mask, mask_row, mask_seq, scale, softcap, sinks, y, parts, scratch, t, n_threads
+):  # fmt: skip
+    """With `parts` the chunks are tasks of their own."""
+    group = n_head // n_head_kv
     n_queries = n_tokens * group
     n_tiles, n_chunks = (n_queries + TILE - 1) // TILE, (n_kv + CHUNK - 1) // CHUNK
     in_task = 1 if parts != 0 else n_chunks
@@ -418,46 +379,45 @@ def attend(a, scratch, t, n_threads):  # type: ignore[no-untyped-def]
     queries, masks, states = lists, lists + 8 * TILE, lists + 16 * TILE
     totals = lists + 24 * TILE
     fresh = totals + TILE * size
-    work = _arg(a, N_SEQ) * n_kv_heads * n_tiles * per_tile
+    work = n_seq * n_head_kv * n_tiles * per_tile
     for task in range(work * t // n_threads, work * (t + 1) // n_threads):
         chunk, rest = task % per_tile, task // per_tile
         tile, rest = rest % n_tiles, rest // n_tiles
-        kv_head, seq = rest % n_kv_heads, rest // n_kv_heads
+        kv_head, seq = rest % n_head_kv, rest // n_head_kv
         first = tile * TILE
         n = min(TILE, n_queries - first)
         for i in range(n):
             token, head = (first + i) // group, kv_head * group + (first + i) % group
-            store64(queries + 8 * i, _arg(a, Q) + token * _arg(a, Q_ROW) + head * _arg(a, Q_HEAD) + seq * _arg(a, Q_SEQ))
-            store64(masks + 8 * i, mask + token * _arg(a, MASK_ROW) + seq * _arg(a, MASK_SEQ) if mask != 0 else 0)
+            store64(queries + 8 * i, q + token * q_row + head * q_head + seq * q_seq)
+            store64(masks + 8 * i, mask + token * mask_row + seq * mask_seq if mask != 0 else 0)
             if parts != 0:
                 at = ((seq * n_tokens + token) * n_head + head) * n_chunks + chunk
                 store64(states + 8 * i, parts + at * size)
             else:
                 store64(states + 8 * i, fresh + i * size)
                 _clear(totals + i * size, d_v)
-        k = _arg(a, K) + kv_head * _arg(a, K_HEAD) + seq * _arg(a, K_SEQ)
-        v = _arg(a, V) + kv_head * _arg(a, V_HEAD) + seq * _arg(a, V_SEQ)
+        keys, values = k + kv_head * k_head + seq * k_seq, v + kv_head * v_head + seq * v_seq
         for c in range(chunk, chunk + in_task):
-            _tile_chunk(queries, masks, n, d, k, _arg(a, K_ROW), v, _arg(a, V_ROW), d_v, c * CHUNK,
-                        min(n_kv, (c + 1) * CHUNK), scale, softcap, states, scratch)  # fmt: skip
+            _tile_chunk(queries, masks, n, d, keys, k_row, values, v_row, d_v, c * CHUNK, min(n_kv, (c + 1) * CHUNK),
+                        scale, softcap, states, scratch)  # fmt: skip
             if parts == 0:
                 for i in range(n):
                     _merge(totals + i * size, fresh + i * size, d_v)
         if parts == 0:
             for i in range(n):
                 token, head = (first + i) // group, kv_head * group + (first + i) % group
-                y = _arg(a, Y) + 4 * d_v * ((seq * n_tokens + token) * n_head + head)
-                _finish(totals + i * size, _sink(a, head), d_v, y)
+                at = y + 4 * d_v * ((seq * n_tokens + token) * n_head + head)
+                _finish(totals + i * size, _sink(sinks, head), d_v, at)
 
 
 @njit(nogil=True)
-def merge_parts(a, scratch, t, n_threads):  # type: ignore[no-untyped-def]
-    """The second half of an attention with PARTS."""
-    n_head, d_v = _arg(a, N_HEAD), _arg(a, D_V)
-    n_chunks, size = (_arg(a, N_KV) + CHUNK - 1) // CHUNK, _state_bytes(d_v)
-    rows = _arg(a, N_SEQ) * _arg(a, N_TOKENS) * n_head
+def merge_parts(  # type: ignore[no-untyped-def]
+    d_v, n_tokens, n_head, n_seq, n_kv, sinks, y, parts, scratch, t, n_threads
+):  # fmt: skip
+    n_chunks, size = (n_kv + CHUNK - 1) // CHUNK, _state_bytes(d_v)
+    rows = n_seq * n_tokens * n_head
     for r in range(rows * t // n_threads, rows * (t + 1) // n_threads):
         _clear(scratch, d_v)
         for c in range(n_chunks):
-            _merge(scratch, _arg(a, PARTS) + (r * n_chunks + c) * size, d_v)
-        _finish(scratch, _sink(a, r % n_head), d_v, _arg(a, Y) + 4 * d_v * r)
+            _merge(scratch, parts + (r * n_chunks + c) * size, d_v)
+        _finish(scratch, _sink(sinks, r % n_head), d_v, y + 4 * d_v * r)

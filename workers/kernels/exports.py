@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from numba import types
+
+from workers.kernels.steps import FORMS, TEAM_ARGUMENTS, Step, kinds
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,20 +20,35 @@ class Export:
     returns: Any
     arguments: tuple[Any, ...]
 
+    @property
+    def parameters(self) -> list[str]:
+        return list(inspect.signature(self.dispatcher.py_func).parameters)
+
 
 EXPORTS: dict[str, Export] = {}
 """By the name under which they are linked."""
 
 
-def exported(dispatcher: Any, floats: Sequence[int] = (), truth: bool = False) -> Any:
-    """What to call instead of a compiled function of another module: int64 but for the arguments that are float32.
-
-    `truth`: it returns whether it could be done.
-    """
+def _add(dispatcher: Any, returns: Any, arguments: tuple[Any, ...]) -> str:
     function = dispatcher.py_func
-    n = len(inspect.signature(function).parameters)
-    arguments = tuple(types.float32 if i in floats else types.int64 for i in range(n))
-    returns = types.int64 if truth else types.void
     name = f"ggmq_{function.__module__.rsplit('.', 1)[-1]}_{function.__name__}"
     EXPORTS[name] = Export(dispatcher, returns, arguments)
-    return types.ExternalFunction(name, returns(*arguments))
+    return name
+
+
+def exported(dispatcher: Any) -> Any:
+    """What to call instead of a compiled function of int64 of another module."""
+    arguments = (types.int64,) * len(inspect.signature(dispatcher.py_func).parameters)
+    return types.ExternalFunction(_add(dispatcher, types.void, arguments), types.void(*arguments))
+
+
+def exported_step(step: type[Step]) -> str:
+    """The kernel of a step. Returns: its name. Errors: TypeError unless its parameters are the step's fields."""
+    module, function = step.kernel.split(".")
+    dispatcher = getattr(import_module(f"workers.kernels.{module}"), function)
+    fields = kinds(step)
+    parameters = list(inspect.signature(dispatcher.py_func).parameters)
+    if fields.keys() - {"node"} != set(parameters) - set(TEAM_ARGUMENTS):
+        raise TypeError(f"{step.kernel}: expected the parameters {list(fields)}, got {parameters}")
+    arguments = tuple(types.float32 if FORMS[fields.get(p, "Count")][0] == "f" else types.int64 for p in parameters)
+    return _add(dispatcher, types.int64 if "node" in fields else types.void, arguments)

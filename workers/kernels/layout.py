@@ -1,4 +1,4 @@
-"""What plans and kernels agree on: kinds, opcodes, sizes, the words that threads share. Imports no compiler.
+"""What plans and kernels agree on: kinds, sizes, the words that threads share. Imports no compiler.
 
 Units: bytes where a name says so, else counts and indices.
 """
@@ -33,9 +33,6 @@ def product_scratch_bytes(weight_row_bytes: int, n_columns: int) -> int:
 
 # -- rows --------------------------------------------------------------------------------------------------------------
 
-(ADD, SUB, MUL, DIV, SWIGLU, GEGLU, SWIGLU_OAI, SCALE, CLAMP, TANH, SILU, GELU, SIGMOID, STEP, RELU, SAME) = range(16)
-"""Kinds of ELEMENTWISE. The first seven take two sources; SCALE, CLAMP and SWIGLU_OAI two parameters."""
-
 MAX_TOP = 1024
 """Of TOP_K: the largest are kept sorted while a row is read, which is for few of many."""
 
@@ -50,10 +47,6 @@ TOGETHER = 4
 TILE = 16
 """Queries of one head of keys that share the unpacking of a block."""
 
-(Q, Q_ROW, Q_HEAD, Q_SEQ, D, N_TOKENS, N_HEAD, N_SEQ, K, K_ROW, K_HEAD, K_SEQ, V, V_ROW, V_HEAD, V_SEQ, D_V, N_HEAD_KV,
- N_KV, MASK, MASK_ROW, MASK_SEQ, SCALE_BITS, SOFTCAP_BITS, SINKS, Y, PARTS) = range(27)  # fmt: skip
-"""Words of an attention's arguments. Of MASK, SINKS and PARTS 0 means none."""
-
 
 def attention_scratch_bytes(d: int, d_v: int) -> int:
     """What a thread needs for attention."""
@@ -66,14 +59,6 @@ def parts_bytes(n_queries: int, n_kv: int, d_v: int) -> int:
 
 
 # -- the team ----------------------------------------------------------------------------------------------------------
-
-WORDS = 32
-"""int64 words of a step: opcode, whether the threads meet before it, arguments."""
-(QUANTIZE, PRODUCT, PRODUCT_ID, ELEMENTWISE, RMS_NORM, BY_ROW, ROPE, STORE_HALVES, ATTEND, MERGE, ARGMAX, SOFT_MAX, TOP_K,
- GET_ROWS, SUM_ROWS, NORM, ADD_ID, ARANGE, NARROW, WIDEN, ROPE_TABLE, UNPACK) = range(22)  # fmt: skip
-OP_NAMES = ("QUANTIZE", "MUL_MAT", "MUL_MAT_ID", "elementwise", "RMS_NORM", "elementwise by row", "ROPE", "SET_ROWS",
-            "FLASH_ATTN_EXT", "FLASH_ATTN_EXT merge", "ARGMAX", "SOFT_MAX", "TOP_K", "GET_ROWS", "SUM_ROWS", "NORM",
-            "ADD_ID", "ARANGE", "to F16", "from F16", "ROPE table", "GET_ROWS of packed rows")  # fmt: skip
 
 (GENERATION, PHASE, ARRIVED, PROGRAM, FIRST, LAST, STOP, ASLEEP, SCRATCH, SCRATCH_BYTES, PROFILE, BAD, CLOCK,
  DOZING) = range(0, 14 * 64, 64)  # fmt: skip
@@ -88,5 +73,8 @@ N_WORDS = 9
 TEAM = "team"
 KERNEL_UNITS = ("attention", "products", "rows0", "rows1", "packing")
 PIECE_UNITS = (*(t.name for t in KINDS[:N_QUANTIZED]), "tiles", "floats")
-UNITS = (*KERNEL_UNITS, TEAM, *PIECE_UNITS)
-"""What is compiled by itself, the longest first: the team calls kernels, and they call pieces."""
+COLUMNS = "columns"
+UNITS = (*KERNEL_UNITS, TEAM, *PIECE_UNITS, COLUMNS)
+"""What is compiled by itself, the longest first."""
+STAGES = (PIECE_UNITS, KERNEL_UNITS, (COLUMNS,), (TEAM,))
+"""The same in the order in which it is linked: a unit calls those of earlier stages."""

@@ -34,17 +34,15 @@ from workers.kernels.layout import (
     CONTROL_BYTES,
     FIRST,
     HELP,
-    KERNEL_UNITS,
     LAST,
     LEAD,
     N_WORDS,
-    PIECE_UNITS,
     PROFILE,
     PROGRAM,
     SCRATCH,
     SCRATCH_BYTES,
+    STAGES,
     STOP,
-    TEAM,
     UNITS,
     WAKE,
 )  # fmt: skip
@@ -101,6 +99,10 @@ def _complete(folder: Path) -> bool:
     return all((folder / f"{unit}.json").exists() for unit in UNITS)
 
 
+_own_folders: list[tempfile.TemporaryDirectory[str]] = []
+"""Removed when the process ends."""
+
+
 def _made(folder: Path) -> Path:
     """Compile what is missing. Returns: where it is."""
     try:
@@ -108,7 +110,7 @@ def _made(folder: Path) -> Path:
         lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError:  # nowhere to keep them: compile for this process alone
         own = tempfile.TemporaryDirectory(prefix="ggmq-kernels-")
-        _kept.append(own)
+        _own_folders.append(own)
         _compile(Path(own.name))
         return Path(own.name)
     try:
@@ -156,34 +158,21 @@ def _compile(folder: Path) -> None:
     print(f"{CLEAR if terminal else ''}{words}: done in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
 
 
-_kept: list[Any] = []
-"""The loaded code lives as long as the process."""
-
-
 def _load(folder: Path) -> Native:
     """The units in an order in which each finds the names that it calls."""
-    import llvmlite.binding as llvm
+    from workers.kernels.linking import link, never_called
 
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    never_called = ctypes.cast(ctypes.CDLL(None).abort, ctypes.c_void_p).value
-    address = 0
-    for units in (PIECE_UNITS, KERNEL_UNITS, (TEAM,)):
-        machine = llvm.Target.from_default_triple().create_target_machine()
-        engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
-        exports: dict[str, str] = {}
+    addresses: dict[str, int] = {}
+    for units in STAGES:
+        objects: list[bytes] = []
+        symbols: dict[str, str] = {}
         for unit in units:
             for i, about in enumerate(json.loads((folder / f"{unit}.json").read_text())):
-                for name in about["unused"]:
-                    llvm.add_symbol(name, never_called)
-                exports |= about["exports"]
-                code = (folder / f"{unit}.{i}.o").read_bytes()
-                engine.add_object_file(llvm.object_file.ObjectFileRef.from_data(code))
-        engine.finalize_object()
-        _kept.append(engine)
-        for name, native_name in exports.items():
-            address = engine.get_function_address(native_name)
-            llvm.add_symbol(name, address)
+                never_called(about["unused"])
+                symbols |= about["exports"]
+                objects.append((folder / f"{unit}.{i}.o").read_bytes())
+        addresses = link(objects, symbols)
+    (address,) = addresses.values()  # the team's one function
     return ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * N_WORDS)(address)
 
 

@@ -5,7 +5,6 @@ Each is compiled by itself, so the kernels around them are small for the compile
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -65,27 +64,3 @@ def compiled(names: Sequence[str]) -> bytes:
     passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
     passes.getModulePassManager().run(parsed, passes)
     return bytes(machine.emit_object(parsed))
-
-
-_kept: list[Any] = []
-"""Loaded code lives as long as the process."""
-
-
-def link(objects: Sequence[bytes]) -> Any:
-    """Load object files into this process, and let what is compiled later find the pieces in them by name."""
-    machine = llvm.Target.from_default_triple().create_target_machine()
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
-    for code in objects:
-        engine.add_object_file(llvm.object_file.ObjectFileRef.from_data(code))
-    engine.finalize_object()
-    _kept.append(engine)
-    for name in PIECES:
-        address = engine.get_function_address(name)
-        if address:
-            llvm.add_symbol(name, address)
-    return engine
-
-
-def nowhere() -> int:
-    """An address for names that compiled code mentions and never calls."""
-    return ctypes.cast(ctypes.CDLL(None).abort, ctypes.c_void_p).value or 0

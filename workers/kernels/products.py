@@ -328,12 +328,12 @@ def _quantize_block(typingctx: Any, x: Any, out: Any) -> Any:
 
 
 @njit(nogil=True)
-def quantize(x, x_row, n, k, out, t, n_threads):  # type: ignore[no-untyped-def]
+def quantize(x, x_row, n, k, y, t, n_threads):  # type: ignore[no-untyped-def]
     """n columns of k float32 as blocks; divided over threads by blocks."""
     n32 = k // 32
     for i in range(n * n32 * t // n_threads, n * n32 * (t + 1) // n_threads):
         c, j = i // n32, i % n32
-        _quantize_block(x + c * x_row + 128 * j, out + i * X_BLOCK)
+        _quantize_block(x + c * x_row + 128 * j, y + i * X_BLOCK)
 
 
 # -- the product -------------------------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ import numpy as np
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
-from workers.kernels import layout as k
 from workers.kernels.simd import (
     Emit,
     as_doubles,
@@ -29,11 +28,13 @@ from workers.kernels.simd import (
     storef,
     v16f,
 )
+from workers.kernels.steps import BY_ROW, FUNCTION_CODE
 
 LANE_BYTES = 64
+_ADD, _SUB, _MUL, _ = (FUNCTION_CODE[name] for name in BY_ROW)
 
 
-def _swiglu(e: Emit, x: Any, g: Any, p: Any, q: Any) -> Any:
+def _swiglu(e: Emit, x: Any, g: Any, p: Any) -> Any:
     return e.b.fmul(e.b.fdiv(x, e.b.fadd(e.floats(1.0), e.exp(e.b.fneg(x)))), g)
 
 
@@ -44,15 +45,16 @@ def _gelu(e: Emit, x: Any) -> Any:
     return b.fmul(b.fmul(e.floats(0.5), x), b.fadd(e.floats(1.0), e.tanh(u)))
 
 
-def _swiglu_oai(e: Emit, x: Any, g: Any, alpha: Any, limit: Any) -> Any:
-    b = e.b
+def _swiglu_oai(e: Emit, x: Any, g: Any, p: Any) -> Any:
+    b, alpha, limit = e.b, p[0], p[1]
     x = b.select(b.fcmp_ordered(">", x, limit), limit, x)
     low = b.fneg(limit)
     g = b.select(b.fcmp_ordered(">", g, limit), limit, b.select(b.fcmp_ordered("<", g, low), low, g))
     return b.fmul(b.fmul(x, e.sigmoid(b.fmul(alpha, x))), b.fadd(e.floats(1.0), g))
 
 
-def _clamp(e: Emit, x: Any, low: Any, high: Any) -> Any:
+def _clamp(e: Emit, x: Any, z: Any, p: Any) -> Any:
+    low, high = p[0], p[1]
     x = e.b.select(e.b.fcmp_ordered("<", x, low), low, x)
     return e.b.select(e.b.fcmp_ordered(">", x, high), high, x)
 
@@ -61,50 +63,51 @@ def _where_positive(e: Emit, x: Any, value: Any) -> Any:
     return e.b.select(e.b.fcmp_ordered(">", x, e.floats(0.0)), value, e.floats(0.0))
 
 
-_KINDS: dict[int, Callable[[Emit, Any, Any, Any, Any], Any]] = {
-    k.ADD: lambda e, x, z, p, q: e.b.fadd(x, z),
-    k.SUB: lambda e, x, z, p, q: e.b.fsub(x, z),
-    k.MUL: lambda e, x, z, p, q: e.b.fmul(x, z),
-    k.DIV: lambda e, x, z, p, q: e.b.fdiv(x, z),
-    k.SWIGLU: _swiglu,
-    k.GEGLU: lambda e, x, z, p, q: e.b.fmul(_gelu(e, x), z),
-    k.SWIGLU_OAI: _swiglu_oai,
-    k.SCALE: lambda e, x, z, p, q: e.b.fadd(e.b.fmul(x, p), q),
-    k.CLAMP: lambda e, x, z, p, q: _clamp(e, x, p, q),
-    k.TANH: lambda e, x, z, p, q: e.tanh(x),
-    k.SILU: lambda e, x, z, p, q: e.b.fmul(x, e.sigmoid(x)),
-    k.GELU: lambda e, x, z, p, q: _gelu(e, x),
-    k.SIGMOID: lambda e, x, z, p, q: e.sigmoid(x),
-    k.STEP: lambda e, x, z, p, q: _where_positive(e, x, e.floats(1.0)),
-    k.RELU: lambda e, x, z, p, q: _where_positive(e, x, x),
-    k.SAME: lambda e, x, z, p, q: x,
+_FUNCTIONS: dict[str, Callable[[Emit, Any, Any, Any], Any]] = {
+    "ADD": lambda e, x, z, p: e.b.fadd(x, z),
+    "SUB": lambda e, x, z, p: e.b.fsub(x, z),
+    "MUL": lambda e, x, z, p: e.b.fmul(x, z),
+    "DIV": lambda e, x, z, p: e.b.fdiv(x, z),
+    "SWIGLU": _swiglu,
+    "GEGLU": lambda e, x, z, p: e.b.fmul(_gelu(e, x), z),
+    "SWIGLU_OAI": _swiglu_oai,
+    "SCALE": lambda e, x, z, p: e.b.fadd(e.b.fmul(x, p[0]), p[1]),
+    "CLAMP": _clamp,
+    "TANH": lambda e, x, z, p: e.tanh(x),
+    "SILU": lambda e, x, z, p: e.b.fmul(x, e.sigmoid(x)),
+    "GELU": lambda e, x, z, p: _gelu(e, x),
+    "SIGMOID": lambda e, x, z, p: e.sigmoid(x),
+    "STEP": lambda e, x, z, p: _where_positive(e, x, e.floats(1.0)),
+    "RELU": lambda e, x, z, p: _where_positive(e, x, x),
+    "SAME": lambda e, x, z, p: x,
 }
+"""Of 16 float32 x and z and parameters p."""
 
 
 @intrinsic
-def _vector16(typingctx: Any, kind: Any, x: Any, z: Any, y: Any, p: Any, q: Any) -> Any:
-    """16 float32 at y from those at x and z, and the parameters p and q."""
+def _vector16(typingctx: Any, kind: Any, x: Any, z: Any, y: Any, p0: Any, p1: Any, p2: Any, p3: Any) -> Any:
+    """16 float32 at y from those at x and z, and the parameters."""
 
     def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emit(b)
-        for which, compute in _KINDS.items():
-            with b.if_then(b.icmp_signed("==", args[0], e.const(which))):
-                two = (e.load(args[1], 0, v16f), e.load(args[2], 0, v16f))
-                e.store(compute(e, *two, e.splat(args[4]), e.splat(args[5])), args[3])
+        for name, code in FUNCTION_CODE.items():
+            with b.if_then(b.icmp_signed("==", args[0], e.const(code))):
+                x, z = e.load(args[1], 0, v16f), e.load(args[2], 0, v16f)
+                e.store(_FUNCTIONS[name](e, x, z, [e.splat(p) for p in args[4:]]), args[3])
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 4, types.float32, types.float32), codegen
+    return types.void(*[types.int64] * 4, *[types.float32] * 4), codegen
 
 
 @njit(nogil=True)
 def elementwise(  # type: ignore[no-untyped-def]
-    kind, x, x_row, z, z_row, z_rows, y, y_row, n_rows, n, p, q, at, t, n_threads
+    kind, x, x_row, z, z_row, z_rows, y, y_row, n_rows, n, p0, p1, p2, p3, scratch, t, n_threads
 ):  # fmt: skip
-    """y = f(x, z); row r of x meets row r % z_rows of z. What is left of 16 lanes goes through a copy at `at`."""
+    """What is left of 16 lanes goes through a copy in scratch memory."""
     n16 = n // 16
     for i in range(n_rows * n16 * t // n_threads, n_rows * n16 * (t + 1) // n_threads):
         r, c = i // n16, i % n16 * LANE_BYTES
-        _vector16(kind, x + r * x_row + c, z + r % z_rows * z_row + c, y + r * y_row + c, p, q)
+        _vector16(kind, x + r * x_row + c, z + r % z_rows * z_row + c, y + r * y_row + c, p0, p1, p2, p3)
     rest = n - 16 * n16
     if rest == 0:
         return
@@ -112,25 +115,24 @@ def elementwise(  # type: ignore[no-untyped-def]
         skip = LANE_BYTES * n16
         a, b, d = x + r * x_row + skip, z + r % z_rows * z_row + skip, y + r * y_row + skip
         for i in range(rest):
-            storef(at + 4 * i, loadf(a + 4 * i))
-            storef(at + 64 + 4 * i, loadf(b + 4 * i))
-        _vector16(kind, at, at + 64, at + 128, p, q)
+            storef(scratch + 4 * i, loadf(a + 4 * i))
+            storef(scratch + 64 + 4 * i, loadf(b + 4 * i))
+        _vector16(kind, scratch, scratch + 64, scratch + 128, p0, p1, p2, p3)
         for i in range(rest):
-            storef(d + 4 * i, loadf(at + 128 + 4 * i))
+            storef(d + 4 * i, loadf(scratch + 128 + 4 * i))
 
 
 @njit(nogil=True)
 def by_row(kind, x, x_row, z, z_step, y, y_row, n_rows, n, t, n_threads):  # type: ignore[no-untyped-def]
-    """y = x op z for ADD to DIV, where z has one element for each row of x, `z_step` bytes apart."""
     for r in range(n_rows * t // n_threads, n_rows * (t + 1) // n_threads):
         a, d, v = carray(as_floats(x + r * x_row), n), carray(as_floats(y + r * y_row), n), loadf(z + r * z_step)
-        if kind == k.ADD:
+        if kind == _ADD:
             for i in range(n):
                 d[i] = a[i] + v
-        elif kind == k.SUB:
+        elif kind == _SUB:
             for i in range(n):
                 d[i] = a[i] - v
-        elif kind == k.MUL:
+        elif kind == _MUL:
             for i in range(n):
                 d[i] = a[i] * v
         else:
@@ -243,7 +245,7 @@ def _sum_squares(x):  # type: ignore[no-untyped-def]
 
 @njit(nogil=True)
 def rms_norm(x, x_row, w, y, y_row, n_rows, n, eps, t, n_threads):  # type: ignore[no-untyped-def]
-    """RMS_NORM, and the MUL by a row of weights behind it unless `w` is 0. The sum of squares in float64, as ggml's."""
+    """The sum of squares in float64, as ggml's."""
     for r in range(n_rows * t // n_threads, n_rows * (t + 1) // n_threads):
         a, d = carray(as_floats(x + r * x_row), n), carray(as_floats(y + r * y_row), n)
         factor = np.float32(1.0 / math.sqrt(_sum_squares(a) / n + eps))
@@ -321,17 +323,22 @@ def widen(x, x_row, y, y_row, n_rows, n, t, n_threads):  # type: ignore[no-untyp
 
 
 @njit(nogil=True)
-def store_halves(x, x_row, n_rows, n, ids, y, y_row, t, n_threads):  # type: ignore[no-untyped-def]
-    """Rows of x as float16 into rows `ids` (int64) of y. The ids were checked."""
+def store_halves(x, x_row, n_rows, n, ids, y, y_row, n_y, t, n_threads):  # type: ignore[no-untyped-def]
+    """False: an id points outside; nothing is stored then, whatever the others do."""
+    for r in range(n_rows):
+        row = load64(ids + 8 * r)
+        if row < 0 or row >= n_y:
+            return False
     for r in range(n_rows * t // n_threads, n_rows * (t + 1) // n_threads):
         a = carray(as_floats(x + r * x_row), n)
         d = carray(as_halves(y + load64(ids + 8 * r) * y_row), n)
         for i in range(n):
             d[i] = float_to_half(a[i])
+    return True
 
 
 @njit(nogil=True)
-def largest(x, x_row, n_rows, n, y, t, n_threads):  # type: ignore[no-untyped-def]
+def argmax(x, x_row, n_rows, n, y, t, n_threads):  # type: ignore[no-untyped-def]
     """ARGMAX: int32 index of the first largest element of each row."""
     for r in range(n_rows * t // n_threads, n_rows * (t + 1) // n_threads):
         a = carray(as_floats(x + r * x_row), n)

@@ -1,77 +1,60 @@
-"""What the threads of a team do: run the steps of a plan, warm through a token, meeting only before steps that depend.
+"""What the threads of a team do: run the steps of a plan, warm through a token, with barriers only before steps that depend.
 
-A step is a row of 32 words: an opcode, 1 if the threads must meet before it, then its arguments (named where a plan is
-bound). Helpers are threads inside one compiled function that never takes the interpreter's lock; between plans they spin
-a little, then sleep on a futex.
+A step is a row of words: its opcode, 1 if the threads wait for each other before it, then the fields of its record
+(`steps`), with which its kernel is called. Helpers are threads inside one compiled function that never takes the
+interpreter's lock; between plans they spin a little, then sleep on a futex.
 """
 
 from __future__ import annotations
 
 import platform
 import sys
+from collections.abc import Sequence
+from typing import Any
 
-import numpy as np
+from llvmlite import ir
 from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
-from workers.kernels import attention, packing, products, rows
-from workers.kernels.exports import exported
+from workers.kernels import packing
+from workers.kernels.exports import EXPORTS, exported, exported_step
 from workers.kernels.layout import (
-    ADD_ID,
-    ARANGE,
-    ARGMAX,
     ARRIVED,
     ASLEEP,
-    ATTEND,
     BAD,
-    BY_ROW,
     CLOCK,
     DOZING,
-    ELEMENTWISE,
     FIRST,
     GENERATION,
-    GET_ROWS,
     HELP,
     LAST,
     LEAD,
-    MERGE,
-    NARROW,
-    NORM,
     PACK_ROWS,
     PHASE,
-    PRODUCT,
-    PRODUCT_ID,
     PROFILE,
     PROGRAM,
-    QUANTIZE,
-    RMS_NORM,
-    ROPE,
-    ROPE_TABLE,
     SCRATCH,
     SCRATCH_BYTES,
-    SOFT_MAX,
     STOP,
-    STORE_HALVES,
-    SUM_ROWS,
-    TOP_K,
-    UNPACK,
     UNPACK_ROWS,
     WAKE,
-    WIDEN,
-    WORDS,
 )  # fmt: skip
 from workers.kernels.simd import (
+    Emit,
     atomic_add,
     atomic_load,
     atomic_store,
-    bits_to_float,
-    load32,
+    f32,
+    i64,
     load64,
     pause,
     store64,
 )
+from workers.kernels.steps import HEADER, STEPS, TEAM_ARGUMENTS, WORD, WORDS, Step
 
 SPINS = 2000
-SPINS_TO_MEET = 4000
+SPINS_AT_BARRIER = 4000
 """Some 100 microseconds: more than threads with a core each are apart."""
 
 _FUTEX = {"x86_64": 202, "aarch64": 98}.get(platform.machine(), -1) if sys.platform == "linux" else -1
@@ -83,30 +66,9 @@ _sched_yield = types.ExternalFunction("sched_yield", types.int32())
 _clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.int64))
 
 
-# functions of other units: each is compiled by itself
-_times = exported(products.product)
-_quantize = exported(products.quantize)
-_packed_rows = exported(products.get_rows, truth=True)
 _pack_rows = exported(packing.pack_rows)
 _unpack_rows = exported(packing.unpack_rows)
-_attend = exported(attention.attend)
-_merge_parts = exported(attention.merge_parts)
-_elementwise = exported(rows.elementwise, floats=(10, 11))
-_rms_norm = exported(rows.rms_norm, floats=(7,))
-_rope = exported(rows.rope)
-_halves = exported(rows.store_halves)
-_by_row = exported(rows.by_row)
-_soft_max = exported(rows.soft_max, floats=(6,))
-_top_k = exported(rows.top_k)
-_rows = exported(rows.get_rows, truth=True)
-_sum_rows = exported(rows.sum_rows)
-_norm = exported(rows.norm, floats=(6,))
-_add_id = exported(rows.add_id, truth=True)
-_rope_table = exported(rows.rope_table, truth=True)
-_arange = exported(rows.arange, floats=(0, 1))
-_narrow = exported(rows.narrow)
-_widen = exported(rows.widen)
-_largest = exported(rows.largest)
+_STEPS = [(step, exported_step(step)) for step in STEPS]
 
 
 @njit(nogil=True)
@@ -116,7 +78,7 @@ def _now_ns(room):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True)
-def _meet(control, n_threads, futex):  # type: ignore[no-untyped-def]
+def _barrier(control, n_threads, futex):  # type: ignore[no-untyped-def]
     """Wait until all threads are here. Who waits long sleeps: another may need this core to get here."""
     phase = atomic_load(control + PHASE)
     if atomic_add(control + ARRIVED, 1) == n_threads - 1:
@@ -129,7 +91,7 @@ def _meet(control, n_threads, futex):  # type: ignore[no-untyped-def]
     while atomic_load(control + PHASE) == phase:
         pause()
         spins += 1
-        if spins > SPINS_TO_MEET:
+        if spins > SPINS_AT_BARRIER:
             if futex < 0:
                 _sched_yield()
                 continue
@@ -139,123 +101,39 @@ def _meet(control, n_threads, futex):  # type: ignore[no-untyped-def]
             atomic_add(control + DOZING, -1)
 
 
-@njit(nogil=True)
-def _arg(a, i):  # type: ignore[no-untyped-def]
-    return load64(a + 8 * i)
+def _call_kernel(b: Any, step: type[Step], name: str, a: Any, control: Any, team: Sequence[Any]) -> None:
+    """Write the call of a step's kernel with the fields at `a`, and the note of what it finds wrong."""
+    e, kernel, fields = Emit(b), EXPORTS[name], step.__struct_fields__
+    types_of = [f32 if t == types.float32 else i64 for t in kernel.arguments]
+    own = dict(zip(TEAM_ARGUMENTS, team, strict=True))
+    values = [own[p] if p in own else e.load(a, WORD * fields.index(p), kind)
+              for p, kind in zip(kernel.parameters, types_of, strict=True)]  # fmt: skip
+    checks = "node" in fields
+    good = b.call(e.function(name, i64 if checks else ir.VoidType(), types_of), values)
+    if checks:
+        with cgutils.if_unlikely(b, b.icmp_signed("==", good, e.const(0))):
+            node = e.load(a, WORD * fields.index("node"), i64)
+            b.store_atomic(b.add(node, e.const(1)), b.inttoptr(e.at(control, BAD), ir.PointerType(i64)), "release", 8)
 
 
-@njit(nogil=True)
-def _float_arg(a, i):  # type: ignore[no-untyped-def]
-    return bits_to_float(np.int32(load64(a + 8 * i)))
+@intrinsic
+def _step(typingctx: Any, opcode: Any, a: Any, control: Any, scratch: Any, t: Any, n_threads: Any) -> Any:
+    """One thread's share of the step whose fields lie at `a`."""
 
+    def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        opcode, a, control, *team = args
+        behind = b.append_basic_block("behind")
+        chosen = b.switch(opcode, behind)
+        for step, name in _STEPS:
+            block = b.append_basic_block(name)
+            chosen.add_case(ir.Constant(i64, step.opcode), block)
+            b.position_at_end(block)
+            _call_kernel(b, step, name, a, control, team)
+            b.branch(behind)
+        b.position_at_end(behind)
+        return context.get_dummy_value()
 
-@njit(nogil=True)
-def _product(a, scratch, t, n_threads):  # type: ignore[no-untyped-def]
-    n, x, y = _arg(a, 10), _arg(a, 6), _arg(a, 8)
-    columns, outputs = scratch, scratch + 8 * n
-    for c in range(n):
-        store64(columns + 8 * c, x + c * _arg(a, 7))
-        store64(outputs + 8 * c, y + c * _arg(a, 9))
-    _times(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), columns, outputs, n,
-                     scratch + 16 * n, t, n_threads)  # fmt: skip
-
-
-@njit(nogil=True)
-def _product_id(a, control, scratch, t, n_threads):  # type: ignore[no-untyped-def]
-    """Each expert's rows times the columns that chose it."""
-    row_bytes, n_rows, x, x_bytes, n_slots = _arg(a, 2), _arg(a, 3), _arg(a, 6), _arg(a, 7), _arg(a, 11)
-    y, y_bytes, ids, ids_row, n_used, n_tokens = _arg(a, 8), _arg(a, 9), _arg(a, 12), _arg(a, 13), _arg(a, 14), _arg(a, 15)
-    n_experts = _arg(a, 10)
-    columns, outputs = scratch, scratch + 8 * n_used * n_tokens
-    for token in range(n_tokens):
-        for slot in range(n_used):
-            chosen = load32(ids + token * ids_row + 4 * slot)
-            if chosen < 0 or chosen >= n_experts:
-                atomic_store(control + BAD, _arg(a, 16) + 1)
-                return
-    for expert in range(n_experts):
-        n = 0
-        for token in range(n_tokens):
-            for slot in range(n_used):
-                if load32(ids + token * ids_row + 4 * slot) == expert:
-                    store64(columns + 8 * n, x + (token * n_slots + slot % n_slots) * x_bytes)
-                    store64(outputs + 8 * n, y + (token * n_used + slot) * y_bytes)
-                    n += 1
-        if n:
-            _times(_arg(a, 0), _arg(a, 1) + expert * n_rows * row_bytes, row_bytes, n_rows, _arg(a, 4),
-                             _arg(a, 5), columns, outputs, n, scratch + 16 * n_used * n_tokens, t, n_threads)  # fmt: skip
-
-
-@njit(nogil=True)
-def _store_halves(a, control, t, n_threads):  # type: ignore[no-untyped-def]
-    ids, n_rows = _arg(a, 4), _arg(a, 2)
-    for r in range(n_rows):
-        row = load64(ids + 8 * r)
-        if row < 0 or row >= _arg(a, 7):
-            atomic_store(control + BAD, _arg(a, 8) + 1)
-            return
-    _halves(_arg(a, 0), _arg(a, 1), n_rows, _arg(a, 3), ids, _arg(a, 5), _arg(a, 6), t, n_threads)
-
-
-@njit(nogil=True)
-def _step(op, a, control, scratch, t, n_threads):  # type: ignore[no-untyped-def]
-    if op == PRODUCT:
-        _product(a, scratch, t, n_threads)
-    elif op == QUANTIZE:
-        _quantize(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), t, n_threads)
-    elif op == ELEMENTWISE:
-        _elementwise(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), _arg(a, 6), _arg(a, 7),
-                         _arg(a, 8), _arg(a, 9), _float_arg(a, 10), _float_arg(a, 11), scratch, t, n_threads)  # fmt: skip
-    elif op == RMS_NORM:
-        _rms_norm(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), _arg(a, 6),
-                      _float_arg(a, 7), t, n_threads)  # fmt: skip
-    elif op == ATTEND:
-        _attend(a, scratch, t, n_threads)
-    elif op == MERGE:
-        _merge_parts(a, scratch, t, n_threads)
-    elif op == ROPE:
-        _rope(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), _arg(a, 6), _arg(a, 7),
-                  _arg(a, 8), _arg(a, 9), _arg(a, 10), _arg(a, 11), _arg(a, 12), t, n_threads)  # fmt: skip
-    elif op == STORE_HALVES:
-        _store_halves(a, control, t, n_threads)
-    elif op == PRODUCT_ID:
-        _product_id(a, control, scratch, t, n_threads)
-    elif op == BY_ROW:
-        _by_row(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), _arg(a, 6), _arg(a, 7),
-                    _arg(a, 8), t, n_threads)  # fmt: skip
-    elif op == SOFT_MAX:
-        _soft_max(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), _float_arg(a, 6), t,
-                      n_threads)  # fmt: skip
-    elif op == TOP_K:
-        _top_k(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), t, n_threads)
-    elif op == GET_ROWS:
-        if not _rows(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), _arg(a, 6),
-                             _arg(a, 7), _arg(a, 8), _arg(a, 9), _arg(a, 10), t, n_threads):  # fmt: skip
-            atomic_store(control + BAD, _arg(a, 11) + 1)
-    elif op == SUM_ROWS:
-        _sum_rows(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), t, n_threads)
-    elif op == NORM:
-        _norm(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), _float_arg(a, 6), t, n_threads)
-    elif op == ADD_ID:
-        if not _add_id(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), _arg(a, 6), _arg(a, 7),
-                           _arg(a, 8), _arg(a, 9), _arg(a, 10), _arg(a, 11), t, n_threads):  # fmt: skip
-            atomic_store(control + BAD, _arg(a, 12) + 1)
-    elif op == UNPACK:
-        if not _packed_rows(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), _arg(a, 6),
-                                 _arg(a, 7), _arg(a, 8), _arg(a, 9), scratch, t, n_threads):  # fmt: skip
-            atomic_store(control + BAD, _arg(a, 10) + 1)
-    elif op == ROPE_TABLE:
-        if not _rope_table(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), _arg(a, 6),
-                               _arg(a, 7), t, n_threads):  # fmt: skip
-            atomic_store(control + BAD, _arg(a, 8) + 1)
-    elif op == ARANGE:
-        _arange(_float_arg(a, 0), _float_arg(a, 1), _arg(a, 2), _arg(a, 3), t, n_threads)
-    elif op == NARROW:
-        _narrow(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), t, n_threads)
-    elif op == WIDEN:
-        _widen(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), _arg(a, 5), t, n_threads)
-    elif op == ARGMAX:
-        _largest(_arg(a, 0), _arg(a, 1), _arg(a, 2), _arg(a, 3), _arg(a, 4), t, n_threads)
+    return types.void(*[types.int64] * 6), codegen
 
 
 @njit(nogil=True)
@@ -266,17 +144,17 @@ def _run(control, t, n_threads, futex):  # type: ignore[no-untyped-def]
     profile = load64(control + PROFILE)
     clock = control + CLOCK
     for i in range(first, last):
-        step = program + 8 * WORDS * i
-        if n_threads > 1 and load64(step + 8):
-            _meet(control, n_threads, futex)
+        step = program + WORD * WORDS * i
+        if n_threads > 1 and load64(step + WORD):
+            _barrier(control, n_threads, futex)
         if profile != 0 and t == 0:
             start = _now_ns(clock)
-            _step(load64(step), step + 16, control, scratch, t, n_threads)
+            _step(load64(step), step + WORD * HEADER, control, scratch, t, n_threads)
             store64(profile + 8 * i, load64(profile + 8 * i) + _now_ns(clock) - start)
         else:
-            _step(load64(step), step + 16, control, scratch, t, n_threads)
+            _step(load64(step), step + WORD * HEADER, control, scratch, t, n_threads)
     if n_threads > 1:
-        _meet(control, n_threads, futex)
+        _barrier(control, n_threads, futex)
 
 
 @njit(nogil=True)

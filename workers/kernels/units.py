@@ -12,14 +12,14 @@ import os
 import sys
 from pathlib import Path
 
-import llvmlite.binding as llvm
 from numba import cfunc, config, types
 from numba.core.registry import cpu_target
 
 from workers.kernels import team
 from workers.kernels.exports import EXPORTS, Export
 from workers.kernels.layout import KINDS, N_QUANTIZED, N_WORDS, TEAM, UNITS
-from workers.kernels.pieces import PIECES, compiled, link, nowhere
+from workers.kernels.linking import link, never_called
+from workers.kernels.pieces import PIECES, compiled
 
 NESTED = ("products", "packing")
 _OF_FORMATS = {t.name for t in KINDS[:N_QUANTIZED]}
@@ -82,15 +82,14 @@ def _words(code: bytes) -> list[str]:
 
 def provide_pieces() -> None:
     """Have the pieces in this process, so that kernels can be called through Numba itself."""
-    link([compiled(list(PIECES))])
+    link([compiled(list(PIECES))], {name: name for name in PIECES})
 
 
 def main(folder: Path) -> None:
     """Compile the units that no other process has taken."""
     parent = os.getppid()
     cpu_target.target_context.codegen()  # takes its own level as it is now
-    for name in (*PIECES, *EXPORTS):  # of other units: named here, and never called
-        llvm.add_symbol(name, nowhere())
+    never_called((*PIECES, *EXPORTS))  # of other units: named here
     for unit in UNITS:
         if os.getppid() != parent:
             return

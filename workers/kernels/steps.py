@@ -1,0 +1,429 @@
+"""What a plan hands to a kernel: a record for each step, declared here once. Imports no compiler.
+
+From a declaration follow how a plan packs it, the opcode, which kernel the team calls, and what a profile says. A kernel's
+parameters have the names of its record's fields; `scratch`, `t` and `n_threads` are the team's: the thread's own memory,
+its number, and how many there are. To add a step: a record here, and the kernel that it names.
+
+Units: an `Address` is one of host memory, `Bytes` are strides and sizes, a `Count` is one of elements, rows or cells.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple, TypeAlias, TypeVar
+
+import msgspec
+
+from workers.kernels.layout import KINDS
+
+WORD = 8
+"""Bytes of a field."""
+HEADER = 2
+"""Words before the fields: the opcode, and 1 if the threads wait for each other first."""
+TEAM_ARGUMENTS = ("scratch", "t", "n_threads")
+"""What a kernel can take besides its fields."""
+
+Address: TypeAlias = int
+Bytes: TypeAlias = int
+Count: TypeAlias = int
+NodeIndex: TypeAlias = int
+Code: TypeAlias = int
+"""One of a table: a kind of weights, a function."""
+Flag: TypeAlias = bool
+Float32: TypeAlias = float
+FORMS = {"Address": "q", "Bytes": "q", "Count": "q", "NodeIndex": "q", "Code": "q", "Flag": "q", "Float32": "f4x"}
+"""How a field of each kind lies in its word, as `struct` writes it."""
+
+
+class Step(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """One step: its fields in the order in which they lie in memory, a word each.
+
+    A step with a field `node` checks indices: its kernel returns whether they were good, and if not, that node is at fault.
+
+    Attributes:
+        opcode: a number of this declaration's own.
+        kernel: module and name of the function that is called.
+        op: what a profile calls it.
+        form: how the fields are packed.
+    """
+
+    opcode: ClassVar[int]
+    kernel: ClassVar[str]
+    op: ClassVar[str]
+    form: ClassVar[struct.Struct]
+
+    def pack(self, program: object, at: int) -> None:
+        """Write the fields to a writable buffer, from byte `at` on."""
+        self.form.pack_into(program, at, *msgspec.structs.astuple(self))  # type: ignore[arg-type]
+
+    def title(self) -> str:
+        """The row of a profile that it belongs to."""
+        return self.op
+
+
+STEPS: list[type[Step]] = []
+"""Every step; its place is its opcode."""
+S = TypeVar("S", bound=type[Step])
+
+
+def step(kernel: str, op: str) -> Callable[[S], S]:
+    """Declare a step that `kernel` of workers/kernels carries out."""
+
+    def declare(record: S) -> S:
+        record.opcode, record.kernel, record.op = len(STEPS), kernel, op
+        record.form = struct.Struct("=" + "".join(FORMS[kind] for kind in kinds(record).values()))
+        STEPS.append(record)
+        return record
+
+    return declare
+
+
+def kinds(record: type[Step]) -> dict[str, str]:
+    """The kind of each field, in order."""
+    told = {name: kind for part in record.__mro__ for name, kind in vars(part).get("__annotations__", {}).items()}
+    return {name: told[name] for name in record.__struct_fields__}
+
+
+# -- elementwise -------------------------------------------------------------------------------------------------------
+
+
+class Function(NamedTuple):
+    """Of elements: how many sources it takes, and which parameters of its op."""
+
+    n_sources: int
+    params: tuple[str, ...] = ()
+
+
+FUNCTIONS: dict[str, Function] = {
+    **dict.fromkeys(("ADD", "SUB", "MUL", "DIV", "SWIGLU", "GEGLU"), Function(2)),
+    "SWIGLU_OAI": Function(2, ("alpha", "limit")),
+    "SCALE": Function(1, ("scale", "bias")),
+    "CLAMP": Function(1, ("low", "high")),
+    **dict.fromkeys(("TANH", "SILU", "GELU", "SIGMOID", "STEP", "RELU"), Function(1)),
+    "SAME": Function(1),
+}
+"""By the op's name; SAME is y = x. `rows` has them in vectors."""
+FUNCTION_CODE = {name: code for code, name in enumerate(FUNCTIONS)}
+BY_ROW = ("ADD", "SUB", "MUL", "DIV")
+"""Those that `ByRow` has too."""
+
+
+@step("rows.elementwise", "elementwise")
+class Elementwise(Step, frozen=True, kw_only=True):
+    """y = f(x, z) over rows; row r of x meets row r % z_rows of z."""
+
+    kind: Code
+    x: Address
+    x_row: Bytes
+    z: Address
+    z_row: Bytes
+    z_rows: Count
+    y: Address
+    y_row: Bytes
+    n_rows: Count
+    n: Count
+    p0: Float32 = 0.0
+    p1: Float32 = 0.0
+    p2: Float32 = 0.0
+    p3: Float32 = 0.0
+
+
+@step("rows.by_row", "elementwise by row")
+class ByRow(Step, frozen=True, kw_only=True):
+    """y = x op z, where z has one element for each row of x, `z_step` bytes apart."""
+
+    kind: Code
+    x: Address
+    x_row: Bytes
+    z: Address
+    z_step: Bytes
+    y: Address
+    y_row: Bytes
+    n_rows: Count
+    n: Count
+
+
+# -- rows --------------------------------------------------------------------------------------------------------------
+
+
+class RowToRow(Step, frozen=True, kw_only=True):
+    """Of each row another of its length."""
+
+    x: Address
+    x_row: Bytes
+    y: Address
+    y_row: Bytes
+    n_rows: Count
+    n: Count
+
+
+class RowToFew(Step, frozen=True, kw_only=True):
+    """Of each row a few numbers, which lie one row's behind the other's."""
+
+    x: Address
+    x_row: Bytes
+    n_rows: Count
+    n: Count
+    y: Address
+
+
+@step("rows.rms_norm", "RMS_NORM")
+class RmsNorm(RowToRow, frozen=True, kw_only=True):
+    """RMS_NORM, and the MUL by a row of weights behind it unless `w` is 0."""
+
+    w: Address
+    eps: Float32
+
+
+@step("rows.norm", "NORM")
+class Norm(RowToRow, frozen=True, kw_only=True):
+    eps: Float32
+
+
+@step("rows.soft_max", "SOFT_MAX")
+class SoftMax(RowToRow, frozen=True, kw_only=True):
+    scale: Float32
+
+
+@step("rows.top_k", "TOP_K")
+class TopK(RowToFew, frozen=True, kw_only=True):
+    """int32 indices, [n_rows, n_top]."""
+
+    n_top: Count
+
+
+@step("rows.sum_rows", "SUM_ROWS")
+class SumRows(RowToFew, frozen=True, kw_only=True):
+    """One float32."""
+
+
+@step("rows.argmax", "ARGMAX")
+class Argmax(RowToFew, frozen=True, kw_only=True):
+    """One int32 index."""
+
+
+@step("rows.narrow", "to F16")
+class Narrow(RowToRow, frozen=True, kw_only=True):
+    """float32 to float16."""
+
+
+@step("rows.widen", "from F16")
+class Widen(RowToRow, frozen=True, kw_only=True):
+    """float16 to float32."""
+
+
+@step("rows.get_rows", "GET_ROWS")
+class GetRows(Step, frozen=True, kw_only=True):
+    """Rows of float32 by int32 ids, a plane of each for each plane of x."""
+
+    x: Address
+    x_row: Bytes
+    x_plane: Bytes
+    n_x: Count
+    n: Count
+    ids: Address
+    id_step: Bytes
+    id_row: Bytes
+    y: Address
+    n_ids: Count
+    n_planes: Count
+    node: NodeIndex
+
+
+@step("rows.store_halves", "SET_ROWS")
+class StoreHalves(Step, frozen=True, kw_only=True):
+    """Rows of float32 as float16 into rows `ids` (int64) of y, which has `n_y`."""
+
+    x: Address
+    x_row: Bytes
+    n_rows: Count
+    n: Count
+    ids: Address
+    y: Address
+    y_row: Bytes
+    n_y: Count
+    node: NodeIndex
+
+
+@step("rows.add_id", "ADD_ID")
+class AddId(Step, frozen=True, kw_only=True):
+    x: Address
+    x_row: Bytes
+    z: Address
+    z_row: Bytes
+    n_z: Count
+    ids: Address
+    ids_row: Bytes
+    n_used: Count
+    y: Address
+    y_row: Bytes
+    n_rows: Count
+    n: Count
+    node: NodeIndex
+
+
+@step("rows.arange", "ARANGE")
+class Arange(Step, frozen=True, kw_only=True):
+    start: Float32
+    step: Float32
+    n: Count
+    y: Address
+
+
+@step("rows.rope_table", "ROPE table")
+class RopeTable(Step, frozen=True, kw_only=True):
+    """Cosines and sines [n_tokens, half] of int32 positions 0..bound; `turn` are float64 [half + 1]."""
+
+    positions: Address
+    step: Bytes
+    turn: Address
+    n_tokens: Count
+    half: Count
+    bound: Count
+    cos: Address
+    sin: Address
+    node: NodeIndex
+
+
+@step("rows.rope", "ROPE")
+class Rope(Step, frozen=True, kw_only=True):
+    x: Address
+    x_head: Bytes
+    x_row: Bytes
+    y: Address
+    y_head: Bytes
+    y_row: Bytes
+    n_tokens: Count
+    n_head: Count
+    d: Count
+    cos: Address
+    sin: Address
+    neox: Flag
+    n_dims: Count
+
+
+# -- attention ---------------------------------------------------------------------------------------------------------
+
+
+@step("attention.attend", "FLASH_ATTN_EXT")
+class Attend(Step, frozen=True, kw_only=True):
+    """FLASH_ATTN_EXT; of `mask`, `sinks` and `parts` 0 means none. With `parts` a `MergeParts` must follow."""
+
+    q: Address
+    q_row: Bytes
+    q_head: Bytes
+    q_seq: Bytes
+    d: Count
+    n_tokens: Count
+    n_head: Count
+    n_seq: Count
+    k: Address
+    k_row: Bytes
+    k_head: Bytes
+    k_seq: Bytes
+    v: Address
+    v_row: Bytes
+    v_head: Bytes
+    v_seq: Bytes
+    d_v: Count
+    n_head_kv: Count
+    n_kv: Count
+    mask: Address
+    mask_row: Bytes
+    mask_seq: Bytes
+    scale: Float32
+    softcap: Float32
+    sinks: Address
+    y: Address
+    parts: Address
+
+
+@step("attention.merge_parts", "FLASH_ATTN_EXT merge")
+class MergeParts(Step, frozen=True, kw_only=True):
+    """The second half of an attention that was split over the context."""
+
+    d_v: Count
+    n_tokens: Count
+    n_head: Count
+    n_seq: Count
+    n_kv: Count
+    sinks: Address
+    y: Address
+    parts: Address
+
+
+# -- products ----------------------------------------------------------------------------------------------------------
+
+
+class Weights(Step, frozen=True, kw_only=True):
+    """Rows of weights: groups of the first `n_packed` are packed, the others lie in GGUF's layout."""
+
+    kind: Code
+    w: Address
+    row_bytes: Bytes
+    n_rows: Count
+    n_packed: Count
+
+
+@step("products.quantize", "QUANTIZE")
+class Quantize(Step, frozen=True, kw_only=True):
+    """n columns of k float32 as blocks for a product."""
+
+    x: Address
+    x_row: Bytes
+    n: Count
+    k: Count
+    y: Address
+
+
+@step("columns.mul_mat", "MUL_MAT")
+class MulMat(Weights, frozen=True, kw_only=True):
+    """Rows of weights times n columns of x."""
+
+    k: Count
+    x: Address
+    x_bytes: Bytes
+    y: Address
+    y_bytes: Bytes
+    n: Count
+
+    def title(self) -> str:
+        return f"{self.op} {KINDS[self.kind].name} {self.n_rows}x{self.k}"
+
+
+@step("columns.mul_mat_id", "MUL_MAT_ID")
+class MulMatId(Weights, frozen=True, kw_only=True):
+    """Each expert's rows times the columns that chose it."""
+
+    k: Count
+    x: Address
+    x_bytes: Bytes
+    y: Address
+    y_bytes: Bytes
+    n_experts: Count
+    n_slots: Count
+    ids: Address
+    ids_row: Bytes
+    n_used: Count
+    n_tokens: Count
+    node: NodeIndex
+
+    def title(self) -> str:
+        return f"{self.op} {KINDS[self.kind].name} {self.n_rows}x{self.k}"
+
+
+@step("products.get_rows", "GET_ROWS of packed rows")
+class GetPackedRows(Weights, frozen=True, kw_only=True):
+    """Rows of weights as float32 [n_ids, n]."""
+
+    n: Count
+    ids: Address
+    id_step: Bytes
+    n_ids: Count
+    y: Address
+    node: NodeIndex
+
+
+WORDS = -(-(HEADER + max(len(s.__struct_fields__) for s in STEPS)) // 8) * 8
+"""int64 words from step to step: whole cache lines."""
