@@ -15,8 +15,6 @@ import hashlib
 from dataclasses import replace
 from itertools import pairwise
 
-import msgspec
-
 from broker.devices import DeviceEntry, Devices, State
 from broker.events import (
     ClientLost,
@@ -50,7 +48,7 @@ from protocol.errors import (
     WorkerLost,
 )
 from protocol.frames import Frame, Message
-from protocol.messages import BULK, NOT_CLIENTS, Command
+from protocol.messages import BULK, COMMAND_OF, NOT_CLIENTS, Command
 
 CLIENT_PING_S = 5.0
 NO_HELLO = f"no HELLO within {limits.RECONNECT_S:.0f} s; is a ggmq worker listening there?"
@@ -146,8 +144,6 @@ class BrokerState:
         pending = Pending(rid, message, message.device, event.now_s + self.deadline_s)
         payload = list(message.payload)
         if isinstance(h, m.GraphCompute):
-            if h.take or h.give:
-                raise ProtocolError("GRAPH_COMPUTE: a client gives a route; the broker makes take and give of it")
             pairs = list(pairwise([message.device, *(s.device for s in h.route)]))
             if pairs and client.linked.issuperset(pairs):
                 return self._relay(client, pending, h, pairs)
@@ -156,8 +152,8 @@ class BrokerState:
             pending.route = list(h.route)
             pending.frames = payload[h.n_payload :]
             payload = payload[: h.n_payload]
-            h = msgspec.structs.replace(h, route=[])
-        out = self._forward(pending, message.device, message.command, h, payload)
+            h = m.StageCompute(h.session, h.digest, h.n_payload)
+        out = self._forward(pending, message.device, h, payload)
         client.n_inflight += 1
         return [out]
 
@@ -194,10 +190,9 @@ class BrokerState:
             raise _lost(entry, entry.lost or silent or "it is not connected yet")
         return entry, worker
 
-    def _forward(
-        self, pending: Pending, device: int, command: Command, header: m.Header, payload: list[Frame]
-    ) -> ToWorker:
+    def _forward(self, pending: Pending, device: int, header: m.Header, payload: list[Frame]) -> ToWorker:
         entry, worker = self._device(device)
+        command = COMMAND_OF[type(header)]
         bulk = command in BULK
         if bulk:
             worker.bulk_seq += 1
@@ -242,7 +237,7 @@ class BrokerState:
             entry.allocated = {k: v for k, v in entry.allocated.items() if k[0] != client.session}
             try:
                 p = Pending(rid, message, index, now_s + self.deadline_s)
-                out.append(self._forward(p, index, Command.DRAIN, m.Drain(client.session), []))
+                out.append(self._forward(p, index, m.Drain(client.session), []))
             except WorkerLost:
                 entry.ended.add(client.session)
                 self.devices.forget(index)
@@ -278,7 +273,7 @@ class BrokerState:
         client.linking[message.seq] = Linking(pairs, len(todo))
         client.n_inflight += 1
         due = now_s + self.deadline_s
-        return [self._forward(Pending(rid, message, b, due, pair=(a, b)), b, Command.PEER_LISTEN, m.PeerListen(), [])
+        return [self._forward(Pending(rid, message, b, due, pair=(a, b)), b, m.PeerListen(), [])
                 for a, b in todo]  # fmt: skip
 
     def _link_step(self, pending: Pending, reply: Message, now_s: float) -> list[Instruction]:
@@ -291,7 +286,7 @@ class BrokerState:
             dial = m.PeerDial(_link_number(pair), endpoint, h.instance, entry.local)
             following = Pending(pending.rid, pending.request, a, now_s + self.deadline_s, pair=pair)
             try:
-                return [self._forward(following, a, Command.PEER_DIAL, dial, [])]
+                return [self._forward(following, a, dial, [])]
             except GgmqError:
                 return self._pair_known(pending, False)
         return self._pair_known(pending, isinstance(h, m.Found) and h.found)
@@ -321,10 +316,10 @@ class BrokerState:
         take = b""
         for i, stage in enumerate(stages):
             give = m.Give(_link_number(pairs[i]), self._ticket()) if i < len(pairs) else None
-            header = m.GraphCompute(h.session, stage.digest, stage.n_payload, take=take, give=give)
+            header = m.StageCompute(h.session, stage.digest, stage.n_payload, take=take, give=give)
             part, frames = frames[: stage.n_payload], frames[stage.n_payload :]
             pending = Pending(first.rid, request, stage.device, first.deadline_s, relay=relay)
-            sent = self._forward(pending, stage.device, Command.GRAPH_COMPUTE, header, part)
+            sent = self._forward(pending, stage.device, header, part)
             relay.keys.append((sent.link, sent.bulk, sent.message.seq))
             out.append(sent)
             take = give.ticket if give is not None else b""
@@ -441,7 +436,7 @@ class BrokerState:
             for session in sorted(ended):
                 drain = Message(Command.DRAIN, m.Drain(session))
                 pending = Pending(b"", drain, index, now_s + self.deadline_s)
-                out.append(self._forward(pending, index, Command.DRAIN, m.Drain(session), []))
+                out.append(self._forward(pending, index, m.Drain(session), []))
         return out
 
     def _replied(self, pending: Pending, reply: Message, now_s: float) -> list[Instruction]:
@@ -457,13 +452,14 @@ class BrokerState:
             if client.drains[request.seq]:
                 return []
             del client.drains[request.seq]
-            h, reply = m.Ok(), replace(reply, command=Command.DRAIN, payload=())
+            h, reply = m.Ok(), replace(reply, payload=())
         client.n_inflight -= 1
         if isinstance(h, m.Error):
             info = self.devices[pending.device].info
             h = m.Error(h.code, f"{info.worker} {info.name}: {h.message}"[:4000])
         rid = pending.rid
-        return [ToClient(rid, request.answer(h, reply.payload, reply.command)), *self._end_relay(client, pending, h)]
+        command = Command.ERROR if isinstance(h, m.Error) else request.command
+        return [ToClient(rid, request.answer(h, reply.payload, command)), *self._end_relay(client, pending, h)]
 
     def _account(self, pending: Pending, reply: Message) -> None:
         """Remember what was handed out on a device, for the figures of DEVICE_INFO."""
@@ -485,9 +481,9 @@ class BrokerState:
         session = h.session if isinstance(h, m.GraphCompute) else 0
         following = Pending(pending.rid, pending.request, step.device, now_s + self.deadline_s, rest,
                             pending.frames[step.n_payload :])  # fmt: skip
-        header = m.GraphCompute(session, step.digest, len(payload), spent_s=done.compute_s, spent_nodes=done.n_nodes)
+        header = m.StageCompute(session, step.digest, len(payload), spent_s=done.compute_s, spent_nodes=done.n_nodes)
         try:
-            return [self._forward(following, step.device, Command.GRAPH_COMPUTE, header, payload)]
+            return [self._forward(following, step.device, header, payload)]
         except GgmqError as e:
             return self._fail(following, e)
 

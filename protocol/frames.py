@@ -16,7 +16,18 @@ import msgspec
 
 from protocol import limits
 from protocol.errors import ProtocolError, VersionError
-from protocol.messages import ANSWER, PAYLOAD_FRAMES, REPLY, REQUEST, Command, GraphCompute, HandOver, Header, Hello
+from protocol.messages import (
+    ANSWER,
+    PAYLOAD_FRAMES,
+    REPLY,
+    REQUEST,
+    Command,
+    GraphCompute,
+    HandOver,
+    Header,
+    Hello,
+    StageCompute,
+)
 
 PREFIX = struct.Struct("<4sBBHIQ")
 MAGIC = b"GGMQ"
@@ -165,7 +176,7 @@ def decode(frames: Sequence[Frame]) -> Message:
         expected = PAYLOAD_FRAMES.get(command, 0)
         if isinstance(header, GraphCompute):
             expected = header.n_payload + sum(s.n_payload for s in header.route)
-        elif isinstance(header, HandOver):
+        elif isinstance(header, HandOver | StageCompute):
             expected = header.n_payload
         if len(payload) != expected:
             raise ProtocolError(f"{command.name}: expected {expected} payload frames, got {len(payload)}")

@@ -58,9 +58,9 @@ REQUEST_DEADLINE_S = 300.0
 
 MAX_LINKS = 64
 MAX_HANDED_BYTES = 1 << 28
-"""Activations that wait in a worker for the GRAPH_COMPUTE that takes them."""
+"""Activations that wait in a worker for the STAGE_COMPUTE that takes them."""
 HANDED_KEPT_S = 2 * RETURN_S
-"""They wait for so long: the broker that has that GRAPH_COMPUTE to send may be suspended meanwhile, and is waited for."""
+"""They wait for so long: the broker that has that STAGE_COMPUTE to send may be suspended meanwhile, and is waited for."""
 DIAL_S = 3.0
 """Within this long a worker that is dialled proves who it is, or activations go through the broker."""
 HAND_OVER_S = 5.0

@@ -37,6 +37,7 @@ class Command(IntEnum):
     PEER_DIAL = 18
     HAND_OVER = 19
     RELEASE = 20
+    STAGE_COMPUTE = 21
 
 
 REPLY = 0x80
@@ -208,17 +209,29 @@ class Give(Header, frozen=True):
 
 
 class GraphCompute(Header, frozen=True):
-    """Run a graph. The payload holds the inputs in graph order, then those of the later steps of `route`.
+    """A client asks for a graph, and for those of the later stages of `route`.
 
-    `route` is a client's word; the broker makes of it, for each worker, a `take` (the first inputs are those that another
-    worker hands over under this ticket; the payload holds the others) and a `give`. `spent_s` and `spent_nodes`: what
-    earlier stages took, which the reply adds to its own.
+    The payload holds the inputs in graph order, then those of each step of the route. The broker makes a STAGE_COMPUTE for
+    each stage of it.
     """
 
     session: U64
     digest: Digest
     n_payload: Annotated[int, Meta(ge=0, le=limits.MAX_FRAMES)]
     route: Annotated[list[RouteStep], Meta(max_length=limits.MAX_ROUTE_STEPS)] = []
+
+
+class StageCompute(Header, frozen=True):
+    """A broker has a worker run one graph. The payload holds the inputs in graph order.
+
+    `take`: the first inputs are those that another worker hands over under this ticket, and the payload holds the others.
+    `give`: the outputs go on to the next worker. `spent_s` and `spent_nodes`: what earlier stages took, which the reply
+    adds to its own.
+    """
+
+    session: U64
+    digest: Digest
+    n_payload: Annotated[int, Meta(ge=0, le=limits.MAX_FRAMES)]
     take: Ticket = b""
     give: Give | None = None
     spent_s: float = 0.0
@@ -260,7 +273,7 @@ class PeerDial(Header, frozen=True):
 
 
 class HandOver(Header, frozen=True):
-    """Outputs of a graph, from worker to worker, for the GRAPH_COMPUTE that takes this ticket. Ok: they arrived."""
+    """Outputs of a graph, from worker to worker, for the STAGE_COMPUTE that takes this ticket. Ok: they arrived."""
 
     ticket: Annotated[bytes, Meta(min_length=16, max_length=16)]
     n_payload: Annotated[int, Meta(ge=0, le=limits.MAX_FRAMES)]
@@ -337,18 +350,19 @@ REQUEST: dict[Command, type[Header]] = {
     Command.GET_TENSOR: GetTensor, Command.COPY_TENSOR: CopyTensor, Command.GRAPH_PUT: GraphPut,
     Command.GRAPH_COMPUTE: GraphCompute, Command.CANCEL: Cancel, Command.PING: Ping, Command.DRAIN: Drain,
     Command.STATS: StatsQuery, Command.LINK: Link, Command.PEER_LISTEN: PeerListen, Command.PEER_DIAL: PeerDial,
-    Command.HAND_OVER: HandOver, Command.RELEASE: Release,
+    Command.HAND_OVER: HandOver, Command.RELEASE: Release, Command.STAGE_COMPUTE: StageCompute,
 }  # fmt: skip
 COMMAND_OF: dict[type[Header], Command] = {kind: command for command, kind in REQUEST.items()}
 ANSWER: dict[Command, type[Header]] = {
     **dict.fromkeys(REQUEST, Ok), Command.HELLO: Hello, Command.DEVICE_INFO: DeviceList, Command.ALLOC_BUFFER: Found,
     Command.SET_TENSOR_HASH: Found, Command.GRAPH_COMPUTE: ComputeDone, Command.PING: Ping, Command.STATS: Stats,
     Command.ERROR: Error, Command.LINK: Found, Command.PEER_LISTEN: PeerAddress, Command.PEER_DIAL: Found,
-    Command.RELEASE: Found,
+    Command.RELEASE: Found, Command.STAGE_COMPUTE: ComputeDone,
 }  # fmt: skip
 PAYLOAD_FRAMES: dict[Command, int] = {Command.SET_TENSOR: 1, Command.GRAPH_PUT: 1}
-"""Payload frames that a request carries; GRAPH_COMPUTE and HAND_OVER say it in their headers, every other has none."""
+"""Payload frames that a request carries; computes and HAND_OVER say it in their headers, every other has none."""
 BULK = frozenset({Command.SET_TENSOR, Command.SET_TENSOR_HASH})
 """Commands that travel on the bulk channel."""
-NOT_CLIENTS = frozenset({Command.PEER_LISTEN, Command.PEER_DIAL, Command.HAND_OVER})
-"""Requests between a broker and workers only: a client could have a worker connect anywhere."""
+NOT_CLIENTS = frozenset({Command.PEER_LISTEN, Command.PEER_DIAL, Command.HAND_OVER, Command.STAGE_COMPUTE})
+"""Requests between a broker and workers only: a client could have a worker connect anywhere, or take what
+is another's."""

@@ -51,7 +51,7 @@ class Arrivals:
         held = sum(len(f) for s in self.stashed.values() for f in s.payload)
         coming = sum(len(f) for f in message.payload)
         if held + coming > limits.MAX_HANDED_BYTES or len(self.stashed) >= limits.MAX_INFLIGHT_PER_CLIENT:
-            raise Overloaded(f"HAND_OVER: {len(self.stashed)} with {held} bytes wait here for their GRAPH_COMPUTE")
+            raise Overloaded(f"HAND_OVER: {len(self.stashed)} with {held} bytes wait here for their STAGE_COMPUTE")
         self.stashed[h.ticket] = _Stashed(h, message.payload, now_s)
         return []
 
@@ -62,17 +62,17 @@ class Arrivals:
             Overloaded.
         """
         h = message.header
-        assert isinstance(h, m.GraphCompute)  # only a compute takes
+        assert isinstance(h, m.StageCompute)  # only a compute takes
         stashed = self.stashed.pop(h.take, None)
         if stashed is not None:
             return _completed(message, stashed.hand, stashed.payload)
         if h.take in self.forgotten:
-            raise Unavailable(f"GRAPH_COMPUTE: its activations waited here for over {limits.HANDED_KEPT_S:.0f} s; "
+            raise Unavailable(f"STAGE_COMPUTE: its activations waited here for over {limits.HANDED_KEPT_S:.0f} s; "
                               "compute them again")  # fmt: skip
         if len(h.take) != 16 or h.take in self.parked:
-            raise HandleError("GRAPH_COMPUTE: expected a ticket of 16 bytes that nothing else takes")
+            raise HandleError("STAGE_COMPUTE: expected a ticket of 16 bytes that nothing else takes")
         if len(self.parked) >= limits.MAX_INFLIGHT_PER_CLIENT:
-            raise Overloaded(f"GRAPH_COMPUTE: {len(self.parked)} wait here for activations")
+            raise Overloaded(f"STAGE_COMPUTE: {len(self.parked)} wait here for activations")
         self.parked[h.take] = (rid, token, message)
         return None
 
@@ -81,7 +81,7 @@ class Arrivals:
         out = []
         for ticket, (rid, owner, message) in list(self.parked.items()):
             h = message.header
-            assert isinstance(h, m.GraphCompute)  # only a compute is parked
+            assert isinstance(h, m.StageCompute)  # only a compute is parked
             if owner == token and session == h.session and seq in (None, message.seq):
                 del self.parked[ticket]
                 self._forget(ticket)
@@ -102,7 +102,7 @@ class Arrivals:
 
 def _completed(message: Message, hand: m.HandOver, payload: tuple[Frame, ...]) -> Message:
     h = message.header
-    assert isinstance(h, m.GraphCompute)  # only a compute takes
+    assert isinstance(h, m.StageCompute)  # only a compute takes
     frames = (*payload, *message.payload)
     spent = {"spent_s": hand.spent_s, "spent_nodes": hand.spent_nodes}
     return replace(message, header=structs.replace(h, take=b"", n_payload=len(frames), **spent), payload=frames)

@@ -70,7 +70,7 @@ class Executor:
     def execute(self, work: Work, tick: Tick) -> Sequence[LinkInstruction]:
         """Do it, and say what to send. Every failure becomes an ordinary error reply."""
         h = work.request.header
-        gives = isinstance(h, m.GraphCompute) and h.give is not None
+        gives = isinstance(h, m.StageCompute) and h.give is not None
         try:
             if gives:
                 self.links.can_give(work)
@@ -114,7 +114,7 @@ class Executor:
                 self.device.copy(mine[h.src_buffer], h.src_offset, mine[h.dst_buffer], h.dst_offset, h.n_bytes, pace)
             case m.GraphPut():
                 self._compile(work, h.digest, pace)
-            case m.GraphCompute():
+            case m.StageCompute():
                 plan = self.plans.get((key, h.digest)) or self._compile(work, h.digest, pace)
                 start = time.perf_counter()
                 out = self._with_room(partial(plan.run, work.request.payload, tick), pace)

@@ -103,16 +103,16 @@ class Links:
     def can_give(self, work: Work) -> None:
         """Errors: Unavailable when the link that a compute names is not up; better known before the work than after."""
         h = work.request.header
-        assert isinstance(h, m.GraphCompute) and h.give is not None  # the caller saw it
+        assert isinstance(h, m.StageCompute) and h.give is not None  # the caller saw it
         link = self.links.get((work.key[0], h.give.link))
         if link is None or not link.up:
-            raise Unavailable(f"GRAPH_COMPUTE: link {h.give.link} to the next worker is down; activations can go through "
+            raise Unavailable(f"STAGE_COMPUTE: link {h.give.link} to the next worker is down; activations can go through "
                               "the broker")  # fmt: skip
 
     def give(self, work: Work, done: m.ComputeDone, payload: tuple[Frame, ...]) -> Sequence[LinkInstruction]:
         """Hand a compute's outputs over; its reply follows the acknowledgement."""
         h = work.request.header
-        assert isinstance(h, m.GraphCompute) and h.give is not None  # the caller saw it
+        assert isinstance(h, m.StageCompute) and h.give is not None  # the caller saw it
         name = (work.key[0], h.give.link)
         try:
             self.can_give(work)

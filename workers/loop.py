@@ -324,7 +324,7 @@ class WorkerLoop:
 
     @staticmethod
     def _turn(waiting: tuple[bytes, Message]) -> bool:
-        return isinstance(waiting[1].header, (m.GraphCompute, m.GraphPut))
+        return isinstance(waiting[1].header, (m.StageCompute, m.GraphPut))
 
     def stop(self) -> None:
         self.stopping = True
@@ -466,7 +466,7 @@ class WorkerLoop:
         self._carry_out(self.state.unpark(rid, h.session, h.seq))
         self._carry_out(self.state.handle(rid, message))
         if self.running == (rid, h.session, h.seq):
-            raise Cancelled("GRAPH_COMPUTE was cancelled")
+            raise Cancelled("STAGE_COMPUTE was cancelled")
 
     def _handle(self, rid: bytes, message: Message) -> Sequence[LinkInstruction]:
         h, now = message.header, self.clock.now_s()

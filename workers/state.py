@@ -253,13 +253,11 @@ class WorkerState:
                 self._extent(session, h.src_buffer, h.src_offset, h.n_bytes, "COPY_TENSOR source")
                 self._extent(session, h.dst_buffer, h.dst_offset, h.dst_n_bytes, "COPY_TENSOR destination")
                 return [Work("copy", rid, key, message)]
-            case m.GraphCompute():
+            case m.StageCompute():
                 graph = session.graphs.get(h.digest)
                 if graph is None:
-                    raise HandleError(f"GRAPH_COMPUTE: graph {h.digest.hex()} is not one of this session; "
+                    raise HandleError(f"STAGE_COMPUTE: graph {h.digest.hex()} is not one of this session; "
                                       "it was never put, or a buffer of it was freed")  # fmt: skip
-                if h.route:
-                    raise ProtocolError("GRAPH_COMPUTE: routes end at the broker")
                 complete = self.arrivals.take(rid, token, message) if h.take else message
                 if complete is None:
                     return []

@@ -114,6 +114,6 @@ class GoodRequest:
 
     def answer(self) -> bytes:
         self.set_up()
-        reply = self.a.ask(m.GraphCompute(SESSION, self.digest, 0))
+        reply = self.a.ask(m.StageCompute(SESSION, self.digest, 0))
         assert isinstance(reply.header, m.ComputeDone), reply.header
         return bytes(reply.payload[0])

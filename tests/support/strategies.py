@@ -62,7 +62,7 @@ def messages(draw: st.DrawFn) -> Message:
     n = m.PAYLOAD_FRAMES.get(command, 0)
     if isinstance(header, m.GraphCompute):
         header = msgspec.structs.replace(header, route=[])
-    if isinstance(header, m.GraphCompute | m.HandOver):
+    if isinstance(header, m.GraphCompute | m.StageCompute | m.HandOver):
         header = msgspec.structs.replace(header, n_payload=draw(st.integers(0, 3)))
         n = header.n_payload
     if isinstance(header, m.Hello):

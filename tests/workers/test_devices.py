@@ -272,7 +272,7 @@ def test_a_worker_says_once_what_runs_without_a_kernel(kernels: None, tmp_path: 
         for session in (1, 2):
             a.ask(m.AllocBuffer(session, 1, tensor_bytes(GGMLType.Q8_0, ne)))
             assert a.code(m.GraphPut(session, graph_digest(frame)), frame) == "ok"
-            assert a.code(m.GraphCompute(session, graph_digest(frame), 1), bytes(4 * 64 * 3)) == "ok"
+            assert a.code(m.StageCompute(session, graph_digest(frame), 1), bytes(4 * 64 * 3)) == "ok"
             stats = a.ask(m.StatsQuery()).header
             assert isinstance(stats, m.Stats)
             counts.append(stats.n_fallbacks)

@@ -139,7 +139,7 @@ def test_a_worker_answers_while_a_large_tensor_is_loaded_and_moved(kernels: None
             "from a file": model.fetch(SESSION, 1),
             "from the cache": replace(model.fetch(SESSION, 1), file=""),
             "read": m.GetTensor(SESSION, 1, n - part, part),
-            "computed": m.GraphCompute(SESSION, graph_digest(frame), 1),
+            "computed": m.StageCompute(SESSION, graph_digest(frame), 1),
             "copied": m.CopyTensor(SESSION, 1, 0, 2, 0, n, n),
             "unpacked": m.SetTensor(SESSION, 1, n - 8, 8),
             "freed": m.Drain(SESSION),
@@ -182,7 +182,7 @@ def test_what_sessions_held_is_given_back(kernels: None, tmp_path: Path, n_sessi
             for graph, rows in ((model.graph(1), model.ne[1]), (small.graph(2), small.ne[1]), (widened, n_rows)):
                 frame = encode_graph(graph)
                 assert isinstance(a.ask(m.GraphPut(session, graph_digest(frame)), frame).header, m.Ok)
-                done = a.ask(m.GraphCompute(session, graph_digest(frame), 1), column)
+                done = a.ask(m.StageCompute(session, graph_digest(frame), 1), column)
                 assert isinstance(done.header, m.ComputeDone), done.header
                 assert len(done.payload[0]) == 4 * rows
             during = a.ask(m.StatsQuery()).header
@@ -210,7 +210,7 @@ def test_a_worker_with_little_memory_serves_one_client_after_the_other(kernels: 
             a.ask(model.fetch(session, 1))
             frame = encode_graph(model.graph(1))
             a.ask(m.GraphPut(session, graph_digest(frame)), frame)
-            a.ask(m.GraphCompute(session, graph_digest(frame), 1), np.ones(ROW, np.float32).tobytes())
+            a.ask(m.StageCompute(session, graph_digest(frame), 1), np.ones(ROW, np.float32).tobytes())
             stats = a.ask(m.StatsQuery()).header
             assert isinstance(stats, m.Stats) and stats.rss_bytes < 500 * MIB, (session, stats)
             a.ask(m.Drain(session))

@@ -185,7 +185,7 @@ def test_the_next_session_has_what_the_last_one_left(worker: tuple[Attacker, int
 def put(a: Attacker, session: int, graph: Graph, *payload: bytes) -> None:
     frame = encode_graph(graph)
     assert a.code(m.GraphPut(session, graph_digest(frame)), frame) == "ok"
-    assert a.code(m.GraphCompute(session, graph_digest(frame), len(payload)), *payload) == "ok"
+    assert a.code(m.StageCompute(session, graph_digest(frame), len(payload)), *payload) == "ok"
 
 
 def write_by_a_node(a: Attacker, session: int) -> None:

@@ -69,8 +69,8 @@ def dial(a: Attacker, port: int, instance: bytes, link: int = 1) -> bool:
     return reply.header.found
 
 
-def compute(take: bytes = b"", give: m.Give | None = None, n: int = 0) -> m.GraphCompute:
-    return m.GraphCompute(SESSION, DIGEST, n, take=take, give=give)
+def compute(take: bytes = b"", give: m.Give | None = None, n: int = 0) -> m.StageCompute:
+    return m.StageCompute(SESSION, DIGEST, n, take=take, give=give)
 
 
 @pytest.mark.parametrize("second_first", [False, True])
@@ -115,7 +115,7 @@ def test_only_the_instance_that_was_meant_is_a_peer(
 
 def test_a_peer_may_hand_over_and_nothing_else(brokers: tuple[Attacker, Attacker], peer: Attacker) -> None:
     _, second = brokers
-    for header in (m.AllocBuffer(SESSION, 1, 8), m.Drain(SESSION), m.StatsQuery(), m.GraphCompute(SESSION, DIGEST, 0),
+    for header in (m.AllocBuffer(SESSION, 1, 8), m.Drain(SESSION), m.StatsQuery(), m.StageCompute(SESSION, DIGEST, 0),
                    m.PeerListen(), m.PeerDial(1, "tcp://127.0.0.1:1", b"", 0)):  # fmt: skip
         assert peer.code(header) == "protocol"
     assert peer.code(m.HandOver(TICKET, 1), X.tobytes()) == "ok"
@@ -123,6 +123,11 @@ def test_a_peer_may_hand_over_and_nothing_else(brokers: tuple[Attacker, Attacker
     assert second.code(m.HandOver(TICKET, 0)) == "protocol"
     reply = second.ask(compute(take=TICKET))
     assert bytes(reply.payload[0]) == (X * X).tobytes()
+
+
+def test_routes_end_at_the_broker(brokers: tuple[Attacker, Attacker]) -> None:
+    for route in ([], [m.RouteStep(1, DIGEST, 0)]):
+        assert brokers[0].code(m.GraphCompute(SESSION, DIGEST, 0, route)) == "protocol"
 
 
 def test_what_is_handed_over_is_checked_like_any_input(brokers: tuple[Attacker, Attacker], peer: Attacker) -> None:
@@ -192,7 +197,7 @@ def test_every_compute_runs_once_with_what_was_handed_for_it(steps: list[tuple[b
         ticket = bytes([n]) * 16
         if take and n not in taken:
             taken.add(n)
-            ready = [arrivals.take(b"r", b"t", Message(Command.GRAPH_COMPUTE, compute(take=ticket), (), seq=i))]
+            ready = [arrivals.take(b"r", b"t", Message(Command.STAGE_COMPUTE, compute(take=ticket), (), seq=i))]
         elif not take and n not in given_:
             given_.add(n)
             handed = Message(Command.HAND_OVER, m.HandOver(ticket, 1), (bytes([n]),))
@@ -213,7 +218,7 @@ def test_activations_wait_for_a_broker_as_long_as_its_client_does() -> None:
     arrivals = Arrivals()
     arrivals.handed(Message(Command.HAND_OVER, m.HandOver(TICKET, 1), (b"x",)), 0.0)
     arrivals.expire(limits.RETURN_S + limits.RECONNECT_S)
-    whole = arrivals.take(b"r", b"t", Message(Command.GRAPH_COMPUTE, compute(take=TICKET)))
+    whole = arrivals.take(b"r", b"t", Message(Command.STAGE_COMPUTE, compute(take=TICKET)))
     assert whole is not None and list(whole.payload) == [b"x"]
 
 
@@ -221,7 +226,7 @@ def test_what_comes_for_a_compute_that_was_cancelled_is_dropped() -> None:
     arrivals = Arrivals()
     for i in range(2 * limits.MAX_INFLIGHT_PER_CLIENT):
         ticket = i.to_bytes(16)
-        assert arrivals.take(b"r", b"t", Message(Command.GRAPH_COMPUTE, compute(take=ticket), (), seq=i)) is None
+        assert arrivals.take(b"r", b"t", Message(Command.STAGE_COMPUTE, compute(take=ticket), (), seq=i)) is None
         assert len(arrivals.unpark(b"t", SESSION, i)) == 1
         assert arrivals.handed(Message(Command.HAND_OVER, m.HandOver(ticket, 1), (bytes(1 << 20),)), 0.0) == []
     assert not arrivals.stashed and not arrivals.parked and len(arrivals.forgotten) == limits.MAX_INFLIGHT_PER_CLIENT
@@ -239,8 +244,8 @@ def test_what_nobody_takes_is_bounded_and_forgotten() -> None:
     arrivals.expire(limits.HANDED_KEPT_S + 0.5)
     assert list(arrivals.stashed) == [bytes([1]) * 16]
     with pytest.raises(Unavailable, match="compute them again"):
-        arrivals.take(b"r", b"t", Message(Command.GRAPH_COMPUTE, compute(take=bytes(16))))
+        arrivals.take(b"r", b"t", Message(Command.STAGE_COMPUTE, compute(take=bytes(16))))
     assert not arrivals.parked
-    arrivals.take(b"r", b"t", Message(Command.GRAPH_COMPUTE, compute(take=TICKET)))
+    arrivals.take(b"r", b"t", Message(Command.STAGE_COMPUTE, compute(take=TICKET)))
     with pytest.raises(HandleError):
-        arrivals.take(b"r", b"t", Message(Command.GRAPH_COMPUTE, compute(take=TICKET)))
+        arrivals.take(b"r", b"t", Message(Command.STAGE_COMPUTE, compute(take=TICKET)))

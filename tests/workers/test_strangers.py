@@ -190,7 +190,7 @@ def test_a_message_that_never_ends_is_cut_off(frame: bytes) -> None:
             before = rss_bytes(worker.pid)
             most = 3 << 30 if frame else 1 << 28
             assert 8 << 20 < endless_message(port, frame, most) < most, "nobody cut it off"
-            assert served.ask(m.GraphCompute(SESSION, good.digest, 0)).payload[0] == good.expected
+            assert served.ask(m.StageCompute(SESSION, good.digest, 0)).payload[0] == good.expected
             until(lambda: rss_bytes(worker.pid) - before < 64 << 20)
             assert worker.poll() is None
         finally:

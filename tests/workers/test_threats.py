@@ -63,7 +63,7 @@ def test_a_freed_buffer_takes_its_graphs_with_it(attacker: Attacker) -> None:
     good = GoodRequest(attacker)
     good.set_up()
     assert attacker.code(m.FreeBuffer(SESSION, good.buffer)) == "ok"
-    assert attacker.code(m.GraphCompute(SESSION, good.digest, 0)) == "handle"
+    assert attacker.code(m.StageCompute(SESSION, good.digest, 0)) == "handle"
     assert attacker.code(m.GraphPut(SESSION, good.digest), good.frame) == "handle"
 
 
@@ -72,7 +72,7 @@ def test_a_graph_belongs_to_its_session(worker: tuple[int, subprocess.Popen[byte
     good.set_up()
     other = Attacker(worker[0], random.randbytes(16))
     try:
-        assert other.code(m.GraphCompute(SESSION, good.digest, 0)) == "handle"
+        assert other.code(m.StageCompute(SESSION, good.digest, 0)) == "handle"
         assert other.code(m.GetTensor(SESSION, good.buffer, 0, 4)) == "handle"
     finally:
         other.close()
@@ -114,7 +114,7 @@ def test_indices_in_data_are_checked(attacker: Attacker, op: str, index: int) ->
     frame = encode_graph(graph)
     assert attacker.code(m.GraphPut(SESSION, graph_digest(frame)), frame) == "ok"
     data = [ids.tobytes() if t.type == GGMLType.I32 else bytes(4 * t.n_elements) for t in leaves]
-    assert attacker.code(m.GraphCompute(SESSION, graph_digest(frame), len(data)), *data) == "kernel"
+    assert attacker.code(m.StageCompute(SESSION, graph_digest(frame), len(data)), *data) == "kernel"
 
 
 def test_inputs_of_the_wrong_size_or_number_are_refused(attacker: Attacker) -> None:
@@ -123,8 +123,8 @@ def test_inputs_of_the_wrong_size_or_number_are_refused(attacker: Attacker) -> N
     digest = graph_digest(frame)
     attacker.ask(m.GraphPut(SESSION, digest), frame)
     for payload in ([], [bytes(127)], [bytes(129)], [bytes(128)] * 2):
-        assert attacker.code(m.GraphCompute(SESSION, digest, len(payload)), *payload) == "handle"
-    assert attacker.code(m.GraphCompute(SESSION, digest, 1), bytes(128)) == "ok"
+        assert attacker.code(m.StageCompute(SESSION, digest, len(payload)), *payload) == "handle"
+    assert attacker.code(m.StageCompute(SESSION, digest, 1), bytes(128)) == "ok"
 
 
 def test_a_digest_that_lies_and_a_hash_that_lies_are_refused(attacker: Attacker) -> None:
@@ -193,7 +193,8 @@ def test_20000_fuzzed_messages_change_nothing(
         (m.SetTensor(SESSION, 52, 0, 64), (bytes(64),)), (m.GetTensor(SESSION, 52, 0, 64), ()),
         (m.SetTensorHash(SESSION, 52, 0, 128, bytes(32), 0, (32, 1, 1, 1)), ()),
         (m.CopyTensor(SESSION, 52, 0, 53, 0, 8, 8), ()), (m.GraphPut(SESSION, good.digest), (good.frame,)),
-        (m.GraphCompute(SESSION, b"1" * 16, 0), ()), (m.Cancel(SESSION, 3), ()), (m.Ping(1), ()), (m.StatsQuery(), ()),
+        (m.StageCompute(SESSION, b"1" * 16, 0), ()), (m.GraphCompute(SESSION, b"1" * 16, 0), ()),
+        (m.Cancel(SESSION, 3), ()), (m.Ping(1), ()), (m.StatsQuery(), ()),
     ]:  # fmt: skip
         seeds.append([bytes(f) for f in encode(Message(m.COMMAND_OF[type(header)], header, payload, epoch=attacker.epoch))])
     sent = 0
@@ -244,8 +245,8 @@ def test_computes_of_several_sessions_take_turns(attacker: Attacker) -> None:
             attacker.ask(m.AllocBuffer(session, 9, 4 << 20))
             assert attacker.code(m.GraphPut(session, graph_digest(frame)), frame) == "ok"
         n = 150
-        many = [attacker.send(m.GraphCompute(SESSION, graph_digest(frame), 0)) for _ in range(n)]
-        one = attacker.send(m.GraphCompute(SESSION + 1, graph_digest(frame), 0))
+        many = [attacker.send(m.StageCompute(SESSION, graph_digest(frame), 0)) for _ in range(n)]
+        one = attacker.send(m.StageCompute(SESSION + 1, graph_digest(frame), 0))
         order = []
         while len(order) < n + 1:
             reply = attacker.reply()
