@@ -63,6 +63,20 @@ def _where_positive(e: Emit, x: Any, value: Any) -> Any:
     return e.b.select(e.b.fcmp_ordered(">", x, e.floats(0.0)), value, e.floats(0.0))
 
 
+def _xielu(e: Emit, x: Any, z: Any, p: Any) -> Any:
+    b, (alpha_n, alpha_p, beta, eps) = e.b, p
+    held = b.select(b.fcmp_ordered("<", x, eps), x, eps)
+    near = e.floats(1.0)  # e^held - 1 - held: near 0, where that cancels, by its series
+    for i in range(9, 2, -1):
+        near = e.fma(b.fmul(near, held), e.floats(1 / i), e.floats(1.0))
+    square = b.fmul(held, held)
+    near, far = b.fmul(b.fmul(near, e.floats(0.5)), square), b.fsub(b.fsub(e.exp(held), e.floats(1.0)), held)
+    curve = b.select(b.fcmp_ordered("<", square, e.floats(0.25)), near, far)
+    low = b.fmul(alpha_n, b.fadd(curve, b.fsub(held, x)))
+    high = b.fmul(alpha_p, b.fmul(x, x))
+    return b.fadd(b.select(b.fcmp_ordered(">", x, e.floats(0.0)), high, low), b.fmul(beta, x))
+
+
 _FUNCTIONS: dict[str, Callable[[Emit, Any, Any, Any], Any]] = {
     "ADD": lambda e, x, z, p: e.b.fadd(x, z),
     "SUB": lambda e, x, z, p: e.b.fsub(x, z),
@@ -79,6 +93,7 @@ _FUNCTIONS: dict[str, Callable[[Emit, Any, Any, Any], Any]] = {
     "SIGMOID": lambda e, x, z, p: e.sigmoid(x),
     "STEP": lambda e, x, z, p: _where_positive(e, x, e.floats(1.0)),
     "RELU": lambda e, x, z, p: _where_positive(e, x, x),
+    "XIELU": _xielu,
     "SAME": lambda e, x, z, p: x,
 }
 """Of 16 float32 x and z and parameters p."""

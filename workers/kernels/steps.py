@@ -101,6 +101,7 @@ FUNCTIONS: dict[str, Function] = {
     "SCALE": Function(1, ("scale", "bias")),
     "CLAMP": Function(1, ("low", "high")),
     **dict.fromkeys(("TANH", "SILU", "GELU", "SIGMOID", "STEP", "RELU"), Function(1)),
+    "XIELU": Function(1, ("alpha_n", "alpha_p", "beta", "eps")),
     "SAME": Function(1),
 }
 """By the op's name; SAME is y = x. `rows` has them in vectors."""
