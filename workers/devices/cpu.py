@@ -98,7 +98,7 @@ class CPUDevice(HostDevice):
         """Kind, bytes of a row, groups that are packed, and blocks of a row."""
         rows = ne[1] * ne[2] * ne[3]
         info = TYPES[type_id]
-        return layout.KIND_OF[GGMLType(type_id)], row_bytes(type_id, ne[0]), rows // 16, ne[0] // info.block
+        return layout.KIND_OF[GGMLType(type_id)], row_bytes(type_id, ne[0]), rows // layout.GROUP, ne[0] // info.block
 
     @staticmethod
     def _packable(type_id: int, ne: tuple[int, int, int, int]) -> bool:
@@ -159,7 +159,7 @@ class CPUDevice(HostDevice):
         type_id, ne, _ = buffer.packed[at]
         kind, row, n_groups, n_blocks = self._shape(type_id, ne)
         out = np.empty((last - first) * row, np.uint8)
-        self.team.call(layout.UNPACK_ROWS, kind, self._at(buffer, at), row, first, last, 16 * n_groups, n_blocks,
+        self.team.call(layout.UNPACK_ROWS, kind, self._at(buffer, at), row, first, last, layout.GROUP * n_groups, n_blocks,
                        out.ctypes.data)  # fmt: skip
         return out
 
@@ -186,7 +186,7 @@ class CPUDevice(HostDevice):
         if t.offset not in buffer.widened:
             buffer.widened[t.offset] = self._widen(buffer, t, tick)
         packs = self._packable(GGMLType.F16, t.ne)
-        return self._at(buffer.widened[t.offset], 0), t.ne[1] // 16 * 16 if packs else 0
+        return self._at(buffer.widened[t.offset], 0), t.ne[1] // layout.GROUP * layout.GROUP if packs else 0
 
     def _widen(self, buffer: Buffer, t: Tensor, tick: Tick) -> Buffer:
         n_bytes, free = 2 * t.n_elements, self.free_bytes()

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from protocol.dtypes import TYPES, GGMLType
-from workers.kernels.layout import KINDS
+from workers.kernels.layout import GROUP, KINDS
 from workers.kernels.quants import KVALUES_IQ4NL, KVALUES_MXFP4
 from workers.kernels.simd import TARGET, Emit, f32, i16, v16f, vec
 
@@ -72,7 +72,7 @@ class Format:
     @property
     def group_bytes(self) -> int:
         """Bytes of one block of 16 rows."""
-        return 16 * TYPES[self.type].bytes
+        return GROUP * TYPES[self.type].bytes
 
     @property
     def signed(self) -> bool:

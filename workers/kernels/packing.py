@@ -12,6 +12,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from workers.kernels.formats import BLOCK_BYTES, FIELDS, N_FIELDS
+from workers.kernels.layout import GROUP
 from workers.kernels.simd import (
     Emit,
     i1,
@@ -78,19 +79,19 @@ def pack_group(kind, rows, row_bytes, n_rows, n_blocks, out):  # type: ignore[no
     for k in range(n_blocks):
         for f in range(N_FIELDS[kind]):
             offset, unit, count, at = FIELDS[kind, f]
-            q = out + 16 * (k * size + at)
+            q = out + GROUP * (k * size + at)
             if unit == 4:
                 for i in range(count):
-                    _word_of_rows(rows, row_bytes, n_rows, k * size + offset + 4 * i, q + 64 * i)
+                    _word_of_rows(rows, row_bytes, n_rows, k * size + offset + 4 * i, q + 4 * GROUP * i)
                 continue
-            for r in range(16):
+            for r in range(GROUP):
                 p = rows + min(r, n_rows - 1) * row_bytes + k * size + offset
                 if unit == 2:
                     for i in range(count):
-                        store16(q + 32 * i + 2 * r, load16(p + 2 * i))
+                        store16(q + 2 * GROUP * i + 2 * r, load16(p + 2 * i))
                 elif unit == 1:
                     for i in range(count):
-                        store8(q + 16 * i + r, load8(p + i))
+                        store8(q + GROUP * i + r, load8(p + i))
                 else:
                     _spread(load32(p), r, q)
 
@@ -102,16 +103,16 @@ def unpack_row(kind, group, row, n_blocks, out):  # type: ignore[no-untyped-def]
     for k in range(n_blocks):
         for f in range(N_FIELDS[kind]):
             offset, unit, count, at = FIELDS[kind, f]
-            p, q = group + 16 * (k * size + at), out + k * size + offset
+            p, q = group + GROUP * (k * size + at), out + k * size + offset
             if unit == 4:
                 for i in range(count):
-                    store32(q + 4 * i, load32(p + 64 * i + 4 * row))
+                    store32(q + 4 * i, load32(p + 4 * GROUP * i + 4 * row))
             elif unit == 2:
                 for i in range(count):
-                    store16(q + 2 * i, load16(p + 32 * i + 2 * row))
+                    store16(q + 2 * i, load16(p + 2 * GROUP * i + 2 * row))
             elif unit == 1:
                 for i in range(count):
-                    store8(q + i, load8(p + 16 * i + row))
+                    store8(q + i, load8(p + GROUP * i + row))
             else:
                 store32(q, _gathered(p, row))
 
@@ -128,8 +129,8 @@ def copy_bytes(source, target, n):  # type: ignore[no-untyped-def]
 def pack_rows(kind, rows, row_bytes, n_groups, n_blocks, out):  # type: ignore[no-untyped-def]
     """Groups of rows in GGUF's layout as packed groups; `out` lies elsewhere."""
     for g in range(n_groups):
-        at = 16 * g * row_bytes
-        pack_group(kind, rows + at, row_bytes, 16, n_blocks, out + at)
+        at = GROUP * g * row_bytes
+        pack_group(kind, rows + at, row_bytes, GROUP, n_blocks, out + at)
 
 
 @njit(nogil=True)
@@ -137,6 +138,6 @@ def unpack_rows(kind, w, row_bytes, first, last, n_packed, n_blocks, out):  # ty
     """Rows first..last in GGUF's layout; rows from `n_packed` on never left it."""
     for r in range(first, last):
         if r < n_packed:
-            unpack_row(kind, w + r // 16 * 16 * row_bytes, r % 16, n_blocks, out + (r - first) * row_bytes)
+            unpack_row(kind, w + r // GROUP * GROUP * row_bytes, r % GROUP, n_blocks, out + (r - first) * row_bytes)
         else:
             copy_bytes(w + r * row_bytes, out + (r - first) * row_bytes, row_bytes)

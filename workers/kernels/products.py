@@ -28,7 +28,7 @@ from workers.kernels.formats import (
     Sub,
     float_row,
 )
-from workers.kernels.layout import KIND_OF, KINDS, N_QUANTIZED, PANEL_BYTES, PIECE, X_BLOCK
+from workers.kernels.layout import GROUP, KIND_OF, KINDS, N_QUANTIZED, PANEL_BYTES, PIECE, X_BLOCK
 from workers.kernels.packing import copy_bytes, pack_group
 from workers.kernels.pieces import Body, call, piece
 from workers.kernels.simd import (
@@ -98,10 +98,10 @@ def _x_words(e: Emit, x: Any, half: int | None) -> list[Any]:
     return [e.load(x, at + 4 * c, i32) for c in range(n)]
 
 
-# -- few columns, straight from packed rows ----------------------------------------------------------------------------
+# -- few columns, straight from packed rows: GEMV ----------------------------------------------------------------------
 
 
-def _few_columns(f: Format, n: int) -> Body:
+def _gemv(f: Format, n: int) -> Body:
     def body(e: Emit, args: Sequence[Any]) -> None:
         b = e.b
         w, n_blocks, columns, outputs, offset = args
@@ -128,11 +128,11 @@ def _few_columns(f: Format, n: int) -> Body:
     return body
 
 
-def _few(n: int) -> Any:
-    names = _pieces(f"few{n}", 5, {t.name: _few_columns(FORMATS[t], n) for t in KINDS[:N_QUANTIZED]})
+def _gemvs(n: int) -> Any:
+    names = _pieces(f"gemv{n}", 5, {t.name: _gemv(FORMATS[t], n) for t in KINDS[:N_QUANTIZED]})
 
     @intrinsic
-    def few(typingctx: Any, kind: Any, w: Any, n_blocks: Any, columns: Any, outputs: Any, offset: Any) -> Any:
+    def gemv(typingctx: Any, kind: Any, w: Any, n_blocks: Any, columns: Any, outputs: Any, offset: Any) -> Any:
         """A packed group of rows times `n` quantised columns. `columns` and `outputs`: arrays of addresses."""
 
         def codegen(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -141,14 +141,14 @@ def _few(n: int) -> Any:
 
         return types.void(*[types.int64] * 6), codegen
 
-    return few
+    return gemv
 
 
 FEW = min(4, TARGET.columns[0])
-_few_one, _few_many = _few(1), _few(FEW)
+_gemv_one, _gemv_many = _gemvs(1), _gemvs(FEW)
 
 
-# -- many columns: unpack a panel once, then tiles ---------------------------------------------------------------------
+# -- many columns, unpacked once, in tiles: GEMM -----------------------------------------------------------------------
 
 
 def _unpack_panel(f: Format) -> Body:
@@ -158,11 +158,11 @@ def _unpack_panel(f: Format) -> Body:
         n_sub = f.columns // f.sub
         with cgutils.for_range(b, n_blocks) as loop:
             p = b.add(w, b.mul(loop.index, e.const(f.group_bytes)))
-            q = b.add(panel, b.mul(loop.index, e.const(16 * f.columns)))
+            q = b.add(panel, b.mul(loop.index, e.const(GROUP * f.columns)))
             s = b.add(panel, b.add(b.mul(loop.index, e.const(64 * n_sub)), e.const(512 * PIECE)))
             for j, sub in enumerate(f.unpack(e, p)):
                 for c, chunk in enumerate(sub.chunks):
-                    e.store(chunk, q, 16 * f.sub * j + 64 * c)
+                    e.store(chunk, q, GROUP * f.sub * j + 64 * c)
                 e.store(sub.scale, s, 64 * j)
                 if sub.minimum is not None:
                     e.store(sub.minimum, s, 64 * j + 128 * PIECE)
@@ -206,7 +206,7 @@ def _tile(sub: int, peak: int, n: int, n_groups: int = 1) -> Body:
                 weights = []
                 for g in range(n_groups):
                     there = g * PANEL_BYTES
-                    chunks = [e.load(q, there + 16 * sub * j + 64 * c, v64b) for c in range(sub // 4)]
+                    chunks = [e.load(q, there + GROUP * sub * j + 64 * c, v64b) for c in range(sub // 4)]
                     minimum = e.load(s, there + 64 * j + 128 * PIECE, v16f) if peak else None
                     weights.append(Sub(chunks, e.load(s, there + 64 * j, v16f), minimum))
                 dots = e.dots([w.chunks for w in weights], [_x_words(e, x, half) for x in at], peak)
@@ -250,7 +250,7 @@ _tile_paired = _tiles(max(1, _PAIRED), 2)
 
 
 def _float_tile(t: GGMLType, n_groups: int, n: int) -> Body:
-    size = FLOAT_FIELDS[t][0].unit * 16
+    size = FLOAT_FIELDS[t][0].unit * GROUP
 
     def body(e: Emit, args: Sequence[Any]) -> None:
         b = e.b
@@ -347,14 +347,14 @@ def _quantized_groups(kind, group, n_groups, group_bytes, n_blocks, columns, out
     if n < MIN_TILED:
         done = 0
         while n - done >= FEW:
-            _few_many(kind, group, n_blocks, columns + 8 * done, outputs + 8 * done, offset)
+            _gemv_many(kind, group, n_blocks, columns + 8 * done, outputs + 8 * done, offset)
             done += FEW
         while done < n:
-            _few_one(kind, group, n_blocks, columns + 8 * done, outputs + 8 * done, offset)
+            _gemv_one(kind, group, n_blocks, columns + 8 * done, outputs + 8 * done, offset)
             done += 1
         return
     per_block = BLOCK[kind] // 32
-    size, step, shape = 16 * BLOCK_BYTES[kind], PIECE // per_block, _CLASS_OF[kind]
+    size, step, shape = GROUP * BLOCK_BYTES[kind], PIECE // per_block, _CLASS_OF[kind]
     for k in range(0, n_blocks, step):
         m = min(step, n_blocks - k)
         for g in range(n_groups):
@@ -398,29 +398,29 @@ def product(  # type: ignore[no-untyped-def]
     The first `n_packed` rows are packed groups, the others lie in GGUF's layout. `scratch` is the thread's own:
     two times PANEL_BYTES, then the bytes of a group, then 16 float32 and an address for each column.
     """
-    n_groups = (n_rows + 15) // 16
+    n_groups = (n_rows + GROUP - 1) // GROUP
     n_blocks = k // BLOCK[kind]
     first, last = n_groups * t // n_threads, n_groups * (t + 1) // n_threads
     g = first
     while g < last:
-        whole = 16 * (g + 1) <= n_packed
-        if whole and kind >= N_QUANTIZED and n < _WIDE and g + 4 <= last and 16 * (g + 4) <= n_packed:
+        whole = GROUP * (g + 1) <= n_packed
+        if whole and kind >= N_QUANTIZED and n < _WIDE and g + 4 <= last and GROUP * (g + 4) <= n_packed:
             for c in range(n):
-                _floats_four(kind, w + 16 * g * row_bytes, k, 16 * row_bytes, columns + 8 * c, outputs + 8 * c, 64 * g)
+                _floats_four(kind, w + GROUP * g * row_bytes, k, GROUP * row_bytes, columns + 8 * c, outputs + 8 * c, 64 * g)
             g += 4
             continue
-        if _PAIRED and kind < N_QUANTIZED and n >= MIN_PAIRED and g + 2 <= last and 16 * (g + 2) <= n_packed:
-            _quantized_groups(kind, w + 16 * g * row_bytes, 2, 16 * row_bytes, n_blocks, columns, outputs, n, 64 * g,
+        if _PAIRED and kind < N_QUANTIZED and n >= MIN_PAIRED and g + 2 <= last and GROUP * (g + 2) <= n_packed:
+            _quantized_groups(kind, w + GROUP * g * row_bytes, 2, GROUP * row_bytes, n_blocks, columns, outputs, n, 64 * g,
                               scratch)  # fmt: skip
             g += 2
             continue
-        group, out, offset = w + 16 * g * row_bytes, outputs, 64 * g
-        valid = min(16, n_rows - 16 * g)
+        group, out, offset = w + GROUP * g * row_bytes, outputs, 64 * g
+        valid = min(GROUP, n_rows - GROUP * g)
         if not whole:
             group = scratch + 2 * PANEL_BYTES
-            pack_group(kind, w + 16 * g * row_bytes, row_bytes, valid, n_blocks, group)
-        rest = scratch + 2 * PANEL_BYTES + 16 * row_bytes
-        if valid < 16:
+            pack_group(kind, w + GROUP * g * row_bytes, row_bytes, valid, n_blocks, group)
+        rest = scratch + 2 * PANEL_BYTES + GROUP * row_bytes
+        if valid < GROUP:
             out, offset = rest + 64 * n, 0
             for c in range(n):
                 store64(out + 8 * c, rest + 64 * c)
@@ -428,7 +428,7 @@ def product(  # type: ignore[no-untyped-def]
             _quantized_groups(kind, group, 1, 0, n_blocks, columns, out, n, offset, scratch)
         else:
             _float_group(kind, group, k, columns, out, n, offset)
-        if valid < 16:
+        if valid < GROUP:
             for c in range(n):
                 copy_bytes(rest + 64 * c, load64(outputs + 8 * c) + 64 * g, 4 * valid)
         g += 1
@@ -457,7 +457,7 @@ def _unpacked_row(kind, group, lane, n_blocks, y, panel):  # type: ignore[no-unt
     step = PIECE * 32 // columns
     for k in range(0, n_blocks, step):
         m = min(step, n_blocks - k)
-        unpack_panel(kind, group + 16 * BLOCK_BYTES[kind] * k, m, panel)
+        unpack_panel(kind, group + GROUP * BLOCK_BYTES[kind] * k, m, panel)
         for i in range(m * columns):
             scales = panel + 512 * PIECE + 64 * (i // sub) + 4 * lane
             byte = np.int64(load8(panel + 64 * (i // 4) + 4 * lane + i % 4))
@@ -478,7 +478,7 @@ def get_rows(  # type: ignore[no-untyped-def]
         row = load32(ids + id_step * i)
         if row < 0 or row >= n_rows:
             return False
-        group, lane = w + row // 16 * 16 * row_bytes, row % 16
+        group, lane = w + row // GROUP * GROUP * row_bytes, row % GROUP
         if row >= n_packed:
             group, lane = scratch + PANEL_BYTES, 0
             pack_group(kind, w + row * row_bytes, row_bytes, 1, n_blocks, group)

@@ -28,7 +28,7 @@ _OF_FORMATS = {t.name for t in KINDS[:N_QUANTIZED]}
 def pieces_of(unit: str) -> list[str]:
     """Names of the pieces in a unit: those of a block format, of tiles, of floats."""
     if unit in _OF_FORMATS:
-        return [n for n in PIECES if n.startswith(("ggmq_few", "ggmq_panel")) and n.endswith("_" + unit)]
+        return [n for n in PIECES if n.startswith(("ggmq_gemv", "ggmq_panel")) and n.endswith("_" + unit)]
     return [n for n in PIECES if n.startswith("ggmq_" + {"tiles": "tile", "floats": "float"}.get(unit, "/"))]
 
 
