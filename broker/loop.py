@@ -268,7 +268,7 @@ class BrokerLoop:
                 return
         except (ProtocolError, IndexError):
             pass
-        self.state.n_refused += 1
+        self.state.traffic.n_refused += 1
         answer = Message(Command.ERROR, m.Error(error.code, str(error)[:4000]), (), True, device, epoch, seq)
         self._do([ToClient(peer, answer)])
 

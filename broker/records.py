@@ -1,4 +1,4 @@
-"""What a broker remembers: of clients, of workers, of requests under way."""
+"""What a broker remembers: of clients, of workers, and of requests under way, one class for each kind of them."""
 
 from __future__ import annotations
 
@@ -66,23 +66,51 @@ class Worker:
 
 @dataclass(slots=True)
 class Pending:
-    """A request under way, at one worker.
+    """A request under way at the worker of one device. The base of all kinds.
 
     Attributes:
         rid: whom its reply goes to; empty: nobody any more.
-        route, frames: what is still to come of a compute that passes through the broker.
-        relay: the others that this part of a compute belongs with.
-        pair: of a LINK, the two devices that this step of it is about.
+        request: the client's.
     """
 
     rid: bytes
     request: Message
     device: int
     deadline_s: float
-    route: list[m.RouteStep] = field(default_factory=list)
-    frames: list[Frame] = field(default_factory=list)
-    relay: Relay | None = None
-    pair: Pair | None = None
+
+
+@dataclass(slots=True)
+class Forwarded(Pending):
+    """The worker's reply is the client's."""
+
+
+@dataclass(slots=True)
+class PassedCompute(Pending):
+    """A stage of a compute whose activations pass through the broker. `route` and `frames`: what is still to come."""
+
+    route: list[m.RouteStep]
+    frames: list[Frame]
+
+
+@dataclass(slots=True)
+class RelayedCompute(Pending):
+    """A stage of a compute whose stages hand on to each other."""
+
+    relay: Relay
+
+
+@dataclass(slots=True)
+class LinkStep(Pending):
+    """Of a LINK, what one of its pairs waits for."""
+
+    pair: Pair
+
+
+@dataclass(slots=True)
+class Drained(Pending):
+    """A session ends on one device."""
+
+    session: int
 
 
 @dataclass(slots=True)

@@ -58,8 +58,8 @@ def test_noise_and_mutations_change_nothing(broker: tuple[BrokerLoop, str, Any])
                     noise.recv_multipart()
                 assert client.request(m.Ping(i)).header == m.Ping(i)
         due = time.monotonic() + 20
-        while loop.state.n_refused < 300:  # what is still in the socket's queue is being read
-            assert time.monotonic() < due, loop.state.n_refused
+        while loop.state.traffic.n_refused < 300:  # what is still in the socket's queue is being read
+            assert time.monotonic() < due, loop.state.traffic.n_refused
             client.request(m.Ping(0))
         assert all(d.total_bytes == 0 for d in client.devices())
     finally:

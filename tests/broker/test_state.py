@@ -232,7 +232,7 @@ def test_a_silent_worker_is_asked_again_and_a_busy_one_is_not() -> None:
 
 
 def devices(state: BrokerState) -> list[m.ListedDevice]:
-    (answer,) = state.handle(FromClient(CLIENT, Message(Command.DEVICE_INFO, m.DeviceQuery(), seq=99), state.now_s))
+    (answer,) = state.handle(FromClient(CLIENT, Message(Command.DEVICE_INFO, m.DeviceQuery(), seq=99), state.traffic.now_s))
     return answer.message.header.devices
 
 
