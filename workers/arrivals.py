@@ -15,24 +15,35 @@ from protocol.errors import HandleError, Overloaded, ProtocolError, Unavailable
 from protocol.frames import Frame, Message
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Stashed:
+    """Handed over before its compute came."""
+
     hand: m.HandOver
     payload: tuple[Frame, ...]
     since_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Parked:
+    """A compute that came before its activations. `token`: its broker's."""
+
+    rid: bytes
+    token: bytes
+    message: Message
+    h: m.StageCompute
+
+
 class Arrivals:
     """Attributes:
-    stashed: handed over before its compute came; by ticket.
+    stashed, parked: what came before the other, by ticket.
     forgotten: tickets of what nobody took for too long, and of computes that will not run; the last ones.
-    parked: computes that wait, with their routing ids and the tokens of their brokers; by ticket.
     """
 
     def __init__(self) -> None:
         self.stashed: dict[bytes, _Stashed] = {}
         self.forgotten: dict[bytes, None] = {}
-        self.parked: dict[bytes, tuple[bytes, bytes, Message]] = {}
+        self.parked: dict[bytes, _Parked] = {}
 
     def handed(self, message: Message, now_s: float) -> list[tuple[bytes, Message]]:
         """HAND_OVER of another worker. Returns: the compute that can run now, with its routing id, if it is here.
@@ -43,7 +54,7 @@ class Arrivals:
         assert isinstance(h, m.HandOver)  # the command has this header
         parked = self.parked.pop(h.ticket, None)
         if parked is not None:
-            return [(parked[0], _completed(parked[2], h, message.payload))]
+            return [(parked.rid, _completed(parked.message, parked.h, h, message.payload))]
         if h.ticket in self.forgotten:
             return []
         if h.ticket in self.stashed:
@@ -65,7 +76,7 @@ class Arrivals:
         assert isinstance(h, m.StageCompute)  # only a compute takes
         stashed = self.stashed.pop(h.take, None)
         if stashed is not None:
-            return _completed(message, stashed.hand, stashed.payload)
+            return _completed(message, h, stashed.hand, stashed.payload)
         if h.take in self.forgotten:
             raise Unavailable(f"STAGE_COMPUTE: its activations waited here for over {limits.HANDED_KEPT_S:.0f} s; "
                               "compute them again")  # fmt: skip
@@ -73,19 +84,17 @@ class Arrivals:
             raise HandleError("STAGE_COMPUTE: expected a ticket of 16 bytes that nothing else takes")
         if len(self.parked) >= limits.MAX_INFLIGHT_PER_CLIENT:
             raise Overloaded(f"STAGE_COMPUTE: {len(self.parked)} wait here for activations")
-        self.parked[h.take] = (rid, token, message)
+        self.parked[h.take] = _Parked(rid, token, message, h)
         return None
 
     def unpark(self, token: bytes, session: int, seq: int | None = None) -> list[tuple[bytes, Message]]:
         """Take out what waits in a session: one request, or all. Returns: them with their routing ids; they will not run."""
         out = []
-        for ticket, (rid, owner, message) in list(self.parked.items()):
-            h = message.header
-            assert isinstance(h, m.StageCompute)  # only a compute is parked
-            if owner == token and session == h.session and seq in (None, message.seq):
+        for ticket, waiting in list(self.parked.items()):
+            if waiting.token == token and waiting.h.session == session and seq in (None, waiting.message.seq):
                 del self.parked[ticket]
                 self._forget(ticket)
-                out.append((rid, message))
+                out.append((waiting.rid, waiting.message))
         return out
 
     def expire(self, now_s: float) -> None:
@@ -100,9 +109,7 @@ class Arrivals:
             del self.forgotten[next(iter(self.forgotten))]
 
 
-def _completed(message: Message, hand: m.HandOver, payload: tuple[Frame, ...]) -> Message:
-    h = message.header
-    assert isinstance(h, m.StageCompute)  # only a compute takes
+def _completed(message: Message, h: m.StageCompute, hand: m.HandOver, payload: tuple[Frame, ...]) -> Message:
     frames = (*payload, *message.payload)
-    spent = {"spent_s": hand.spent_s, "spent_nodes": hand.spent_nodes}
-    return replace(message, header=structs.replace(h, take=b"", n_payload=len(frames), **spent), payload=frames)
+    whole = structs.replace(h, take=b"", n_payload=len(frames), spent_s=hand.spent_s, spent_nodes=hand.spent_nodes)
+    return replace(message, header=whole, payload=frames)

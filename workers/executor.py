@@ -22,8 +22,23 @@ from workers.devices.base import Buffer, Device, Plan, steps
 from workers.growing import Growing
 from workers.leases import Content, Leases, written
 from workers.links import LinkInstruction, Links
-from workers.state import Key, Work, WorkerState
+from workers.state import WorkerState
 from workers.ticks import Tick, completing, nothing, paced
+from workers.work import (
+    Alloc,
+    Compile,
+    Compute,
+    Copy,
+    Count,
+    EndSession,
+    Fetch,
+    Free,
+    GiveUp,
+    Key,
+    Read,
+    Work,
+    Write,
+)
 
 T = TypeVar("T")
 MAX_PLANS = 64
@@ -69,12 +84,10 @@ class Executor:
 
     def execute(self, work: Work, tick: Tick) -> Sequence[LinkInstruction]:
         """Do it, and say what to send. Every failure becomes an ordinary error reply."""
-        h = work.request.header
-        gives = isinstance(h, m.StageCompute) and h.give is not None
         try:
-            if gives:
-                self.links.can_give(work)
-            header, payload = self._do(work, tick)
+            if isinstance(work, Compute):
+                return self._compute(work, tick)
+            header, payload = self._do(work, paced(tick), tick)
         except GgmqError as e:
             return self.state.failed(work, e)
         except MemoryError:
@@ -82,57 +95,60 @@ class Executor:
             return self.state.failed(work, OutOfMemory(f"{self.device.name}: out of memory, {free} bytes free", 0, free))
         except Exception as e:
             return self.state.failed(work, InternalError(f"{work.request.command.name}: {type(e).__name__}: {e}"))
-        if gives and isinstance(header, m.ComputeDone):
-            return self.links.give(work, header, tuple(payload))
         return self.state.done(work, header, payload)
 
-    def _do(self, work: Work, tick: Tick) -> tuple[m.Header, Sequence[bytes | memoryview]]:
-        h, key = work.request.header, work.key
-        mine = self.buffers.setdefault(key, {}) if work.verb not in ("stats", "release") else {}
-        pace = paced(tick)
-        match h:
-            case m.AllocBuffer():
+    def _compute(self, work: Compute, tick: Tick) -> Sequence[LinkInstruction]:
+        """Run a graph; its outputs go back, or on to the next worker."""
+        h, pace = work.h, paced(tick)
+        if h.give is not None:
+            self.links.can_give(work, h.give)
+        plan = self.plans.get((work.key, h.digest)) or self._compile(work, pace)
+        start = time.perf_counter()
+        out = self._with_room(partial(plan.run, work.request.payload, tick), pace)
+        took = time.perf_counter() - start
+        self.n_fallbacks += len(plan.fallbacks)
+        done = m.ComputeDone(h.spent_s + took, h.spent_nodes + plan.n_nodes)
+        payload = tuple(bytes(o) for o in out)  # sockets may send later than the next run writes: copies leave
+        return self.state.done(work, done, payload) if h.give is None else self.links.give(work, h.give, done, payload)
+
+    def _do(self, work: Work, pace: Tick, tick: Tick) -> tuple[m.Header, Sequence[bytes | memoryview]]:
+        key = work.key
+        mine = self.buffers.get(key, {})
+        match work:
+            case Alloc(h=h):
                 self.device.prepare(tick)
                 return m.Found(self._alloc(key, h, pace)), ()
-            case m.FreeBuffer():
+            case Free(h=h):
                 self._forget_plans(key, h.buffer)
                 self._changed(key, h.buffer)
                 self.contents.pop((key, h.buffer), None)
                 self.device.free(mine.pop(h.buffer), pace)
-            case m.SetTensor():
-                self._write(work, h, mine[h.buffer], pace)
-            case m.SetTensorHash():
+            case Write(h=h):
+                self._write(work, mine[h.buffer], pace)
+            case Fetch(h=h):
                 self._changed(key, h.buffer, h.offset, h.n_bytes)
                 found = self._find(mine[h.buffer], h, pace)
                 if found:
                     self._verified(key, h)
                 return m.Found(found), ()
-            case m.GetTensor():
+            case Read(h=h):
                 return m.Ok(), [self.device.read(mine[h.buffer], h.offset, h.n_bytes, pace)]
-            case m.CopyTensor():
+            case Copy(h=h):
                 self._changed(key, h.dst_buffer, h.dst_offset, h.n_bytes)
                 self.device.copy(mine[h.src_buffer], h.src_offset, mine[h.dst_buffer], h.dst_offset, h.n_bytes, pace)
-            case m.GraphPut():
-                self._compile(work, h.digest, pace)
-            case m.StageCompute():
-                plan = self.plans.get((key, h.digest)) or self._compile(work, h.digest, pace)
-                start = time.perf_counter()
-                out = self._with_room(partial(plan.run, work.request.payload, tick), pace)
-                took = time.perf_counter() - start
-                self.n_fallbacks += len(plan.fallbacks)
-                # sockets may send later than the next run writes: the outputs leave as copies
-                return m.ComputeDone(h.spent_s + took, h.spent_nodes + plan.n_nodes), [bytes(o) for o in out]
-            case m.Drain():
+            case Compile():
+                self._compile(work, pace)
+            case EndSession():
                 self.free_session(key, pace)
-            case m.Release():
+            case GiveUp():
                 any_kept = len(self.leases) > 0
                 while self.leases.give_up(pace):
                     pass
                 return m.Found(any_kept), ()
-            case m.StatsQuery():
+            case Count():
                 return self._stats(), ()
             case _:
-                raise ProtocolError(f"{work.request.command.name}: nothing for a device to do")
+                raise InternalError(f"{work.request.command.name}: nothing for a device to do")
         return m.Ok(), ()
 
     def _with_room(self, do: Callable[[], T], tick: Tick, make_room: Callable[[], bool] = lambda: False) -> T:
@@ -148,7 +164,7 @@ class Executor:
         """Returns: whether the buffer holds already what it is to hold."""
         kept = self.leases.take(h.content, h.n_bytes) if h.content else None
         buffer = kept or self._with_room(partial(self.device.alloc, h.n_bytes), tick, self.make_room)
-        self.buffers[key][h.buffer] = buffer
+        self.buffers.setdefault(key, {})[h.buffer] = buffer
         if h.content:
             self.contents[key, h.buffer] = Content(h.content, h.n_bytes, whole=kept is not None)
         return kept is not None
@@ -173,7 +189,8 @@ class Executor:
                         return True
         return False
 
-    def _write(self, work: Work, h: m.SetTensor, buffer: Buffer, tick: Tick) -> None:
+    def _write(self, work: Write, buffer: Buffer, tick: Tick) -> None:
+        h = work.h
         data, key = memoryview(work.request.payload[0]), (work.key, h.buffer, h.offset)
         if not h.hash:
             self._changed(work.key, h.buffer, h.offset + h.at, len(data))
@@ -196,13 +213,13 @@ class Executor:
                 tick()
             if upload.entry is not None:
                 upload.entry.add(data, tick)
-            if work.finish and upload.hash.digest() != h.hash:
+            if work.last and upload.hash.digest() != h.hash:
                 raise ProtocolError("SET_TENSOR: the bytes received do not have the hash that was announced; "
                                     "send them again")  # fmt: skip
         except BaseException:
             upload.drop()
             raise
-        if not work.finish:
+        if not work.last:
             self.uploads[key] = upload
             return
         if upload.entry is not None:
@@ -221,8 +238,7 @@ class Executor:
         if content is not None:
             content.changed(offset, content.n_bytes if n_bytes is None else n_bytes)
 
-    def _compile(self, work: Work, digest: bytes, tick: Tick) -> Plan:
-        assert work.graph is not None  # the state machine looked it up
+    def _compile(self, work: Compile | Compute, tick: Tick) -> Plan:
         for buffer in written(work.graph):
             if (work.key, buffer) in self.contents:
                 self.contents[work.key, buffer].spoil()
@@ -233,7 +249,7 @@ class Executor:
                        "it runs in NumPy", file=sys.stderr)  # fmt: skip
         while len(self.plans) >= MAX_PLANS:
             del self.plans[next(iter(self.plans))]
-        self.plans[(work.key, digest)] = plan
+        self.plans[(work.key, work.h.digest)] = plan
         return plan
 
     def _forget_plans(self, key: Key, buffer: int) -> None:

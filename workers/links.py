@@ -15,7 +15,8 @@ from protocol import messages as m
 from protocol.errors import Overloaded, ProtocolError, Unavailable
 from protocol.frames import Frame, Message
 from protocol.messages import Command
-from workers.state import Instruction, Send, Work, WorkerState
+from workers.state import WorkerState
+from workers.work import Compute, Instruction, Send
 
 Name = tuple[bytes, int]
 """The token of the broker that asked for the link, and its number."""
@@ -48,9 +49,18 @@ class HangUp:
 LinkInstruction = Instruction | Dial | ToPeer | HangUp
 
 
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """A compute whose outputs are on their way, and what it is answered with when they have arrived."""
+
+    work: Compute
+    done: m.ComputeDone
+    due_s: float
+
+
 @dataclass(slots=True)
 class _Link:
-    """`asked`: who waits to hear whether it is up. `given`: computes whose outputs are on their way, by seq."""
+    """`asked`: who waits to hear whether it is up. `given`: by seq."""
 
     dial: m.PeerDial
     asked: list[tuple[bytes, Message]]
@@ -59,7 +69,7 @@ class _Link:
     seq: int = 0
     pinged_s: float = 0.0
     heard_s: float = 0.0
-    given: dict[int, tuple[Work, m.ComputeDone, float]] = field(default_factory=dict)
+    given: dict[int, _Given] = field(default_factory=dict)
 
 
 class Links:
@@ -100,26 +110,24 @@ class Links:
         link.seq += 1
         return ToPeer(name, Message(m.COMMAND_OF[type(header)], header, payload, False, link.dial.device, EPOCH, link.seq))
 
-    def can_give(self, work: Work) -> None:
+    def can_give(self, work: Compute, give: m.Give) -> None:
         """Errors: Unavailable when the link that a compute names is not up; better known before the work than after."""
-        h = work.request.header
-        assert isinstance(h, m.StageCompute) and h.give is not None  # the caller saw it
-        link = self.links.get((work.key[0], h.give.link))
+        link = self.links.get((work.key[0], give.link))
         if link is None or not link.up:
-            raise Unavailable(f"STAGE_COMPUTE: link {h.give.link} to the next worker is down; activations can go through "
+            raise Unavailable(f"STAGE_COMPUTE: link {give.link} to the next worker is down; activations can go through "
                               "the broker")  # fmt: skip
 
-    def give(self, work: Work, done: m.ComputeDone, payload: tuple[Frame, ...]) -> Sequence[LinkInstruction]:
+    def give(
+        self, work: Compute, give: m.Give, done: m.ComputeDone, payload: tuple[Frame, ...]
+    ) -> Sequence[LinkInstruction]:
         """Hand a compute's outputs over; its reply follows the acknowledgement."""
-        h = work.request.header
-        assert isinstance(h, m.StageCompute) and h.give is not None  # the caller saw it
-        name = (work.key[0], h.give.link)
+        name = (work.key[0], give.link)
         try:
-            self.can_give(work)
+            self.can_give(work, give)
         except Unavailable as e:
             return self.state.failed(work, e)
-        out = self._send(name, m.HandOver(h.give.ticket, len(payload), done.compute_s, done.n_nodes), payload)
-        self.links[name].given[out.message.seq] = (work, done, self.now_s + limits.HAND_OVER_S)
+        out = self._send(name, m.HandOver(give.ticket, len(payload), done.compute_s, done.n_nodes), payload)
+        self.links[name].given[out.message.seq] = _Given(work, done, self.now_s + limits.HAND_OVER_S)
         return [out]
 
     def received(self, name: Name, message: Message, now_s: float) -> Sequence[LinkInstruction]:
@@ -138,7 +146,7 @@ class Links:
             return [Send(rid, request.answer(m.Found(True))) for rid, request in asked]
         if message.command == Command.HAND_OVER:
             given = link.given.pop(message.seq, None)
-            return self.state.done(given[0], given[1]) if given is not None else []
+            return self.state.done(given.work, given.done) if given is not None else []
         return []
 
     def lost(self, name: Name, reason: str) -> Sequence[LinkInstruction]:
@@ -149,8 +157,8 @@ class Links:
         link = self.links.pop(name)
         out: list[LinkInstruction] = [HangUp(name)]
         out += [Send(rid, request.answer(m.Found(False))) for rid, request in link.asked]
-        for work, _, _ in link.given.values():
-            out += self.state.failed(work, Unavailable(f"activations for {link.dial.endpoint}: {reason}"))
+        for given in link.given.values():
+            out += self.state.failed(given.work, Unavailable(f"activations for {link.dial.endpoint}: {reason}"))
         return out
 
     def tick(self, now_s: float) -> Sequence[LinkInstruction]:
@@ -158,8 +166,7 @@ class Links:
         self.now_s = now_s
         out: list[LinkInstruction] = []
         for name, link in list(self.links.items()):
-            late = [due for _, _, due in link.given.values() if now_s > due]
-            if late:
+            if any(now_s > given.due_s for given in link.given.values()):
                 out += self._break(name, f"not acknowledged within {limits.HAND_OVER_S:.0f} s")
             elif not link.up and now_s > link.due_s:
                 out += self._break(name, f"no answer within {limits.DIAL_S:.0f} s")

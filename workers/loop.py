@@ -43,8 +43,9 @@ from workers.cache import Cache, ModelFolder
 from workers.devices.base import Device
 from workers.executor import Executor
 from workers.links import Dial, HangUp, LinkInstruction, Links, Name, ToPeer
-from workers.state import Send, Work, WorkerState
-from workers.turns import Key, Turns
+from workers.state import WorkerState
+from workers.turns import Turns
+from workers.work import Compute, Key, Send, Work
 
 HOUSEKEEPING_S = 0.1
 GUARD_S = 0.05
@@ -523,7 +524,7 @@ class WorkerLoop:
                     answers = self.executor.execute(instruction, self._tick)
                 finally:
                     self.running = None
-                if instruction.verb == "compute":
+                if isinstance(instruction, Compute):
                     self.spin_until = time.monotonic() + self.spin_s
                 self._carry_out(answers)
             elif isinstance(instruction, Send):

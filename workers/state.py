@@ -18,37 +18,23 @@ from protocol.frames import Message
 from protocol.graph import Graph
 from protocol.messages import Command
 from workers.arrivals import Arrivals
-
-Key = tuple[bytes, int]
-"""A session: the peer's token and the session's number."""
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    """Send a message to a routing id."""
-
-    rid: bytes
-    message: Message
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """Something for the device to do, for the request it answers.
-
-    Attributes:
-        verb: alloc, free, write, fetch, read, copy, compile, compute, drain, release, or stats.
-        finish: with `write`: the tensor is complete; verify it by its hash, store it, let the device repack it.
-    """
-
-    verb: str
-    rid: bytes
-    key: Key
-    request: Message
-    graph: Graph | None = None
-    finish: bool = False
-
-
-Instruction = Send | Work
+from workers.work import (
+    Alloc,
+    Compile,
+    Compute,
+    Copy,
+    Count,
+    EndSession,
+    Fetch,
+    Free,
+    GiveUp,
+    Instruction,
+    Key,
+    Read,
+    Send,
+    Work,
+    Write,
+)
 
 
 @dataclass(slots=True)
@@ -208,13 +194,13 @@ class WorkerState:
         self.payload_in_bytes += sum(len(p) for p in message.payload)
         match h:
             case m.StatsQuery():
-                return [Work("stats", rid, (token, 0), message)]
+                return [Count(rid, (token, 0), message)]
             case m.Release():
-                return [Work("release", rid, (token, 0), message)]
+                return [GiveUp(rid, (token, 0), message)]
             case m.Cancel():
                 return [Send(rid, message.answer(m.Ok()))]
             case m.Drain():
-                return [*self.unpark(rid, h.session), Work("drain", rid, (token, h.session), message)]
+                return [*self.unpark(rid, h.session), EndSession(rid, (token, h.session), message)]
             case m.AllocBuffer():
                 return self._alloc(rid, (token, h.session), message, h)
             case m.GraphPut():
@@ -235,24 +221,24 @@ class WorkerState:
                     del session.graphs[digest]
                 for upload in [u for u in session.uploads if u[0] == h.buffer]:
                     del session.uploads[upload]
-                return [Work("free", rid, key, message)]
+                return [Free(rid, key, message, h)]
             case m.SetTensor():
                 return self._set_tensor(rid, key, session, message, h)
             case m.SetTensorHash():
                 self._extent(session, h.buffer, h.offset, h.n_bytes, "SET_TENSOR_HASH")
                 _check_size(h.type, h.ne, h.n_bytes)
-                return [Work("fetch", rid, key, message)]
+                return [Fetch(rid, key, message, h)]
             case m.GetTensor():
                 self._extent(session, h.buffer, h.offset, h.n_bytes, "GET_TENSOR")
                 if h.n_bytes > limits.MAX_MESSAGE_BYTES:
                     raise ProtocolError(f"GET_TENSOR: at most {limits.MAX_MESSAGE_BYTES} bytes at once, got {h.n_bytes}")
-                return [Work("read", rid, key, message)]
+                return [Read(rid, key, message, h)]
             case m.CopyTensor():
                 if h.n_bytes > h.dst_n_bytes:
                     raise ProtocolError(f"COPY_TENSOR: source of {h.n_bytes} bytes, destination of {h.dst_n_bytes}")
                 self._extent(session, h.src_buffer, h.src_offset, h.n_bytes, "COPY_TENSOR source")
                 self._extent(session, h.dst_buffer, h.dst_offset, h.dst_n_bytes, "COPY_TENSOR destination")
-                return [Work("copy", rid, key, message)]
+                return [Copy(rid, key, message, h)]
             case m.StageCompute():
                 graph = session.graphs.get(h.digest)
                 if graph is None:
@@ -261,8 +247,9 @@ class WorkerState:
                 complete = self.arrivals.take(rid, token, message) if h.take else message
                 if complete is None:
                     return []
+                assert isinstance(complete.header, m.StageCompute)  # it was one before its inputs came
                 self.n_computes += 1
-                return [Work("compute", rid, key, complete, graph)]
+                return [Compute(rid, key, complete, complete.header, graph)]
         raise ProtocolError(f"{message.command.name}: not a request that a worker takes")
 
     def _session(self, key: Key) -> Session:
@@ -280,7 +267,7 @@ class WorkerState:
         if len(session.buffers) >= limits.MAX_BUFFERS_PER_SESSION:
             raise Overloaded(f"ALLOC_BUFFER: a session has at most {limits.MAX_BUFFERS_PER_SESSION} buffers")
         session.buffers[h.buffer] = h.n_bytes
-        return [Work("alloc", rid, key, message)]
+        return [Alloc(rid, key, message, h)]
 
     def _graph_put(self, rid: bytes, key: Key, message: Message, h: m.GraphPut) -> list[Instruction]:
         frame = message.payload[0]
@@ -295,7 +282,7 @@ class WorkerState:
         while len(session.graphs) >= limits.MAX_GRAPHS_PER_SESSION:  # the oldest makes room
             del session.graphs[next(iter(session.graphs))]
         session.graphs[h.digest] = graph
-        return [Work("compile", rid, key, message, graph)]
+        return [Compile(rid, key, message, h, graph)]
 
     def _set_tensor(
         self, rid: bytes, key: Key, session: Session, message: Message, h: m.SetTensor
@@ -305,7 +292,7 @@ class WorkerState:
         if h.at + len(data) > h.n_bytes:
             raise ProtocolError(f"SET_TENSOR: chunk of bytes {h.at}..{h.at + len(data)} of a tensor of {h.n_bytes}")
         if not h.hash:
-            return [Work("write", rid, key, message)]
+            return [Write(rid, key, message, h, False)]
         if len(h.hash) != 32:
             raise ProtocolError(f"SET_TENSOR: a hash has 32 bytes, got {len(h.hash)}")
         _check_size(h.type, h.ne, h.n_bytes)
@@ -320,7 +307,7 @@ class WorkerState:
             raise ProtocolError("SET_TENSOR: an empty chunk")
         else:
             session.uploads[at] = (h.hash, h.n_bytes, end)
-        return [Work("write", rid, key, message, finish=end == h.n_bytes)]
+        return [Write(rid, key, message, h, end == h.n_bytes)]
 
     @staticmethod
     def _extent(session: Session, buffer: int, offset: int, n_bytes: int, what: str) -> None:
@@ -334,20 +321,21 @@ class WorkerState:
 
     def done(self, work: Work, header: m.Header, payload: Sequence[bytes | memoryview] = ()) -> list[Instruction]:
         """The device has done it."""
-        if work.verb == "drain":
+        if isinstance(work, EndSession):
             self.sessions.pop(work.key, None)
         return [Send(work.rid, work.request.answer(header, payload))]
 
     def failed(self, work: Work, error: GgmqError) -> list[Instruction]:
         """The device could not; what the request had entered is taken back."""
-        h, session = work.request.header, self.sessions.get(work.key)
+        session = self.sessions.get(work.key)
         if session is not None:
-            if isinstance(h, m.AllocBuffer):
-                session.buffers.pop(h.buffer, None)
-            elif isinstance(h, m.GraphPut):
-                session.graphs.pop(h.digest, None)
-            elif isinstance(h, m.SetTensor):
-                session.uploads.pop((h.buffer, h.offset), None)
+            match work:
+                case Alloc(h=h):
+                    session.buffers.pop(h.buffer, None)
+                case Compile(h=h):
+                    session.graphs.pop(h.digest, None)
+                case Write(h=h):
+                    session.uploads.pop((h.buffer, h.offset), None)
         return [self.refuse(work.rid, work.request, error)]
 
     def drop(self, key: Key) -> None:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-Key = tuple[bytes, int]
-"""A peer's token, and a session of it."""
+from workers.work import Key
+
 WAIT_S = 0.003
 """So long after a compute its session may ask for the next one before others come."""
 AWAY_S = 1.0
