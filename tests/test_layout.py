@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "workers": {"workers", "protocol", "config"},
     "ggmq": {"ggmq", "protocol", "config", "broker"},
 }
-ZMQ_MODULES = {"loop", "auth", "transfer", "cluster", "front"}
+ZMQ_MODULES = {"loop", "auth", "transfer", "cluster", "front", "sockets", "uplink"}
 FILES = [p for package in MAY_IMPORT for p in sorted((ROOT / package).rglob("*.py"))]
 
 

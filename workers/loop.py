@@ -6,74 +6,42 @@ front does; a worker that dialled a broker has one peer with an empty name.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import secrets
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 import zmq
 
 from config.auth import (
-    Listener,
-    close_monitored,
     happening,
     local_address,
-    monitor_of,
-    new_socket,
     raise_descriptor_limit,
     remove_socket_folder,
-    require_curve,
 )
 from config.clock import LivedClock
 from config.keys import KeyPair
-from config.reaching import Happening, Reaching
 from config.terminal import print_line
 from protocol import PROTOCOL_VERSION, limits, tokens
 from protocol import messages as m
-from protocol.errors import Cancelled, ConfigError, GgmqError, ProtocolError, Unavailable, VersionError
+from protocol.errors import Cancelled, GgmqError, ProtocolError, Unavailable, VersionError
 from protocol.frames import Frame, Message, decode, encode, prefix_of
 from protocol.messages import Command
 from workers.cache import Cache, ModelFolder
 from workers.devices.base import Device
 from workers.executor import Executor
 from workers.links import Dial, HangUp, LinkInstruction, Links, Name, ToPeer
+from workers.sockets import GUARD_S, Sockets
 from workers.state import WorkerState
 from workers.turns import Turns
+from workers.uplink import Uplink
 from workers.work import Compute, Key, Send, Work
 
 HOUSEKEEPING_S = 0.1
-GUARD_S = 0.05
-REFUSED_REDIAL_S = 5.0
-"""So often a worker tries whose broker has another key, another version, or is none: somebody must change that first."""
-
-
-@dataclass(slots=True)
-class _Dialled:
-    """A broker that we connect to.
-
-    Attributes:
-        control, bulk: routing ids that we give to its two channels.
-        monitor: tells what becomes of the connection.
-        reaching: finds out why there is no answer, until there is one.
-        token: names the broker that answered.
-        redial_s: when to connect anew; 0: no need.
-        said: what was last printed of it.
-    """
-
-    endpoint: str
-    control: bytes = b""
-    bulk: bytes = b""
-    monitor: zmq.Socket[Any] | None = None
-    reaching: Reaching | None = None
-    token: bytes = b""
-    redial_s: float = 0.0
-    said: str = ""
 
 
 class WorkerLoop:
@@ -81,11 +49,10 @@ class WorkerLoop:
 
     Attributes:
         instance: names this process to those who connect to it; devices behind one front have the same.
-        broker: the one that we dialled, if we did; `linked`: sockets to other workers, by name.
+        uplink: the broker that we dialled, if we did; `linked`: sockets to other workers, by name.
         spin_s: how long it looks for the next compute before it sleeps.
         cluster: the id of the cluster that it was started for; it works for no other broker.
         peer_port: where other workers reach this one when it dialled its broker; 0: anywhere.
-        quiet: strangers that are refused are not named: standard error is that of a program that people look at.
         parent_pid: with it, the process ends when its parent has gone (a launcher that was killed leaves nothing).
     """
 
@@ -95,31 +62,25 @@ class WorkerLoop:
         spin_s: float = 0.0, peer_port: int = 0, quiet: bool = False, cluster: bytes = b"",
         keep_s: float = 0.0,
     ) -> None:  # fmt: skip
-        self.device, self.keys, self.parent_pid, self.name = device, keys, parent_pid, name
+        self.device, self.parent_pid, self.name = device, parent_pid, name
         self.state = WorkerState(software)
         self.links = Links(self.state)
         self.executor = Executor(device, self.state, self.links, cache, models, keep_s)
-        self.context: zmq.Context[Any] = zmq.Context()
-        self.auth: Any = None
+        self.sockets = Sockets(keys, quiet)
         self.debug = bool(os.environ.get("GGMQ_DEBUG") or os.environ.get("GGML_RPC_DEBUG"))
         self.queue: deque[tuple[bytes, Message]] = deque()
         self.turns = Turns()
         self.running: tuple[bytes, int, int] | None = None
         self.stopping = False
-        self.sockets: list[zmq.Socket[Any]] = []
-        self.poller = zmq.Poller()
         self.route: dict[bytes, zmq.Socket[Any]] = {}
         self.clock = LivedClock()
-        self.kept_s = self.probed_s = self.guarded_s = 0.0
+        self.kept_s = self.probed_s = 0.0
         self.instance, self.cluster = tokens.token(instance or secrets.token_bytes(16), "worker", cluster), cluster
-        self.insecure, self.peer_port, self.quiet = insecure, peer_port, quiet
+        self.insecure, self.peer_port = insecure, peer_port
         self.spin_s, self.spin_until = spin_s, 0.0
-        self.broker: _Dialled | None = None
-        self.channels: dict[zmq.Socket[Any], bytes] = {}
-        self.n_channels = 0
+        self.uplink: Uplink | None = None
         self.joined = ""
         self.linked: dict[Name, zmq.Socket[Any]] = {}
-        self.listeners: dict[zmq.Socket[Any], Listener] = {}
         self.peers_only: zmq.Socket[Any] | None = None
         self.peer_endpoint = ""
         self.executor.make_room = self._make_room
@@ -128,48 +89,22 @@ class WorkerLoop:
 
     def listen(self, endpoint: str) -> str:
         """Bind a ROUTER; returns the endpoint with its real port. Errors: ConfigError when it cannot be bound."""
-        return self._bind(endpoint).endpoint
-
-    def _add(self, s: zmq.Socket[Any]) -> None:
-        self.sockets.append(s)
-        self.poller.register(s, zmq.POLLIN)
-
-    def _remove(self, s: zmq.Socket[Any]) -> None:
-        self._forget_socket(s)
-        s.close()
-
-    def _forget_socket(self, s: zmq.Socket[Any]) -> None:
-        self.sockets.remove(s)
-        self.poller.unregister(s)
-
-    def _keys_for(self, endpoint: str) -> KeyPair | None:
-        """A path of this host is guarded by its folder's mode."""
-        return self.keys if endpoint.startswith("tcp://") else None
-
-    def _bind(self, endpoint: str) -> Listener:
-        keys = self._keys_for(endpoint)
-        if keys is not None and self.auth is None:
-            self.auth = require_curve(self.context, keys)
-        advice = "is another worker on this port? Choose another with -p"
-        listener = Listener(self.context, endpoint, keys, advice, who="" if self.quiet else "worker")
-        self.listeners[listener.socket] = listener
-        self._add(listener.socket)
-        return listener
+        return self.sockets.bind(endpoint).endpoint
 
     def _listen_for_peers(self) -> str:
         """Where other workers reach this one; empty: where its broker does.
 
         Errors: Unavailable when it dialled a broker over a network without keys, and was not told that this is safe.
         """
-        if self.broker is not None and self.peers_only is None:
-            address = local_address(self.broker.endpoint)
+        if self.uplink is not None and self.peers_only is None:
+            address = local_address(self.uplink.endpoint)
             if address.startswith("ipc://"):
                 endpoint = f"{address}-{self.instance.hex()[:8]}"
-            elif self.keys is not None or self.insecure or address.startswith("tcp://127."):
+            elif self.sockets.keys is not None or self.insecure or address.startswith("tcp://127."):
                 endpoint = f"{address}:{self.peer_port or '*'}"
             else:
                 raise Unavailable("PEER_LISTEN: without a cluster key or --insecure nothing listens here")
-            listener = self._bind(endpoint)
+            listener = self.sockets.bind(endpoint)
             self.peers_only, self.peer_endpoint = listener.socket, listener.endpoint
         return self.peer_endpoint
 
@@ -178,82 +113,14 @@ class WorkerLoop:
 
         Errors: ConfigError for an endpoint that is none, Unavailable when no socket can be opened.
         """
-        self.broker = self.broker or _Dialled(endpoint)
-        self.broker.control = self._channel(endpoint, "worker")
-        self.broker.bulk = self._channel(endpoint, "worker-bulk")
-        self.broker.reaching = Reaching(endpoint, self._keys_for(endpoint), "broker", self.clock.now_s(), limits.RECONNECT_S)
-        self.broker.redial_s = 0.0
-
-    def _channel(self, endpoint: str, role: str) -> bytes:
-        s = new_socket(self.context, zmq.DEALER, self._keys_for(endpoint), server=False)
-        if role == "worker" and self.broker is not None:
-            self.broker.monitor = monitor_of(s)
-            self._add(self.broker.monitor)
-        self._add(s)
-        try:
-            s.connect(endpoint)
-        except zmq.ZMQError as e:
-            raise ConfigError(f"--broker {endpoint}: expected an endpoint such as tcp://HOST:5555; {e}") from None
-        self.n_channels += 1
-        rid = self.channels[s] = b"dial" + self.n_channels.to_bytes(8)
-        with contextlib.suppress(zmq.Again):  # ZeroMQ has given the connection up already: that is found out beside
-            s.send_multipart(encode(Message(Command.HELLO, self._hello(role))), zmq.DONTWAIT)
-        return rid
-
-    def _hang_up(self, reason: str, now_s: float, wait_s: float = limits.REDIAL_S) -> None:
-        """The broker that we dialled has gone, or does not know us: connect anew, so that nothing old is on its way."""
-        broker = self.broker
-        if broker is None or broker.redial_s:
-            return
-        if reason != broker.said:
-            print_line(f"worker: broker {broker.endpoint}: {reason}; dialling again", file=sys.stderr)
-        broker.said, broker.redial_s = reason, now_s + wait_s
-        self.state.closed(broker.token, now_s)
-        control = next((s for s, rid in self.channels.items() if rid == broker.control), None)
-        if broker.monitor is not None and control is not None:
-            self._forget_socket(broker.monitor)
-            self._forget_socket(control)
-            close_monitored(control, broker.monitor)
-            del self.channels[control]
-        for s in self.channels:
-            self._remove(s)
-        self.channels.clear()
-        broker.monitor = broker.reaching = None
-
-    def _look_at_broker(self, now_s: float) -> None:
-        """Say why the broker is not reached, and dial it afresh: ZeroMQ does not after some refusals, nor looks names up."""
-        reaching = self.broker.reaching if self.broker is not None else None
-        reason = reaching.reason(now_s) if reaching is not None else ""
-        if reaching is not None and reason and not reaching.asleep(now_s):
-            self._hang_up(reason, now_s, REFUSED_REDIAL_S if reaching.shut else limits.REDIAL_S)
-        elif self.broker is not None and reason and reason != self.broker.said:
-            self.broker.said = reason
-            print_line(f"worker: broker {self.broker.endpoint}: {reason}; waiting for it", file=sys.stderr)
-
-    def _monitored(self, what: Happening, now_s: float) -> None:
-        broker = self.broker
-        if broker is None:
-            return
-        if what is Happening.LOST and (broker.reaching is None or broker.reaching.shaken):  # HELLO went with it
-            self._hang_up("it closed the connection, or was stopped or killed", now_s)
-        elif broker.reaching is not None:
-            broker.reaching.happened(what, now_s)
-
-    def _redial(self, now_s: float) -> None:
-        broker = self.broker
-        if broker is None or not broker.redial_s or now_s < broker.redial_s:
-            return
-        try:
-            self.dial(broker.endpoint)
-        except GgmqError as e:
-            broker.redial_s = 0.0
-            self._hang_up(str(e), now_s)
+        self.uplink = Uplink(endpoint, self.sockets, self._hello, self.state.closed)
+        self.uplink.dial(self.clock.now_s())
 
     def join(self, endpoint: str) -> None:
         """Connect to this worker's own front, which names the peer of each message."""
-        s = new_socket(self.context, zmq.DEALER, None, server=False)
+        s = self.sockets.dealer(endpoint)
         s.connect(endpoint)
-        self._add(s)
+        self.sockets.add(s)
         self.joined = endpoint
         s.send_multipart([b"", *encode(Message(Command.HELLO, self._hello("worker")))])
 
@@ -281,14 +148,10 @@ class WorkerLoop:
         finally:
             for line in self.device.profile():
                 print(line, file=sys.stderr)
-            if self.auth is not None:
-                self.auth.stop()
-            for s in self.sockets:
-                s.close()
-            self.context.destroy(linger=0)
+            self.sockets.close()
             self.executor.close()
             if self.parent_pid and os.getppid() != self.parent_pid:
-                remove_socket_folder(self.joined or (self.broker.endpoint if self.broker is not None else ""))
+                remove_socket_folder(self.joined or (self.uplink.endpoint if self.uplink is not None else ""))
 
     def _await(self) -> None:
         """Until something is to be done, but not for long. After a compute the next one is likely near: it is looked for
@@ -341,8 +204,8 @@ class WorkerLoop:
         self._probe(now)
         self._forget(self.state.gone(now))
         self.executor.leases.expire(self._tick)
-        self._look_at_broker(now)
-        self._redial(now)
+        if self.uplink is not None:
+            self.uplink.look(now)
         self._carry_out(self.links.tick(now))
         self.turns.keep(self.state.sessions)
         waiting = {rid for rid, _ in self.queue}
@@ -375,22 +238,19 @@ class WorkerLoop:
 
     def _receive(self, timeout_ms: int) -> None:
         """Take in all that has arrived, controls before bulk; what is refused is answered here."""
-        for s, _ in self.poller.poll(timeout_ms):
+        uplink, listeners = self.uplink, self.sockets.listeners
+        for s, _ in self.sockets.poller.poll(timeout_ms):
             while not s.closed and s.getsockopt(zmq.EVENTS) & zmq.POLLIN:
                 raw = s.recv_multipart(copy=False)
-                if self.broker is not None and s is self.broker.monitor:
-                    self._monitored(happening([f.bytes for f in raw]), self.clock.now_s())
+                if uplink is not None and s is uplink.monitor:
+                    uplink.monitored(happening([f.bytes for f in raw]), self.clock.now_s())
                     continue
-                if s in self.listeners:
-                    self.listeners[s].heard(raw[-1])
+                if s in listeners:
+                    listeners[s].heard(raw[-1])
                 self._arrived(s, [f.buffer if len(f) > 4096 else f.bytes for f in raw], raw[-1])
                 if len(self.queue) >= limits.MAX_INFLIGHT_PER_CLIENT:
                     break
-        now = time.monotonic()
-        if now - self.guarded_s >= GUARD_S:
-            self.guarded_s = now
-            for listener in self.listeners.values():
-                listener.guard()
+        self.sockets.guard()
 
     def _arrived(self, s: zmq.Socket[Any], frames: list[Frame], frame: zmq.Frame) -> None:
         self.state.wire_in_bytes += sum(len(f) for f in frames)
@@ -398,7 +258,8 @@ class WorkerLoop:
         if name is not None:
             self._over_link(name, frames)
             return
-        rid = self.channels[s] if s in self.channels else bytes(frames.pop(0))
+        uplink = self.uplink if self.uplink is not None and s in self.uplink.channels else None
+        rid = uplink.channels[s] if uplink is not None else bytes(frames.pop(0))
         if not frames:  # our front: this peer is no longer connected to it
             self.state.closed(self.state.routes.get(rid, b""), self.clock.now_s())
             return
@@ -406,18 +267,18 @@ class WorkerLoop:
         try:
             message = decode(frames)
         except ProtocolError as e:
-            if s in self.listeners:
-                self.listeners[s].refused(frame, e)
-            elif s in self.channels and isinstance(e, VersionError):
-                self._hang_up(str(e), self.clock.now_s(), REFUSED_REDIAL_S)
+            if s in self.sockets.listeners:
+                self.sockets.listeners[s].refused(frame, e)
+            elif uplink is not None and isinstance(e, VersionError):
+                uplink.refused(str(e), self.clock.now_s())
                 return
             self._refuse_frames(rid, frames, e)
             return
         if self.debug:
             print_line(f"ggmq worker: {message.command.name} seq {message.seq} {message.header}"[:400], file=sys.stderr)
-        if message.reply and isinstance(message.header, m.Error) and s in self.channels:
+        if message.reply and isinstance(message.header, m.Error) and uplink is not None:
             # a broker that was started again, or that lost sight of us, does not know us
-            self._hang_up(message.header.message, self.clock.now_s())
+            uplink.hang_up(message.header.message, self.clock.now_s())
             return
         if not self.state.admit(rid, message, self.clock.now_s()):
             return
@@ -497,21 +358,22 @@ class WorkerLoop:
 
     def _welcomed(self, rid: bytes, h: m.Hello, now: float) -> Sequence[LinkInstruction]:
         """A broker's answer on a channel that we dialled carries the epoch; either channel's may come first."""
-        broker = self.broker
-        if broker is None or rid not in (broker.control, broker.bulk):
+        uplink = self.uplink
+        if uplink is None or rid not in (uplink.control, uplink.bulk):
             return []
         if self.cluster and not tokens.belongs(h.token, "broker", self.cluster):
-            self._hang_up("the broker that answers there is not that of this worker's cluster", now)
+            uplink.hang_up("the broker that answers there is not that of this worker's cluster", now)
             return []
-        if broker.token != h.token:  # another one: nobody can ask any more for what the one before held
-            self._forget({broker.token})
-        broker.token, broker.said, broker.reaching = h.token, "", None
+        before = uplink.answered(h.token)
+        if before:  # it was another one: nobody can ask any more for what that held
+            self._forget({before})
         for key in self.state.hello(rid, m.Hello(h.version, "broker", h.token, h.epoch, h.session), now):
             self._free(key)
         return []
 
     def _dial_peer(self, rid: bytes, message: Message, h: m.PeerDial, now: float) -> Sequence[LinkInstruction]:
-        if h.endpoint.startswith("ipc://") and not (self.broker is not None and self.broker.endpoint.startswith("ipc://")):
+        local = self.uplink is not None and self.uplink.endpoint.startswith("ipc://")
+        if h.endpoint.startswith("ipc://") and not local:
             raise ProtocolError("PEER_DIAL: a worker connects to a path of its host only for a broker of its host")
         return self.links.dial(rid, message, secrets.token_bytes(16), now)
 
@@ -537,9 +399,8 @@ class WorkerLoop:
         s = self.linked.get(name)
         if isinstance(instruction, Dial):
             try:
-                s = new_socket(self.context, zmq.DEALER, self._keys_for(instruction.endpoint), server=False)
-                self.linked[name] = s
-                self._add(s)
+                s = self.linked[name] = self.sockets.dealer(instruction.endpoint)
+                self.sockets.add(s)
                 s.connect(instruction.endpoint)
             except (Unavailable, zmq.ZMQError) as e:
                 self._carry_out(self.links.lost(name, str(e)))
@@ -547,7 +408,7 @@ class WorkerLoop:
             return
         elif isinstance(instruction, HangUp):
             del self.linked[name]
-            self._remove(s)
+            self.sockets.remove(s)
         else:
             frames = encode(instruction.message)
             n = sum(len(f) for f in frames)
@@ -572,7 +433,7 @@ class WorkerLoop:
             return
         frames = encode(instruction.message)
         self.state.wire_out_bytes += sum(len(f) for f in frames)
-        if s not in self.channels:
+        if self.uplink is None or s not in self.uplink.channels:
             frames.insert(0, instruction.rid)
         try:
             s.send_multipart(frames, flags=zmq.DONTWAIT, copy=False)

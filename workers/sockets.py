@@ -1,0 +1,80 @@
+"""The sockets of a worker: those that listen, those that are connected, and what is to be known before either is opened."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import zmq
+
+from config.auth import Listener, new_socket, require_curve
+from config.keys import KeyPair
+
+GUARD_S = 0.05
+"""So often listeners look at who is connected to them."""
+
+
+class Sockets:
+    """Attributes:
+    listeners: by their sockets.
+    quiet: strangers that are refused are not named: standard error is that of a program that people look at.
+    """
+
+    def __init__(self, keys: KeyPair | None, quiet: bool) -> None:
+        self.keys, self.quiet = keys, quiet
+        self.context: zmq.Context[Any] = zmq.Context()
+        self.poller = zmq.Poller()
+        self.listeners: dict[zmq.Socket[Any], Listener] = {}
+        self._open: list[zmq.Socket[Any]] = []
+        self._auth: Any = None
+        self._guarded_s = 0.0
+
+    def keys_for(self, endpoint: str) -> KeyPair | None:
+        """A path of this host is guarded by its folder's mode."""
+        return self.keys if endpoint.startswith("tcp://") else None
+
+    def bind(self, endpoint: str) -> Listener:
+        """Listen. Errors: ConfigError when the endpoint cannot be bound."""
+        keys = self.keys_for(endpoint)
+        if keys is not None and self._auth is None:
+            self._auth = require_curve(self.context, keys)
+        advice = "is another worker on this port? Choose another with -p"
+        listener = Listener(self.context, endpoint, keys, advice, who="" if self.quiet else "worker")
+        self.listeners[listener.socket] = listener
+        self.add(listener.socket)
+        return listener
+
+    def dealer(self, endpoint: str) -> zmq.Socket[Any]:
+        """A DEALER that may be connected there; whoever asked adds it. Errors: Unavailable when none can be opened."""
+        return new_socket(self.context, zmq.DEALER, self.keys_for(endpoint), server=False)
+
+    def add(self, s: zmq.Socket[Any]) -> None:
+        """Look at it from now on."""
+        self._open.append(s)
+        self.poller.register(s, zmq.POLLIN)
+
+    def forget(self, s: zmq.Socket[Any]) -> None:
+        """Look at it no more."""
+        self._open.remove(s)
+        self.poller.unregister(s)
+
+    def remove(self, s: zmq.Socket[Any]) -> None:
+        """Close it."""
+        self.forget(s)
+        s.close()
+
+    def guard(self) -> None:
+        """Have listeners look at who is connected, when it is time."""
+        now = time.monotonic()
+        if now - self._guarded_s >= GUARD_S:
+            self._guarded_s = now
+            for listener in self.listeners.values():
+                listener.guard()
+
+    def close(self) -> None:
+        """Close all."""
+        if self._auth is not None:
+            self._auth.stop()
+        for s in self._open:
+            s.close()
+        self.context.destroy(linger=0)
