@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 
 from ggmq.cluster import Client, LocalBus
 from tests.support.fixtures import SHARED
-from workers.devices.base import cpu_model
+from workers.devices.system import cpu_model
 from workers.kernels import native
 
 COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}

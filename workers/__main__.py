@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from config.auth import find_keys
 from config.commandline import Parser
@@ -259,7 +260,7 @@ def _serve_many(args: argparse.Namespace, names: list[str], keys: object) -> int
     return 0
 
 
-def _banner(endpoint: str, cache: Cache | None, devices: list[Device], secure: bool, dialled: bool) -> None:
+def _banner(endpoint: str, cache: Cache | None, devices: list[Device[Any]], secure: bool, dialled: bool) -> None:
     _print_banner(endpoint, str(cache.folder) if cache else "n/a", secure, dialled)
     for d in devices:
         _print_device(d.info())

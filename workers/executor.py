@@ -18,12 +18,12 @@ from protocol import messages as m
 from protocol.content import Part
 from protocol.errors import Cancelled, GgmqError, InternalError, OutOfMemory, Overloaded, ProtocolError
 from workers.cache import Cache, ModelFolder
-from workers.devices.base import Buffer, Device, Plan, steps
+from workers.devices.base import Buffer, Device, Plan
 from workers.growing import Growing
 from workers.leases import Content, Leases, written
 from workers.links import LinkInstruction, Links
 from workers.state import WorkerState
-from workers.ticks import Tick, completing, nothing, paced
+from workers.ticks import Tick, completing, nothing, paced, pieces
 from workers.work import (
     Alloc,
     Compile,
@@ -69,7 +69,7 @@ class Executor:
     """
 
     def __init__(
-        self, device: Device, state: WorkerState, links: Links, cache: Cache | None, models: ModelFolder | None = None,
+        self, device: Device[Any], state: WorkerState, links: Links, cache: Cache | None, models: ModelFolder | None = None,
         keep_s: float = 0.0,
     ) -> None:  # fmt: skip
         self.device, self.state, self.links, self.cache, self.models = device, state, links, cache, models
@@ -208,7 +208,7 @@ class Executor:
                                 "send the tensor again")  # fmt: skip
         try:
             self.device.write(buffer, h.offset + h.at, data, tick)
-            for at, n in steps(len(data)):
+            for at, n in pieces(len(data)):
                 upload.hash.update(data[at : at + n])
                 tick()
             if upload.entry is not None:

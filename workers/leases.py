@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from config.clock import LivedClock
 from protocol.content import Part, content_name
@@ -77,7 +78,7 @@ class Leases:
     Threads: use from one.
     """
 
-    def __init__(self, device: Device, keep_s: float, clock: Callable[[], float] | None = None) -> None:
+    def __init__(self, device: Device[Any], keep_s: float, clock: Callable[[], float] | None = None) -> None:
         """keep_s: for how long; 0: nothing is kept."""
         self.device, self.keep_s = device, keep_s
         self._now_s = clock or LivedClock().now_s

@@ -57,7 +57,7 @@ class WorkerLoop:
     """
 
     def __init__(
-        self, device: Device, cache: Cache | None, software: str, keys: KeyPair | None = None, parent_pid: int = 0,
+        self, device: Device[Any], cache: Cache | None, software: str, keys: KeyPair | None = None, parent_pid: int = 0,
         name: str = "", models: ModelFolder | None = None, instance: bytes = b"", insecure: bool = False,
         spin_s: float = 0.0, peer_port: int = 0, quiet: bool = False, cluster: bytes = b"",
         keep_s: float = 0.0,

@@ -19,12 +19,19 @@ Tick = Callable[[], None]
 """Called between pieces of work: the process answers PINGs there. Raises Cancelled when the work is no longer wanted."""
 TICK_S = 0.02
 """How often what takes long lets the process look at its sockets."""
+PIECE_BYTES = 1 << 20
+"""What is read, packed or copied at once: it is still in the processor's cache when it is packed, and takes no time."""
 STALL_S = 60.0
 """A disk that takes longer than this over one piece has failed."""
 
 
 def nothing() -> None:
     """The tick of a process that nobody waits for."""
+
+
+def pieces(n_bytes: int, size: int = PIECE_BYTES) -> Iterator[tuple[int, int]]:
+    """Where each piece of so many bytes begins, and its size."""
+    return ((at, min(size, n_bytes - at)) for at in range(0, n_bytes, size))
 
 
 def paced(tick: Tick) -> Tick:

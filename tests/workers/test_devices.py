@@ -21,11 +21,11 @@ from tests.support.attacker import Attacker
 from tests.support.fixtures import free_port
 from tests.support.processes import WORKER, started
 from tests.support.strategies import leaf
-from workers.devices import cpu_plan
-from workers.devices.base import PIECE_BYTES, Buffer
-from workers.devices.cpu import Copy, CPUDevice
+from workers.devices.cpu import products
+from workers.devices.cpu.device import CPUDevice
+from workers.devices.cpu.weights import Copy, CPUBuffer
 from workers.executor import rss_bytes
-from workers.ticks import Tick, nothing
+from workers.ticks import PIECE_BYTES, Tick, nothing
 
 MIB = 1 << 20
 NE = (1024, 12 * 1024 + 5, 1, 1)
@@ -57,14 +57,14 @@ class Counted:
             raise Cancelled("no longer wanted")
 
 
-def filled(device: CPUDevice, weights: np.ndarray, spare: int = 0) -> Buffer:
+def filled(device: CPUDevice, weights: np.ndarray, spare: int = 0) -> CPUBuffer:
     buffer = device.alloc(N + spare)
     assert device.fill(buffer, 0, N, GGMLType.Q8_0, NE, Copy(weights))
     assert list(buffer.packed) == [0]
     return buffer
 
 
-def change(device: CPUDevice, buffer: Buffer, how: str, weights: np.ndarray, tick: Tick) -> None:
+def change(device: CPUDevice, buffer: CPUBuffer, how: str, weights: np.ndarray, tick: Tick) -> None:
     """One of the things that take long."""
     if how == "fill":
         device.fill(buffer, 0, N, GGMLType.Q8_0, NE, Copy(weights), tick)
@@ -191,8 +191,8 @@ def test_a_large_product_is_several_steps_with_the_same_bits(
         raw = quantize(raw, GGMLQuantizationType.Q8_0)
     columns = rng.standard_normal((n_columns, ne[0]), np.float32).tobytes()
     results, steps = [], []
-    for step_cost in (cpu_plan.STEP_COST, 100_000):
-        monkeypatch.setattr(cpu_plan, "STEP_COST", step_cost)
+    for step_cost in (products.STEP_COST, 100_000):
+        monkeypatch.setattr(products, "STEP_COST", step_cost)
         buffer = device.alloc(raw.nbytes)
         assert device.fill(buffer, 0, raw.nbytes, type_id, ne, Copy(raw.reshape(-1).view(np.uint8)))
         plan = device.compile(product(type_id, ne, n_columns), {1: buffer})

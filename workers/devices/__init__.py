@@ -1,4 +1,4 @@
-"""Devices by name: `CPU`, `reference`, `CUDA0`. A device is one file here plus its kernels.
+"""Devices by name: `CPU`, `reference`, `CUDA0`. A device is one file or folder here plus its kernels.
 
 `open_device` imports a device's module only when it is asked for.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from protocol.errors import ConfigError, DeviceError
 from workers.devices.base import Device
@@ -21,14 +22,14 @@ def accelerators() -> list[str]:
     return device_names()
 
 
-def open_device(name: str, n_threads: int, memory_bytes: int = 0, cpus: Sequence[int] = ()) -> Device:
+def open_device(name: str, n_threads: int, memory_bytes: int = 0, cpus: Sequence[int] = ()) -> Device[Any]:
     """The device of this name. `cpus`: where its threads stay, one each; it has no more threads than these.
 
     Units: `memory_bytes` caps what it hands out; 0 leaves it to the host.
     Errors: ConfigError for a name that no device has, DeviceError when what it needs is missing, naming it.
     """
     if name.upper() == "CPU":
-        from workers.devices.cpu import CPUDevice
+        from workers.devices.cpu.device import CPUDevice
 
         return CPUDevice(n_threads, memory_bytes, cpus)
     if name.lower() == "reference":

@@ -432,17 +432,17 @@ def rope_angles(n: Node, positions: Array, factors: Array | None) -> tuple[Array
         pos = positions.reshape(4, -1).astype(np.float64)[which].T
     else:
         pos = np.broadcast_to(positions.astype(np.float64)[:, None], (len(positions), n_pairs))
-    turn, magnitude = rope_turn(n, factors, exponent)
+    turn, magnitude = rope_turn(n.params, factors, exponent)
     angle = pos * turn
     return np.cos(angle) * magnitude, np.sin(angle) * magnitude, magnitude
 
 
-def rope_turn(n: Node, factors: Array | None, exponent: Array) -> tuple[Array, float]:
+def rope_turn(p: dict[str, Any], factors: Array | None, exponent: Array) -> tuple[Array, float]:
     """The angle by which one position turns each pair, and the magnitude of what is turned.
 
     Shapes: `exponent` and the result (n_pairs,). Source: as `rope_angles`.
     """
-    p, n_pairs = n.params, len(exponent)
+    n_pairs = len(exponent)
     n_dims, base = p["n_dims"], float(p["freq_base"])
     theta = base ** (-2.0 * exponent / n_dims)
     if factors is not None:

@@ -1,0 +1,1 @@
+"""The CPU device: `device` is where it begins; a plan is bound by `binding`, and `weights` are packed."""

@@ -1,0 +1,145 @@
+"""A plan of the CPU device: a program for the team, bound to where weights lie now and bound again when that changes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+
+import numpy as np
+
+from protocol.errors import KernelError
+from protocol.graph import Graph
+from workers.devices.base import Plan
+from workers.devices.cpu import attention, products, rows
+from workers.devices.cpu.binding import Binder, Bindings
+from workers.devices.cpu.program import Run, Words
+from workers.devices.cpu.weights import CPUBuffer, Weights
+from workers.devices.host import Arena, HostMemory, HostPlan, Step
+from workers.devices.lower import Lowered
+from workers.kernels.native import Team
+from workers.ticks import Tick, paced
+
+BINDINGS = Bindings({**rows.BINDINGS, **attention.BINDINGS, **products.BINDINGS})
+PATTERNS = tuple(ops for ops in BINDINGS if len(ops) > 1)
+
+
+class Profile:
+    """Seconds and steps, by what a step is called."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, list[float]] = {}
+
+    def count(self, op: str, seconds: float, n: int = 1) -> None:
+        row = self._rows.setdefault(op, [0.0, 0])
+        row[0] += seconds
+        row[1] += n
+
+    def lines(self) -> list[str]:
+        """What all took, then each, the longest first; nothing where nothing ran."""
+        total = sum(s for s, _ in self._rows.values())
+        rows = sorted(self._rows.items(), key=lambda row: -row[1][0])
+        lines = [f"{op:32} {s * 1e3:10.2f} ms {100 * s / total:5.1f} % {n:9.0f} steps" for op, (s, n) in rows]
+        return [f"{total * 1e3:.2f} ms", *lines] if rows else []
+
+
+def _run_team(team: Team, graph: Graph, words: Words, times: Words | None, first: int, last: int) -> None:
+    bad = team.run(words, first, last, times)
+    if bad >= 0:
+        raise KernelError(f"node {bad} ({graph.tensors[bad].op}): an index points outside the tensor that it names")
+
+
+class Bound:
+    """A graph bound to addresses.
+
+    Attributes:
+        words: the team's steps.
+        times: nanoseconds of each of them in the last run, where they are counted.
+        scratch_bytes: of the arena; thread_bytes: of each thread's own memory.
+    """
+
+    def __init__(self, binder: Binder, team: Team, profiling: bool) -> None:
+        program = binder.program
+        self.fallbacks = tuple(binder.fallbacks)
+        self.scratch_bytes, self.thread_bytes = binder.scratch.n_bytes, binder.thread_bytes
+        self.titles = [s.title() for s in program.steps] if profiling else []
+        self.words = program.words()
+        self.times = np.zeros(len(program.steps), np.int64) if profiling else None
+        # what runs steps must not hold the plan: a plan that holds itself keeps its buffers
+        run = partial(_run_team, team, binder.lowered.graph, self.words, self.times)
+        parts: list[tuple[Step, int]] = [(prelude, -1) for prelude in binder.preludes]
+        for part in program.parts:
+            parts.append((partial(run, part.first, part.last), part.node) if isinstance(part, Run) else part)
+        self.host = HostPlan(binder.memory, parts)
+        self.kept = binder.kept
+
+
+class CPUPlan(Plan):
+    """`bind` it, then run it; it binds itself again when weights have been packed or unpacked since.
+
+    Attributes:
+        program: the team's steps, a row of words each.
+    """
+
+    def __init__(
+        self, lowered: Lowered, buffers: Mapping[int, CPUBuffer], team: Team, weights: Weights, arena: Arena,
+        profile: Profile | None,
+    ) -> None:  # fmt: skip
+        self.graph = lowered.graph
+        self.n_nodes = sum(len(group) for group in lowered.groups)
+        self._lowered, self._buffers, self._team, self._weights, self._arena = lowered, buffers, team, weights, arena
+        self._profile = profile
+        used = {span.buffer for span in lowered.places}
+        self._used_buffers = [buffer for number, buffer in buffers.items() if number in used]
+        self._bound: Bound | None = None
+        self._layouts = -1
+
+    @property
+    def fallbacks(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self._bound.fallbacks if self._bound is not None else ()
+
+    @property
+    def program(self) -> Words:
+        assert self._bound is not None  # a plan is bound before it is given out
+        return self._bound.words
+
+    def _layout(self) -> int:
+        return sum(b.n_layouts for b in self._used_buffers)
+
+    def bind(self, tick: Tick) -> Bound:
+        """Bind to the layouts that the buffers have now. Calls the tick while it changes them."""
+        self._layouts, layouts = -1, -1
+        while layouts != self._layout():  # a node without a kernel may ask for its weights in GGUF's layout
+            self._lowered.check(self._buffers)
+            self._weights.settle(self._lowered, self._buffers, tick)
+            layouts = self._layout()
+            memory = HostMemory(self._lowered, self._buffers, self._arena)
+            binder = Binder(self._lowered, self._buffers, memory, self._weights, BINDINGS, tick)
+            binder.bind()
+            self._arena.memory(binder.scratch.n_bytes)
+            self._bound = Bound(binder, self._team, self._profile is not None)
+        self._layouts = layouts
+        assert self._bound is not None  # just bound
+        return self._bound
+
+    def run(self, inputs: Sequence[bytes | memoryview], tick: Tick) -> list[memoryview]:
+        bound = self._bound
+        if bound is None or self._layouts != self._layout():
+            bound = self.bind(paced(tick))
+        self._arena.settle(bound.scratch_bytes, tick)
+        self._team.reserve(bound.thread_bytes)
+        if self._profile is None or bound.times is None:
+            return bound.host.run(inputs, tick)
+        bound.times[:] = 0
+        start = time.perf_counter()
+        out = bound.host.run(inputs, tick)
+        rest = time.perf_counter() - start
+        for title, seconds in zip(bound.titles, _seconds(bound.times), strict=True):
+            self._profile.count(title, seconds)
+            rest -= seconds
+        self._profile.count("between: inputs, tables, NumPy ops", rest)
+        return out
+
+
+def _seconds(times: Words) -> Iterable[float]:
+    return (ns / 1e9 for ns in times.tolist())

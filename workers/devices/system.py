@@ -1,0 +1,94 @@
+"""What the host has: memory that it gives and takes back, and its processor."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+from collections.abc import Callable
+
+import numpy as np
+
+from workers.tensors import Bytes
+from workers.ticks import Tick, pieces
+
+HUGE_PAGE_BYTES = 2 << 20
+FREED_BYTES = 64 << 20
+"""What is given back to the system at once."""
+
+
+def give_back(room: mmap.mmap, start: int, end: int, tick: Tick) -> None:
+    """Give whole pages of a mapping back to the system; they read as zeros from then on."""
+    if hasattr(mmap, "MADV_DONTNEED"):
+        start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+        for at, n in pieces(max(0, end - start), FREED_BYTES):
+            room.madvise(mmap.MADV_DONTNEED, start + at, n)
+            tick()
+
+
+def _find_malloc_trim() -> Callable[[int], int] | None:
+    """glibc's: gives back what lies free in the heap between what does not. None where the C library is another."""
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError):
+        return None
+
+
+malloc_trim = _find_malloc_trim()
+
+
+def zeroed(n_bytes: int) -> tuple[Bytes, mmap.mmap | None]:
+    """Zeroed bytes that begin on a cache line; in huge pages where the system gives them, which weights are read faster
+    from. Pages come as they are touched. Returns: the bytes, and the mapping of their own that they lie in, if any."""
+    if n_bytes < HUGE_PAGE_BYTES:
+        return np.zeros(n_bytes, np.uint8), None
+    try:
+        room = mmap.mmap(-1, n_bytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as e:
+        raise MemoryError(f"{n_bytes} bytes: {e.strerror}") from None
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):
+            room.madvise(mmap.MADV_HUGEPAGE)
+    memory = np.frombuffer(room, np.uint8)
+    start = -memory.ctypes.data % HUGE_PAGE_BYTES
+    return memory[start : start + n_bytes], room
+
+
+def memory_bytes() -> int:
+    """Bytes of memory that the host has, or that its cgroup may use."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError), open("/sys/fs/cgroup/memory.max", encoding="ascii") as f:
+        total = min(total, int(f.read()))
+    return total
+
+
+def available_bytes() -> int:
+    """Bytes of memory that the host can still give out; on Linux what the kernel and the cgroup say."""
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    try:
+        with open("/proc/meminfo", encoding="ascii") as f:
+            for line in f:
+                if line.startswith("MemAvailable:"):
+                    available = int(line.split()[1]) * 1024
+                    break
+        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as f:
+            limit = f.read().strip()
+        with open("/sys/fs/cgroup/memory.current", encoding="ascii") as f:
+            if limit != "max":
+                available = min(available, max(0, int(limit) - int(f.read())))
+    except (OSError, ValueError):
+        pass
+    return available
+
+
+def cpu_model() -> str:
+    """The processor's name, or the empty string."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as f:
+            for line in f:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()[:256]
+    except OSError:
+        pass
+    return ""
