@@ -61,6 +61,11 @@ class Devices:
             raise HandleError(f"device {index}: there is none of this number; ask for the list again")
         return entry
 
+    def names(self, index: int) -> tuple[str, str]:
+        """The worker's name and the device's; empty when there is none of this number any more."""
+        entry = self.entries.get(index)
+        return (entry.info.worker, entry.info.name) if entry is not None else ("", "")
+
     def of(self, link: Link) -> Iterator[tuple[int, DeviceEntry]]:
         """Devices of a worker, with their numbers."""
         return ((i, e) for i, e in list(self.entries.items()) if e.link == link)

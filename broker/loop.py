@@ -37,7 +37,7 @@ from config.terminal import print_line
 from protocol import limits
 from protocol import messages as m
 from protocol.errors import GgmqError, ProtocolError, VersionError
-from protocol.frames import Frame, Message, decode, encode, prefix_of
+from protocol.frames import Frame, Message, decode, encode, refusal_of
 from protocol.messages import Command
 
 TICK_S = 0.1
@@ -261,16 +261,10 @@ class BrokerLoop:
             self._dialled_in(early[0], early[1].header, early[1], True, now)
 
     def _reject(self, peer: bytes, frames: list[Frame], error: ProtocolError) -> None:
-        device = epoch = seq = 0
-        try:
-            _, reply, device, epoch, seq = prefix_of(frames[0])
-            if reply:
-                return
-        except (ProtocolError, IndexError):
-            pass
-        self.state.traffic.n_refused += 1
-        answer = Message(Command.ERROR, m.Error(error.code, str(error)[:4000]), (), True, device, epoch, seq)
-        self._do([ToClient(peer, answer)])
+        refusal = refusal_of(frames, error)
+        if refusal is not None:
+            self.state.traffic.n_refused += 1
+            self._do([ToClient(peer, refusal)])
 
     def _do(self, instructions: list[Instruction]) -> None:
         for i in instructions:

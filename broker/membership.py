@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from broker.events import CloseLink, FromWorker, Instruction, Link, Redial, ToWorker, Unreached
 from broker.records import Drained, PassedCompute, Pending, RelayedCompute, Worker
-from broker.traffic import Traffic, lost
+from broker.traffic import Traffic
 from protocol import PROTOCOL_VERSION, limits, tokens
 from protocol import messages as m
 from protocol.errors import ForeignCluster, GgmqError, Overloaded
@@ -89,8 +89,7 @@ class Membership:
                 known = devices.known(h.token)
                 devices.room_for(0 if known else len(h.devices))
             except (Overloaded, ForeignCluster) as e:
-                refusal = message.answer(m.Error(e.code, str(e)), command=Command.ERROR)
-                return [ToWorker(link, False, refusal), CloseLink(link)]
+                return [ToWorker(link, False, message.refusal(e)), CloseLink(link)]
             for before in {e.link for e in known if e.link != link}:
                 out += self.closed(before, "it dialled in again")
             out += self._fail_all(link, "it dialled in again")
@@ -167,7 +166,7 @@ class Membership:
         out: list[Instruction] = []
         for key in [k for k in self.traffic.pending if k[0] == link]:
             pending = self.traffic.pending.pop(key)
-            out += self.fail(pending, lost(self.traffic.devices[pending.device], reason))
+            out += self.fail(pending, self.traffic.lost(pending.device, reason))
         return out
 
     def _note(self, link: Link, what: str) -> None:

@@ -13,7 +13,7 @@ from broker.events import Instruction, ToClient, ToWorker
 from broker.records import Client, Linking, LinkStep, Pair, PassedCompute, Pending, Relay, RelayedCompute
 from broker.traffic import Traffic
 from protocol import messages as m
-from protocol.errors import BY_CODE, GgmqError, ProtocolError, Unavailable
+from protocol.errors import GgmqError, ProtocolError
 from protocol.frames import Message
 
 
@@ -84,7 +84,7 @@ class Stages:
             return []
         relay = pending.relay
         failed = isinstance(answer, m.Error)
-        if isinstance(answer, m.Error) and issubclass(BY_CODE.get(answer.code, GgmqError), Unavailable):
+        if isinstance(answer, m.Error) and answer.retryable:  # the next one goes another way
             client.linked.difference_update(relay.pairs)
         out: list[Instruction] = []
         for key in relay.keys:
@@ -119,11 +119,11 @@ class Stages:
         h = reply.header
         if not isinstance(h, m.PeerAddress):
             return self.pair_known(pending, isinstance(h, m.Found) and h.found)
-        entry = self.traffic.devices[pending.device]
-        endpoint = h.endpoint or (entry.link if entry.link.startswith("tcp://") else "")
-        dial = m.PeerDial(_link_number(pending.pair), endpoint, h.instance, entry.local)
         due_s = now_s + self.traffic.deadline_s
         try:
+            entry = self.traffic.devices[pending.device]
+            endpoint = h.endpoint or (entry.link if entry.link.startswith("tcp://") else "")
+            dial = m.PeerDial(_link_number(pending.pair), endpoint, h.instance, entry.local)
             return [self.traffic.forward(LinkStep(pending.rid, pending.request, pending.pair[0], due_s, pending.pair), dial)]
         except GgmqError:
             return self.pair_known(pending, False)

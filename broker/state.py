@@ -209,8 +209,7 @@ class BrokerState:
         """The worker's reply is the client's."""
         h, command = reply.header, pending.request.command
         if isinstance(h, m.Error):
-            info = self.devices[pending.device].info
-            h, command = m.Error(h.code, f"{info.worker} {info.name}: {h.message}"[:4000]), Command.ERROR
+            h, command = h.at(*self.devices.names(pending.device)), Command.ERROR
         else:
             self._account(pending)
         client = self.clients.get(pending.rid)
@@ -222,7 +221,9 @@ class BrokerState:
 
     def _account(self, pending: Pending) -> None:
         """Remember what was handed out on a device, for the figures of DEVICE_INFO."""
-        h, entry = pending.request.header, self.devices[pending.device]
+        h, entry = pending.request.header, self.devices.entries.get(pending.device)
+        if entry is None:
+            return
         if isinstance(h, m.AllocBuffer) and h.session in entry.holders:  # it may have ended meanwhile
             entry.allocated[(h.session, h.buffer)] = h.n_bytes
         elif isinstance(h, m.FreeBuffer):
@@ -244,7 +245,8 @@ class BrokerState:
         """No reply of a worker ends this request any more."""
         match pending:
             case Drained():
-                self.devices[pending.device].ended.add(pending.session)
+                if pending.device in self.devices.entries:
+                    self.devices[pending.device].ended.add(pending.session)
                 return self._drained(pending)
             case LinkStep():
                 return self.stages.pair_known(pending, False)
@@ -262,8 +264,8 @@ class BrokerState:
         out = self.membership.tick(now_s)
         for key in [k for k, p in self.pending.items() if now_s > p.deadline_s]:
             pending = self.pending.pop(key)
-            name = pending.request.command.name
-            out += self._fail(pending, DeadlineExceeded(f"{name}: no reply within {self.traffic.deadline_s:.0f} s"))
+            late = DeadlineExceeded(f"{pending.request.command.name}: no reply within {self.traffic.deadline_s:.0f} s")
+            out += self._fail(pending, late.at(*self.devices.names(pending.device)))
         if now_s - self.clients_pinged_s > CLIENT_PING_S:
             self.clients_pinged_s = now_s
             out += [ToClient(rid, Message(Command.PING, m.Ping(0))) for rid in self.clients]

@@ -41,8 +41,12 @@ class Traffic:
         worker = self.workers.get(entry.link)
         if entry.lost or worker is None or not worker.ready:
             silent = worker.silent or worker.lost if worker is not None else ""
-            raise lost(entry, entry.lost or silent or "it is not connected yet")
+            raise self.lost(device, entry.lost or silent or "it is not connected yet")
         return entry, worker
+
+    def lost(self, device: int, reason: str) -> WorkerLost:
+        """The same words for a request that was under way and for one that comes after."""
+        return WorkerLost(reason).at(*self.devices.names(device))
 
     def forward(self, pending: Pending, header: m.Header, payload: list[Frame] | tuple[Frame, ...] = ()) -> ToWorker:
         """Send a request to the worker of its device. Errors: HandleError, WorkerLost."""
@@ -66,14 +70,10 @@ class Traffic:
         pending, worker = self.pending[key], self.workers[link]
         worker.seq += 1
         header = m.Cancel(getattr(pending.request.header, "session", 0), seq)
-        local = self.devices[pending.device].local
+        entry = self.devices.entries.get(pending.device)
+        local = entry.local if entry is not None else 0
         return ToWorker(link, False, Message(Command.CANCEL, header, (), False, local, worker.epoch, worker.seq))
 
     def refuse(self, rid: bytes, request: Message, error: GgmqError) -> ToClient:
         self.n_refused += 1
-        return ToClient(rid, request.answer(m.Error(error.code, str(error)[:4000]), command=Command.ERROR))
-
-
-def lost(entry: DeviceEntry, reason: str) -> WorkerLost:
-    """The same words for a request that was under way and for one that comes after."""
-    return WorkerLost(f"worker {entry.info.worker} ({entry.info.name}) was lost: {reason}")
+        return ToClient(rid, request.refusal(error))

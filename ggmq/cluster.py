@@ -36,7 +36,6 @@ from protocol.errors import (
     Unavailable,
     VersionError,
     WorkerLost,
-    from_wire,
 )
 from protocol.frames import Frame, Message, decode, encode
 from protocol.messages import Command
@@ -148,7 +147,7 @@ class Client:
         reply = self._replies.pop(seq)
         self.n_round_trips += 1
         if isinstance(reply.header, m.Error):
-            raise from_wire(reply.header.code, reply.header.message)
+            raise reply.header.error()
         return reply
 
     def _greet(self) -> Message:

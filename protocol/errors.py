@@ -5,17 +5,41 @@ A code means the same on every host and in every version. `retryable` tells that
 
 from __future__ import annotations
 
+from typing import Self
+
 
 class GgmqError(Exception):
     """Root of all errors that a user or a peer may see.
 
     Attributes:
-        code: stable name of the kind of error; travels in ERROR replies.
+        code: stable name of the kind of error.
         retryable: the same request may succeed later without a change.
+        worker, device: where it happened, by the names that DEVICE_INFO has; empty where it is no place.
+    All four, and the message, travel in ERROR replies; `str` names the place once, before the message.
     """
 
     code = "error"
     retryable = False
+    worker = device = ""
+
+    @property
+    def message(self) -> str:
+        """What happened, without the place."""
+        return str(self.args[0]) if self.args else ""
+
+    def at(self, worker: str, device: str) -> Self:
+        """Say where it happened; who knows it first knows it best."""
+        if not self.worker and not self.device:
+            self.worker, self.device = worker, device
+        return self
+
+    def __str__(self) -> str:
+        return f"{self._place}{self.message}"
+
+    @property
+    def _place(self) -> str:
+        place = " ".join(name for name in (self.worker, self.device) if name)
+        return f"{place}: " if place else ""
 
 
 class ConfigError(GgmqError):
@@ -108,7 +132,12 @@ class Unavailable(GgmqError):
 
 
 class WorkerLost(Unavailable):
+    """Where it names its worker, the message is the reason."""
+
     code = "worker_lost"
+
+    def __str__(self) -> str:
+        return f"worker {self.worker} ({self.device}) was lost: {self.message}" if self.worker else self.message
 
 
 class Overloaded(Unavailable):
@@ -124,9 +153,12 @@ class Cancelled(GgmqError):
 
 
 class RemoteError(GgmqError):
-    """An error of another process whose code this version does not know."""
+    """An error of another process whose code this version does not know: it keeps that code."""
 
     code = "remote"
+
+    def __str__(self) -> str:
+        return f"{self._place}{self.code}: {self.message}"
 
 
 class InternalError(GgmqError):
@@ -145,7 +177,8 @@ def _all_codes(cls: type[GgmqError]) -> dict[str, type[GgmqError]]:
 BY_CODE: dict[str, type[GgmqError]] = _all_codes(GgmqError)
 
 
-def from_wire(code: str, message: str) -> GgmqError:
-    """The error that an ERROR reply stands for; an unknown code becomes a RemoteError that names it."""
-    cls = BY_CODE.get(code)
-    return cls(message) if cls is not None else RemoteError(f"{code}: {message}")
+def from_wire(code: str, message: str, retryable: bool, worker: str = "", device: str = "") -> GgmqError:
+    """The error that an ERROR reply stands for; an unknown code becomes a RemoteError of this code."""
+    error = BY_CODE.get(code, RemoteError)(message).at(worker, device)
+    error.code, error.retryable = code, retryable
+    return error

@@ -6,6 +6,7 @@ by msgspec; payload frames are raw bytes and never pass through msgpack.
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,17 +16,19 @@ import msgpack
 import msgspec
 
 from protocol import limits
-from protocol.errors import ProtocolError, VersionError
+from protocol.errors import GgmqError, ProtocolError, VersionError
 from protocol.messages import (
     ANSWER,
     PAYLOAD_FRAMES,
     REPLY,
     REQUEST,
     Command,
+    Error,
     GraphCompute,
     HandOver,
     Header,
     Hello,
+    Ok,
     StageCompute,
 )
 
@@ -56,6 +59,10 @@ class Message:
     def answer(self, header: Header, payload: Sequence[Frame] = (), command: Command | None = None) -> Message:
         """The reply to this request."""
         return Message(command or self.command, header, tuple(payload), True, self.device, self.epoch, self.seq)
+
+    def refusal(self, error: GgmqError) -> Message:
+        """The ERROR reply to this request."""
+        return self.answer(Error.of(error), command=Command.ERROR)
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -183,6 +190,14 @@ def decode(frames: Sequence[Frame]) -> Message:
     if isinstance(header, Hello) and header.version != limits.PROTOCOL_VERSION:
         raise VersionError.between(limits.PROTOCOL_VERSION, header.version, header.software)
     return Message(command, header, payload, reply, device, epoch, seq)
+
+
+def refusal_of(frames: Sequence[Frame], error: GgmqError) -> Message | None:
+    """The ERROR reply to frames that are no message, as far as they say which one it was. None: they are a reply."""
+    reply, device, epoch, seq = False, 0, 0, 0
+    with contextlib.suppress(ProtocolError, IndexError):
+        _, reply, device, epoch, seq = prefix_of(frames[0])
+    return None if reply else Message(Command.ERROR, Ok(), (), False, device, epoch, seq).refusal(error)
 
 
 def prefix_of(frame: Frame) -> tuple[Command, bool, int, int, int]:

@@ -9,9 +9,10 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import Annotated
 
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, structs
 
 from protocol import limits
+from protocol.errors import GgmqError, from_wire
 
 
 class Command(IntEnum):
@@ -336,8 +337,27 @@ class Stats(Header, frozen=True):
 
 
 class Error(Header, frozen=True):
+    """A GgmqError as it crosses the wire."""
+
     code: Short
     message: Annotated[str, Meta(max_length=4096)]
+    retryable: bool = False
+    worker: Short = ""
+    device: Short = ""
+
+    @staticmethod
+    def of(error: GgmqError) -> Error:
+        """A message that is too long loses its end."""
+        return Error(error.code, error.message[:4096], error.retryable, error.worker[:256], error.device[:256])
+
+    def error(self) -> GgmqError:
+        """The error that this stands for."""
+        return from_wire(self.code, self.message, self.retryable, self.worker, self.device)
+
+    def at(self, worker: str, device: str) -> Error:
+        """As `GgmqError.at`."""
+        known = self.worker or self.device
+        return self if known else structs.replace(self, worker=worker[:256], device=device[:256])
 
 
 class Ok(Header, frozen=True):

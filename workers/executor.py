@@ -92,7 +92,7 @@ class Executor:
             return self.state.failed(work, e)
         except MemoryError:
             free = self.device.info().free_bytes
-            return self.state.failed(work, OutOfMemory(f"{self.device.name}: out of memory, {free} bytes free", 0, free))
+            return self.state.failed(work, OutOfMemory(f"out of memory, {free} bytes free", 0, free))
         except Exception as e:
             return self.state.failed(work, InternalError(f"{work.request.command.name}: {type(e).__name__}: {e}"))
         return self.state.done(work, header, payload)

@@ -22,7 +22,7 @@ from config.installed import module_environment
 from config.keys import KeyPair
 from protocol import messages as m
 from protocol.errors import GgmqError, ProtocolError, WorkerLost
-from protocol.frames import PREFIX, Frame, Message, decode, encode, prefix_of
+from protocol.frames import Frame, Message, decode, encode, prefix_of, refusal_of
 from protocol.messages import Command
 
 TO_ALL = frozenset({Command.HELLO, Command.PING, Command.DRAIN})
@@ -143,11 +143,9 @@ class Front:
             self._error(rid, frames, ProtocolError(f"{command.name}: device {device} of {len(self.order)}"))
 
     def _error(self, rid: bytes, frames: list[zmq.Frame], error: GgmqError) -> None:
-        device = epoch = seq = 0
-        if len(frames) > 1 and len(frames[1]) == PREFIX.size:
-            *_, device, epoch, seq = PREFIX.unpack(frames[1].bytes)
-        answer = Message(Command.ERROR, m.Error(error.code, str(error)[:4000]), (), True, device, epoch, seq)
-        self._send(rid, encode(answer))
+        refusal = refusal_of([f.bytes for f in frames[1:2]], error)
+        if refusal is not None:
+            self._send(rid, encode(refusal))
 
     def _from_device(self, frames: list[zmq.Frame]) -> None:
         child, rid = frames[0].bytes, frames[1].bytes

@@ -137,7 +137,7 @@ class Links:
             return []
         h, link.heard_s = message.header, now_s
         if isinstance(h, m.Error):
-            return self._break(name, h.message)
+            return self._break(name, str(h.error()))
         if isinstance(h, m.Hello):
             if h.token != link.dial.instance:
                 return self._break(name, "another worker answers there")

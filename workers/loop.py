@@ -29,7 +29,7 @@ from config.terminal import print_line
 from protocol import PROTOCOL_VERSION, limits, tokens
 from protocol import messages as m
 from protocol.errors import Cancelled, GgmqError, ProtocolError, Unavailable, VersionError
-from protocol.frames import Frame, Message, decode, encode, prefix_of
+from protocol.frames import Frame, Message, decode, encode, refusal_of
 from protocol.messages import Command
 from workers.cache import Cache, ModelFolder
 from workers.devices.base import Device
@@ -63,7 +63,7 @@ class WorkerLoop:
         keep_s: float = 0.0,
     ) -> None:  # fmt: skip
         self.device, self.parent_pid, self.name = device, parent_pid, name
-        self.state = WorkerState(software)
+        self.state = WorkerState(software, name, device.name if name else "")
         self.links = Links(self.state)
         self.executor = Executor(device, self.state, self.links, cache, models, keep_s)
         self.sockets = Sockets(keys, quiet)
@@ -309,15 +309,10 @@ class WorkerLoop:
 
     def _refuse_frames(self, rid: bytes, frames: list[Frame], error: ProtocolError) -> None:
         """Answer what could not be decoded, if it says which message it was."""
-        device = epoch = seq = 0
-        try:
-            _, reply, device, epoch, seq = prefix_of(frames[0])
-            if reply:
-                self.state.n_refused += 1
-                return
-        except (ProtocolError, IndexError):
-            pass
-        self._carry_out([self.state.refuse(rid, Message(Command.ERROR, m.Ok(), (), False, device, epoch, seq), error)])
+        refusal = refusal_of(frames, error)
+        self.state.n_refused += 1
+        if refusal is not None:
+            self._send(Send(rid, refusal))
 
     def _cancel(self, rid: bytes, message: Message, h: m.Cancel) -> None:
         kept = deque((r, q) for r, q in self.queue if (r, q.seq) != (rid, h.seq))

@@ -69,12 +69,13 @@ class Peer:
 
 class WorkerState:
     """Attributes:
+    worker, device: by these names an error says where it happened; a broker knows them where they are empty.
     sessions: every live session; nothing of a session outlives its peer.
     n_refused, n_fenced, n_computes, and those in bytes: counters for STATS; the loop counts what crosses the wire.
     """
 
-    def __init__(self, software: str) -> None:
-        self.software = software
+    def __init__(self, software: str, worker: str = "", device: str = "") -> None:
+        self.software, self.worker, self.device = software, worker, device
         self.peers: dict[bytes, Peer] = {}
         self.routes: dict[bytes, bytes] = {}
         self.sessions: dict[Key, Session] = {}
@@ -184,7 +185,7 @@ class WorkerState:
 
     def refuse(self, rid: bytes, message: Message, error: GgmqError) -> Send:
         self.n_refused += 1
-        return Send(rid, message.answer(m.Error(error.code, str(error)[:4000]), command=Command.ERROR))
+        return Send(rid, message.refusal(error.at(self.worker, self.device)))
 
     def _handle(self, rid: bytes, message: Message) -> list[Instruction]:
         h = message.header

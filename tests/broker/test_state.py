@@ -142,6 +142,21 @@ def test_an_error_of_any_stage_is_the_answer_and_the_others_are_cancelled(fails:
     assert linked_route(state, session), "an error of a graph says nothing of the link"
 
 
+def test_a_process_that_is_reached_at_two_addresses_is_lost_at_both() -> None:
+    """Both have its devices, which go with the first that is lost; what waits at the other is answered all the same."""
+    state = BrokerState("t", 10)
+    for link in (A, B):
+        (asked,) = state.handle(LinkOpened(link, 0.0))
+        answer = m.Hello(PROTOCOL_VERSION, "worker", b"one", devices=[DEVICE])
+        state.handle(FromWorker(link, asked.message.answer(answer), 0.0))
+        if link == A:
+            client(state)
+            ask(state, m.StatsQuery(), 1)
+    state.handle(LinkLost(B, "gone", 1.0))
+    out = state.handle(LinkLost(A, "gone", 1.0))
+    assert [i.message.header.code for i in out if isinstance(i, ToClient)] == ["worker_lost"] and not state.pending
+
+
 @pytest.mark.parametrize("gone", [A, B])
 def test_losing_a_stage_of_a_relay_answers_and_cancels(gone: str) -> None:
     state, session = two_workers()
@@ -157,7 +172,7 @@ def test_a_link_that_breaks_sends_the_next_compute_through_here() -> None:
     state, session = two_workers()
     link(state, session)
     first, _ = linked_route(state, session)
-    state.handle(FromWorker(A, first.message.answer(m.Error("unavailable", "link 3 is down"), (), Command.ERROR), 1.1))
+    state.handle(FromWorker(A, first.message.answer(m.Error("unavailable", "link 3 is down", True), (), Command.ERROR), 1.1))
     (only,) = ask(state, m.GraphCompute(session, b"1" * 16, 0, [m.RouteStep(1, b"2" * 16, 0)]), 6)
     assert only.link == A and only.message.header.give is None
 
@@ -444,7 +459,7 @@ class Bus(RuleBasedStateMachine):
         sent = self.wire.pop(data.draw(st.integers(0, len(self.wire) - 1)))
         made = {m.Ping: m.Ping(1), m.Found: m.Found(True), m.PeerAddress: m.PeerAddress("tcp://x:1", b"i")}
         kind = m.ANSWER[sent.message.command]
-        header = m.Error(data.draw(st.sampled_from(["kernel", "unavailable"])), "no") if refuse else made.get(kind) or kind()
+        header = m.Error("kernel", "no", data.draw(st.booleans())) if refuse else made.get(kind) or kind()
         command = Command.ERROR if refuse else None
         answer = sent.message.answer(header, (), command)
         self.take(self.state.handle(FromWorker(sent.link, answer, self.now, sent.bulk)))
