@@ -98,7 +98,7 @@ class BrokerState:
         if command in NOT_CLIENTS:
             raise ProtocolError(f"{command.name}: not a request of a client")
         match h:
-            case m.DeviceQuery():
+            case m.DeviceQuery(abilities=False):
                 return [ToClient(rid, message.answer(self.devices.listing(h.first, self.traffic.states())))]
             case m.Ping():
                 return [ToClient(rid, message.answer(h))]

@@ -90,9 +90,11 @@ class Hello(Header, frozen=True):
 
 
 class DeviceQuery(Header, frozen=True):
-    """`first`: the index from which on they are wanted."""
+    """`first`: the index from which on they are wanted. With `abilities` the device that the message names is asked itself,
+    and what it can run is in the answer."""
 
     first: U64 = 0
+    abilities: bool = False
 
 
 class ListedDevice(DeviceInfo, frozen=True):
@@ -100,12 +102,17 @@ class ListedDevice(DeviceInfo, frozen=True):
 
     `state`: ready; silent (its worker is there and answers nothing); lost (its worker's connection is closed); none (an
     index that no device has). `address`: where its worker listens, host:port. `n_sessions`: those that hold something
-    there.
+    there. Of a device that was asked for its abilities: ops of the table and types of tensors that it runs fast, and
+    others that it runs at all.
     """
 
     state: Short = "ready"
     address: Short = ""
     n_sessions: U64 = 0
+    fast_ops: Annotated[list[Short], Meta(max_length=1024)] = []
+    slow_ops: Annotated[list[Short], Meta(max_length=1024)] = []
+    fast_types: Annotated[list[U64], Meta(max_length=256)] = []
+    slow_types: Annotated[list[U64], Meta(max_length=256)] = []
 
 
 class DeviceList(Header, frozen=True):

@@ -30,6 +30,7 @@ from workers.work import (
     Compute,
     Copy,
     Count,
+    Describe,
     EndSession,
     Fetch,
     Free,
@@ -147,6 +148,8 @@ class Executor:
                 return m.Found(any_kept), ()
             case Count():
                 return self._stats(), ()
+            case Describe():
+                return m.DeviceList([self._described()], 1), ()
             case _:
                 raise InternalError(f"{work.request.command.name}: nothing for a device to do")
         return m.Ok(), ()
@@ -277,6 +280,13 @@ class Executor:
         """The device as it describes itself; what is only kept is free."""
         info = self.device.info()
         return msgspec.structs.replace(info, free_bytes=min(info.total_bytes, info.free_bytes + self.leases.n_bytes))
+
+    def _described(self) -> m.ListedDevice:
+        """The device with what it can run."""
+        can = self.device.abilities()
+        return m.ListedDevice(**msgspec.structs.asdict(self.info()), fast_ops=sorted(can.fast_ops),
+                              slow_ops=sorted(can.slow_ops), fast_types=sorted(can.fast_types),
+                              slow_types=sorted(can.slow_types))  # fmt: skip
 
     def close(self) -> None:
         """The process ends: what is still to be kept is, within a bound."""

@@ -24,6 +24,7 @@ from workers.work import (
     Compute,
     Copy,
     Count,
+    Describe,
     EndSession,
     Fetch,
     Free,
@@ -196,6 +197,8 @@ class WorkerState:
         match h:
             case m.StatsQuery():
                 return [Count(rid, (token, 0), message)]
+            case m.DeviceQuery():
+                return [Describe(rid, (token, 0), message)]
             case m.Release():
                 return [GiveUp(rid, (token, 0), message)]
             case m.Cancel():

@@ -91,4 +91,9 @@ class Count(Work):
     """STATS."""
 
 
+@dataclass(frozen=True, slots=True)
+class Describe(Work):
+    """DEVICE_INFO: what the device can run."""
+
+
 Instruction = Send | Work

@@ -271,6 +271,17 @@ def test_a_worker_that_answers_again_has_its_devices_and_sessions_under_a_new_ep
     assert sent.message.epoch == again.epoch
 
 
+def test_what_a_device_can_run_it_is_asked_itself() -> None:
+    state = BrokerState("t", 10)
+    hello(state, A)
+    client(state)
+    (sent,) = ask(state, m.DeviceQuery(abilities=True), 1)
+    assert (sent.link, sent.message.header) == (A, m.DeviceQuery(abilities=True))
+    told = m.DeviceList([m.ListedDevice("CPU", "cpu", fast_ops=["ADD"], slow_types=[0])], 1)
+    (reply,) = state.handle(FromWorker(A, sent.message.answer(told), 1.0))
+    assert reply.message.header == told
+
+
 def test_why_a_worker_is_not_reached_is_kept_until_it_is() -> None:
     state = BrokerState("t", 10)
     state.handle(LinkOpened(A, 0.0))

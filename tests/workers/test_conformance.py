@@ -14,7 +14,7 @@ from protocol import messages as m
 from protocol.dtypes import GGMLType
 from protocol.encoding import encode_graph, graph_digest
 from protocol.graph import Graph
-from protocol.ops import OPS
+from protocol.ops import COPYABLE, OPS
 from tests.support.fixtures import OPS as RECORDED
 from tests.support.fixtures import ROOT
 from tests.support.strategies import node_graphs
@@ -41,6 +41,15 @@ def test_a_node_agrees_with_its_definition(bus: Client, case: tuple[str, Graph, 
     got, want = (np.frombuffer(b, kind).astype(np.float64) for b in (reply.payload[0], expected))
     bound = max(OPS[name].nmse, 1e-12 if kind == np.int32 else 1e-7)
     assert nmse(got, want) <= bound, name
+
+
+def test_a_device_says_what_it_can_run(bus: Client, device: str) -> None:
+    header = bus.request(m.DeviceQuery(abilities=True)).header
+    assert isinstance(header, m.DeviceList)
+    (said,) = header.devices
+    assert {*said.fast_ops, *said.slow_ops} == set(KERNELS) and not {*said.fast_ops} & {*said.slow_ops}
+    assert {*said.fast_types, *said.slow_types} == {int(t) for t in COPYABLE}
+    assert bool(said.fast_ops and said.fast_types) == (device == "CPU")
 
 
 @pytest.mark.parametrize("file", RECORDED)

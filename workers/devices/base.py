@@ -10,6 +10,7 @@ from typing import Generic, Protocol, TypeVar
 from protocol.errors import HandleError
 from protocol.graph import Graph
 from protocol.messages import DeviceInfo
+from protocol.ops import OPS
 from workers.ticks import Tick, nothing
 
 
@@ -61,6 +62,21 @@ class Plan(ABC):
         """Run with these inputs; the outputs are views that the next `run` of any plan may overwrite."""
 
 
+COMPUTED = frozenset(name for name, op in OPS.items() if not op.view and name != "NONE")
+"""Ops that something is to be done for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Abilities:
+    """What a device can run: ops by their names in the op table, types by their ids. Some it has kernels for, others it runs
+    at all."""
+
+    fast_ops: frozenset[str]
+    slow_ops: frozenset[str]
+    fast_types: frozenset[int]
+    slow_types: frozenset[int]
+
+
 class Device(ABC, Generic[B]):
     """What takes long takes a tick, which it calls between pieces of a few milliseconds.
 
@@ -84,6 +100,10 @@ class Device(ABC, Generic[B]):
     @abstractmethod
     def info(self) -> DeviceInfo:
         """Name, kind and memory, as they are now."""
+
+    @abstractmethod
+    def abilities(self) -> Abilities:
+        """What it can run. A node of a fast op may still run slowly, for its strides or other types."""
 
     def short(self) -> bool:
         """Whether others need the memory that is only kept for later."""

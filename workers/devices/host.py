@@ -16,8 +16,9 @@ import numpy as np
 from protocol.dtypes import tensor_bytes
 from protocol.errors import GgmqError, HandleError, InternalError, KernelError, OutOfMemory
 from protocol.messages import DeviceInfo
+from protocol.ops import COPYABLE
 from workers import tensors
-from workers.devices.base import Buffer, Device, Plan, Source
+from workers.devices.base import COMPUTED, Abilities, Buffer, Device, Plan, Source
 from workers.devices.lower import SCRATCH, Lowered, Node, Span
 from workers.devices.system import (
     available_bytes,
@@ -126,6 +127,10 @@ class HostDevice(Device[H]):
             total_bytes=self.total_bytes(), free_bytes=self.free_bytes(), n_threads=self.n_threads(),
             shares_memory=not self.limit_bytes,
         )  # fmt: skip
+
+    def abilities(self) -> Abilities:
+        """Here every op has its reference kernel."""
+        return Abilities(frozenset(), COMPUTED, frozenset(), frozenset(int(t) for t in COPYABLE))
 
     def n_threads(self) -> int:
         return 1

@@ -13,13 +13,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from protocol.graph import Graph
-from workers.devices.base import Source
-from workers.devices.cpu.plan import PATTERNS, CPUPlan, Profile
+from workers.devices.base import Abilities, Source
+from workers.devices.cpu.plan import BINDINGS, PATTERNS, CPUPlan, Profile
 from workers.devices.cpu.weights import Copy, CPUBuffer, Ne, Weights, packable
 from workers.devices.host import HostDevice
 from workers.devices.lower import lower
 from workers.devices.system import cpu_model
-from workers.kernels import native
+from workers.kernels import layout, native
 from workers.tensors import Bytes
 from workers.ticks import Tick, completing, nothing
 
@@ -65,6 +65,12 @@ class CPUDevice(HostDevice[CPUBuffer]):
     def profile(self) -> list[str]:
         lines = self._profile.lines() if self._profile is not None else []
         return [f"profile of {self.name}, {self._n_threads} threads, {lines[0]}", *lines[1:]] if lines else []
+
+    def abilities(self) -> Abilities:
+        at_all = super().abilities()
+        ops = frozenset(op for op in at_all.slow_ops if (op,) in BINDINGS)
+        types = frozenset(int(t) for t in layout.KINDS)
+        return Abilities(ops, at_all.slow_ops - ops, types, at_all.slow_types - types)
 
     def buffer_of(self, n_bytes: int, memory: Bytes, room: mmap.mmap | None) -> CPUBuffer:
         return CPUBuffer(n_bytes, memory, room)
