@@ -14,6 +14,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from config.caches import cache_folder
 from ggmq.gguf import GGUF, TensorInfo
 from protocol.errors import FormatError
 
@@ -22,9 +23,7 @@ PIECE_BYTES = 1 << 20
 
 
 def manifest_folder() -> Path:
-    """`$LLAMA_CACHE/ggmq-manifests`, else under `$XDG_CACHE_HOME`, else `~/.cache`."""
-    base = os.environ.get("LLAMA_CACHE") or os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "ggmq-manifests"
+    return cache_folder("ggmq-manifests")
 
 
 def _identity(g: GGUF) -> str:

@@ -31,7 +31,7 @@ from config.terminal import (
 )
 from protocol.errors import ConfigError, GgmqError
 from protocol.messages import DeviceInfo
-from workers.cache import DEFAULT_QUOTA_BYTES, Cache, ModelFolder, cache_folder
+from workers.cache import DEFAULT_QUOTA_BYTES, Cache, ModelFolder, default_folder
 from workers.devices import accelerators, open_device
 from workers.devices.base import Device
 
@@ -66,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
                    help="weights of a run that ended stay in memory for so long, unless they must make room, and "
                    "the next run loads nothing (default 0: they are freed; `ggmq up` gives its workers 300)")  # fmt: skip
     p.add_argument("-c", "--cache", action="store_true", help="keep weights in a local cache")
-    p.add_argument("--cache-dir", type=Path, help=f"where (default {cache_folder()})")
+    p.add_argument("--cache-dir", type=Path, help=f"where (default {default_folder()})")
     p.add_argument("--cache-quota", type=_positive, default=DEFAULT_QUOTA_BYTES // MIB, metavar="MIB",
                    help="bound of the cache (default %(default)s)")  # fmt: skip
     p.add_argument("--model-dir", type=Path, metavar="DIR",
@@ -204,7 +204,7 @@ def _cache(args: argparse.Namespace) -> Cache | None:
     """The weight cache that the options ask for. Errors: ConfigError when its folder cannot be used."""
     if not args.cache and not args.cache_dir:
         return None
-    folder = args.cache_dir or cache_folder()
+    folder = args.cache_dir or default_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.R_OK | os.X_OK):
@@ -237,12 +237,11 @@ def _serve_many(args: argparse.Namespace, names: list[str], keys: object) -> int
         common += ["--keys", str(args.keys)]
     if args.threads:
         common += ["-t", str(args.threads)]
-    common += ["--keep", str(args.keep)]
-    common += ["--spin-us", str(args.spin_us if len(names) < n_cores() else 0)]
+    common += ["--keep", str(args.keep), "--spin-us", str(args.spin_us if len(names) < n_cores() else 0)]
     if args.mem:
         common += ["-m", str(args.mem)]
     if args.cache or args.cache_dir:
-        common += ["-c", "--cache-dir", str(args.cache_dir or cache_folder()), "--cache-quota", str(args.cache_quota)]
+        common += ["-c", "--cache-dir", str(args.cache_dir or default_folder()), "--cache-quota", str(args.cache_quota)]
     if args.log_timestamps:
         common.append("--log-timestamps")
     if args.model_dir:
@@ -252,7 +251,7 @@ def _serve_many(args: argparse.Namespace, names: list[str], keys: object) -> int
     except GgmqError:
         front.close()
         raise
-    cache = str(args.cache_dir or cache_folder()) if args.cache or args.cache_dir else "n/a"
+    cache = str(args.cache_dir or default_folder()) if args.cache or args.cache_dir else "n/a"
     _print_banner(front.endpoint, cache, keys is not None, False)
     for i in infos:
         _print_device(i)

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from config.caches import cache_folder
 from workers.growing import Growing, sweep
 from workers.ticks import Aside, Job, Tick, nothing
 
@@ -36,10 +37,9 @@ MAX_GROWING = 64
 """Entries that may be under way at once: each holds a descriptor."""
 
 
-def cache_folder() -> Path:
-    """`$LLAMA_CACHE/ggmq`, else `$XDG_CACHE_HOME/ggmq`, else `~/.cache/ggmq`."""
-    base = os.environ.get("LLAMA_CACHE") or os.environ.get("XDG_CACHE_HOME")
-    return Path(base) / "ggmq" if base else Path.home() / ".cache" / "ggmq"
+def default_folder() -> Path:
+    """Where weights are kept if nobody says otherwise."""
+    return cache_folder("ggmq")
 
 
 def content_hash(data: bytes | memoryview) -> bytes:
@@ -322,7 +322,7 @@ def main(argv: list[str] | None = None) -> int:
     """`python -m workers.cache list|verify|clear`: what `ggmq cache` runs."""
     p = argparse.ArgumentParser(prog="ggmq cache")
     p.add_argument("what", choices=["list", "verify", "clear"])
-    p.add_argument("--cache-dir", type=Path, default=cache_folder())
+    p.add_argument("--cache-dir", type=Path, default=default_folder())
     args = p.parse_args(argv)
     try:
         args.cache_dir.mkdir(parents=True, exist_ok=True)

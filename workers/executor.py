@@ -20,7 +20,7 @@ from protocol.errors import Cancelled, GgmqError, InternalError, OutOfMemory, Ov
 from workers.cache import Cache, ModelFolder
 from workers.devices.base import Buffer, Device, Plan
 from workers.growing import Growing
-from workers.leases import Content, Leases, written
+from workers.leases import Content, Leases, overlap, written
 from workers.links import LinkInstruction, Links
 from workers.state import WorkerState
 from workers.ticks import Tick, completing, nothing, paced, pieces
@@ -121,13 +121,12 @@ class Executor:
                 return m.Found(self._alloc(key, h, pace)), ()
             case Free(h=h):
                 self._forget_plans(key, h.buffer)
-                self._changed(key, h.buffer)
-                self.contents.pop((key, h.buffer), None)
+                self._forget_buffer(key, h.buffer)
                 self.device.free(mine.pop(h.buffer), pace)
             case Write(h=h):
                 self._write(work, mine[h.buffer], pace)
             case Fetch(h=h):
-                self._changed(key, h.buffer, h.offset, h.n_bytes)
+                self._changed(key, h.buffer, _part(h.offset, h.n_bytes))
                 found = self._find(mine[h.buffer], h, pace)
                 if found:
                     self._verified(key, h)
@@ -135,7 +134,7 @@ class Executor:
             case Read(h=h):
                 return m.Ok(), [self.device.read(mine[h.buffer], h.offset, h.n_bytes, pace)]
             case Copy(h=h):
-                self._changed(key, h.dst_buffer, h.dst_offset, h.n_bytes)
+                self._changed(key, h.dst_buffer, _part(h.dst_offset, h.n_bytes))
                 self.device.copy(mine[h.src_buffer], h.src_offset, mine[h.dst_buffer], h.dst_offset, h.n_bytes, pace)
             case Compile():
                 self._compile(work, pace)
@@ -196,11 +195,11 @@ class Executor:
         h = work.h
         data, key = memoryview(work.request.payload[0]), (work.key, h.buffer, h.offset)
         if not h.hash:
-            self._changed(work.key, h.buffer, h.offset + h.at, len(data))
+            self._changed(work.key, h.buffer, _part(h.offset + h.at, len(data)))
             self.device.write(buffer, h.offset + h.at, data, tick)
             return
         if not h.at:
-            self._changed(work.key, h.buffer, h.offset, h.n_bytes)
+            self._changed(work.key, h.buffer, _part(h.offset, h.n_bytes))
             if sum(k[0] == work.key for k in self.uploads) >= MAX_UPLOADS:
                 raise Overloaded(f"SET_TENSOR: {MAX_UPLOADS} tensors of this session are on their way; finish one first")
             entry = self.cache.begin(h.hash, h.n_bytes) if self.cache is not None else None
@@ -230,16 +229,20 @@ class Executor:
         self.device.finish(buffer, h.offset, h.n_bytes, h.type, h.ne, tick)
         self._verified(work.key, h)
 
-    def _changed(self, key: Key, buffer: int, offset: int = 0, n_bytes: int | None = None) -> None:
-        """Something else comes into these bytes, or nothing more can: what was there, or was coming, is not what its hash
-        says."""
-        for k, u in list(self.uploads.items()):
-            inside = n_bytes is None or (k[2] < offset + n_bytes and offset < k[2] + u.n_bytes)
-            if k[:2] == (key, buffer) and inside:
+    def _changed(self, key: Key, buffer: int, part: range) -> None:
+        """Something else comes into these bytes: what was there, or was coming, is not what its hash says."""
+        for k, upload in list(self.uploads.items()):
+            if k[:2] == (key, buffer) and overlap(range(k[2], k[2] + upload.n_bytes), part):
                 self.uploads.pop(k).drop()
         content = self.contents.get((key, buffer))
         if content is not None:
-            content.changed(offset, content.n_bytes if n_bytes is None else n_bytes)
+            content.changed(part)
+
+    def _forget_buffer(self, key: Key, buffer: int) -> None:
+        """Nothing more can come into a buffer."""
+        for k in [k for k in self.uploads if k[:2] == (key, buffer)]:
+            self.uploads.pop(k).drop()
+        self.contents.pop((key, buffer), None)
 
     def _compile(self, work: Compile | Compute, tick: Tick) -> Plan:
         for buffer in written(work.graph):
@@ -307,6 +310,10 @@ class Executor:
             cache_repairs=cache.repairs if cache else 0, n_fallbacks=self.n_fallbacks,
             kernel_compiles=self.device.kernel_compiles,
         )  # fmt: skip
+
+
+def _part(offset: int, n_bytes: int) -> range:
+    return range(offset, offset + n_bytes)
 
 
 def rss_bytes() -> int:

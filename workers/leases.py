@@ -23,6 +23,11 @@ MAX_PARTS = 1 << 16
 MAX_KEPT = 64
 
 
+def overlap(a: range, b: range) -> bool:
+    """Whether two ranges of bytes have some in common."""
+    return a.start < b.stop and b.start < a.stop
+
+
 class Content:
     """What a session's buffer holds, as far as it counts for its name.
 
@@ -41,10 +46,10 @@ class Content:
         self._parts[part.offset] = part
         self._spoilt |= len(self._parts) > MAX_PARTS
 
-    def changed(self, offset: int, n_bytes: int) -> None:
+    def changed(self, part: range) -> None:
         """Something else has come into these bytes, or will."""
         self._whole = False
-        for p in [p for p in self._parts.values() if p.offset < offset + n_bytes and offset < p.offset + p.n_bytes]:
+        for p in [p for p in self._parts.values() if overlap(range(p.offset, p.offset + p.n_bytes), part)]:
             del self._parts[p.offset]
 
     def spoil(self) -> None:

@@ -13,10 +13,11 @@ from config import launch, running
 from config.auth import find_keys
 from config.keys import KeyPair
 from config.load import load_cluster
+from config.memory import available_bytes, memory_bytes
 from config.schema import ClusterFile, expanded
 from config.terminal import print_line, safe_line, stamp_lines
 from ggmq.archs import open_arch
-from ggmq.cli.options import BUNDLED, add_security, endpoint, endpoints, host_memory, require_file
+from ggmq.cli.options import BUNDLED, add_security, endpoint, endpoints, require_file
 from ggmq.cluster import local_bus, own_broker
 from ggmq.gguf import GGUF
 from ggmq.runner import default_n_ctx, plan
@@ -129,7 +130,7 @@ def _infos_offline(cluster: ClusterFile, file: Path) -> list[m.ListedDevice]:
             if w.memory_mib:
                 total = free = w.memory_mib * MIB
             elif w.launcher == "local" and device.upper() in ("CPU", "REFERENCE"):
-                total, free = host_memory()
+                total, free = memory_bytes(), available_bytes()
             else:
                 raise ConfigError(f"{file}: $.workers[{i}].memory_mib: worker {w.name}: expected the MiB that {device} "
                                   "lends, since --offline asks nobody; add the key, or plan without --offline")  # fmt: skip

@@ -129,22 +129,6 @@ def keys_of(args: argparse.Namespace) -> KeyPair | None:
     return find_keys(args.keys, args.insecure)
 
 
-def host_memory() -> tuple[int, int]:
-    """Bytes of memory of this host, in all and free, as a worker here would tell them."""
-    page = os.sysconf("SC_PAGE_SIZE")
-    total, free = page * os.sysconf("SC_PHYS_PAGES"), page * os.sysconf("SC_AVPHYS_PAGES")
-    try:
-        with open("/proc/meminfo", encoding="ascii") as f:
-            free = next((int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable:")), free)
-        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
-        used = Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii")
-        if limit != "max":
-            free = min(free, max(0, int(limit) - int(used)))
-    except (OSError, ValueError):  # no Linux, or no cgroup: what is known so far
-        pass
-    return total, free
-
-
 def local_threads(wanted: int, n_workers: int) -> list[int]:
     """Threads of each local worker: of `wanted` in all, else of the cores of this host; each has one at least."""
     total = wanted or n_cores()

@@ -13,8 +13,8 @@ import psutil
 import pytest
 
 from config import launch
+from config.memory import memory_bytes
 from config.running import Process
-from ggmq.cli.options import host_memory
 from tests.support.fixtures import free_port
 from tests.support.processes import until
 from tests.test_cli import WORKER, ggmq
@@ -75,7 +75,7 @@ def test_an_offline_plan_takes_this_hosts_memory_and_names_what_nobody_can_tell(
     r = ggmq("plan", path, "--offline")
     assert r.returncode == 0, r.stderr
     free = re.search(r"here CPU\s+embedding, 0-3, output.* (\d+)$", r.stdout, re.MULTILINE)
-    assert free is not None and 0 < int(free[1]) << 20 <= host_memory()[0], r.stdout
+    assert free is not None and 0 < int(free[1]) << 20 <= memory_bytes(), r.stdout
     for worker in ("{name: there, launcher: ssh, host: u@192.0.2.1}", "{name: there, launcher: none, host: 192.0.2.1}",
                    "{name: there, devices: [CUDA0]}"):  # fmt: skip
         path.write_text(f"workers:\n  - {worker}\n")

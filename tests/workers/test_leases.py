@@ -50,7 +50,7 @@ def test_content_is_complete_when_all_parts_are_there_and_none_was_changed(
         content.verified(part)
         assert content.complete == (i == len(parts) - 1)
     for offset, n_bytes in changes:
-        content.changed(offset, n_bytes)
+        content.changed(range(offset, offset + n_bytes))
     touched = [p for p in parts if any(p.offset < at + n and at < p.offset + p.n_bytes for at, n in changes)]
     assert content.complete == (not touched)
     for part in touched:

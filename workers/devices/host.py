@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from config.memory import available_bytes, memory_bytes
 from protocol.dtypes import tensor_bytes
 from protocol.errors import GgmqError, HandleError, InternalError, KernelError, OutOfMemory
 from protocol.messages import DeviceInfo
@@ -21,11 +22,9 @@ from workers import tensors
 from workers.devices.base import COMPUTED, Abilities, Buffer, Device, Plan, Source
 from workers.devices.lower import SCRATCH, Lowered, Node, Span
 from workers.devices.system import (
-    available_bytes,
     cpu_model,
     give_back,
     malloc_trim,
-    memory_bytes,
     zeroed,
 )
 from workers.kernels import reference

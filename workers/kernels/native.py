@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from config.caches import cache_folder
 from config.cores import n_cores
 from config.installed import module_command, module_environment
 from protocol.errors import KernelError
@@ -57,12 +58,10 @@ NOTED_S = 1.0
 
 def _cache_folder(cpu: str) -> Path:
     """The folder of this CPU, these versions and this source."""
-    base = os.environ.get("LLAMA_CACHE") or os.environ.get("XDG_CACHE_HOME")
-    root = (Path(base) if base else Path.home() / ".cache") / "ggmq-kernels"
     source = b"".join(p.read_bytes() for p in sorted(Path(__file__).parent.glob("*.py")))
     told = f"{os.environ.get('NUMBA_CPU_NAME')} {os.environ.get('NUMBA_CPU_FEATURES')}"
     text = f"{cpu} {platform.machine()} {version('numba')} {version('llvmlite')} {version('numpy')} {sys.version} {told}"
-    return root / blake2b(text.encode() + source, digest_size=8).hexdigest()
+    return cache_folder("ggmq-kernels") / blake2b(text.encode() + source, digest_size=8).hexdigest()
 
 
 class Kernels:
