@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
-from ggmq.cluster import Client, LocalBus
+from ggmq.cluster import Client, local_bus
+from tests.support import elsewhere, processes
 from tests.support.fixtures import SHARED
 from workers.devices.system import cpu_model
 from workers.kernels import native
@@ -29,7 +32,7 @@ def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GGMQ_KEYS", raising=False)
 
 
-@pytest.fixture(scope="session", params=["CPU", "reference"])
+@pytest.fixture(scope="session", params=["CPU", "reference", elsewhere.NAME])
 def device(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -37,12 +40,15 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def bus(device: str) -> Iterator[Client]:
     """A session with one real worker process of the device."""
-    started = LocalBus()
-    try:
-        started.spawn(device, 2)
+    with contextlib.ExitStack() as ended, local_bus() as started:
+        if device == elsewhere.NAME:
+            started.names.append("local0")
+            command = [sys.executable, "-m", elsewhere.__name__, "-d", device, "--quiet", "--insecure",
+                       "--broker", started.local_endpoint, "--name", started.names[0]]  # fmt: skip
+            ended.enter_context(processes.started(command))
+        else:
+            started.spawn(device, 2)
         yield started.start()
-    finally:
-        started.close()
 
 
 @pytest.fixture(scope="session")

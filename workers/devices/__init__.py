@@ -1,12 +1,12 @@
 """Devices by name: `CPU`, `reference`, `CUDA0`. A device is one file or folder here plus its kernels.
 
-`open_device` imports a device's module only when it is asked for.
+A device's module is imported only when it is asked for.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from protocol.errors import ConfigError, DeviceError
@@ -22,20 +22,31 @@ def accelerators() -> list[str]:
     return device_names()
 
 
+def _cpu(n_threads: int, memory_bytes: int, cpus: Sequence[int]) -> Device[Any]:
+    from workers.devices.cpu.device import CPUDevice
+
+    return CPUDevice(n_threads, memory_bytes, cpus)
+
+
+def _reference(n_threads: int, memory_bytes: int, cpus: Sequence[int]) -> Device[Any]:
+    from workers.devices.reference import ReferenceDevice
+
+    return ReferenceDevice(memory_bytes)
+
+
+DEVICES: dict[str, Callable[[int, int, Sequence[int]], Device[Any]]] = {"cpu": _cpu, "reference": _reference}
+"""By the name in lower case, what opens it: with so many threads, at most so many bytes, on these CPUs."""
+
+
 def open_device(name: str, n_threads: int, memory_bytes: int = 0, cpus: Sequence[int] = ()) -> Device[Any]:
     """The device of this name. `cpus`: where its threads stay, one each; it has no more threads than these.
 
     Units: `memory_bytes` caps what it hands out; 0 leaves it to the host.
     Errors: ConfigError for a name that no device has, DeviceError when what it needs is missing, naming it.
     """
-    if name.upper() == "CPU":
-        from workers.devices.cpu.device import CPUDevice
-
-        return CPUDevice(n_threads, memory_bytes, cpus)
-    if name.lower() == "reference":
-        from workers.devices.reference import ReferenceDevice
-
-        return ReferenceDevice(memory_bytes)
+    opener = DEVICES.get(name.lower())
+    if opener is not None:
+        return opener(n_threads, memory_bytes, cpus)
     if re.fullmatch(r"CUDA\d+", name.upper()):
         from workers.devices.cuda import require_cuda
 
