@@ -71,7 +71,7 @@ LEAD, HELP, WAKE, PACK_ROWS, UNPACK_ROWS = range(5)
 N_WORDS = 9
 """int64 arguments of the one compiled function: what it is called for, and eight more."""
 TEAM = "team"
-KERNEL_UNITS = ("attention", "products", "rows0", "rows1", "packing")
+KERNEL_UNITS = ("attention", "products", "rows0", "rows1", "packing", "scans")
 PIECE_UNITS = (*(t.name for t in KINDS[:N_QUANTIZED]), "tiles", "floats")
 COLUMNS = "columns"
 UNITS = (*KERNEL_UNITS, TEAM, *PIECE_UNITS, COLUMNS)

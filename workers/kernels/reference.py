@@ -397,8 +397,10 @@ def _ssm_conv(n: Node) -> None:
 
 @kernel("SSM_SCAN")
 def _ssm_scan(n: Node) -> None:
-    pool, x, dt, a, b, c = (n.x(i) for i in range(6))
-    state = pool[n.indices(6, pool.shape[0])[0, 0, 0]]
+    pool, t = n.src[0], n.src_tensor[0]
+    assert pool is not None and t is not None
+    state = tensors.load(pool[n.indices(6, pool.shape[0])[0, 0, 0]], t.type)
+    x, dt, a, b, c = (n.x(i) for i in range(1, 6))
     y, states = recurrent.selective_scan(state, x, dt[0], a[0, 0], b, c, max(1, n.params["n_states"]))
     n.put(np.concatenate([y.reshape(-1), states.reshape(-1)]))
 

@@ -138,9 +138,9 @@ def elementwise(  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True)
-def by_row(kind, x, x_row, z, z_step, y, y_row, n_rows, n, t, n_threads):  # type: ignore[no-untyped-def]
+def by_row(kind, x, x_row, z, z_step, n_z, y, y_row, n_rows, n, t, n_threads):  # type: ignore[no-untyped-def]
     for r in range(n_rows * t // n_threads, n_rows * (t + 1) // n_threads):
-        a, d, v = carray(as_floats(x + r * x_row), n), carray(as_floats(y + r * y_row), n), loadf(z + r * z_step)
+        a, d, v = carray(as_floats(x + r * x_row), n), carray(as_floats(y + r * y_row), n), loadf(z + r % n_z * z_step)
         if kind == _ADD:
             for i in range(n):
                 d[i] = a[i] + v
@@ -349,6 +349,21 @@ def store_halves(x, x_row, n_rows, n, ids, y, y_row, n_y, t, n_threads):  # type
         d = carray(as_halves(y + load64(ids + 8 * r) * y_row), n)
         for i in range(n):
             d[i] = float_to_half(a[i])
+    return True
+
+
+@njit(nogil=True)
+def store_floats(x, x_row, n_rows, n, ids, y, y_row, n_y, t, n_threads):  # type: ignore[no-untyped-def]
+    """As `store_halves`."""
+    for r in range(n_rows):
+        row = load64(ids + 8 * r)
+        if row < 0 or row >= n_y:
+            return False
+    for r in range(n_rows * t // n_threads, n_rows * (t + 1) // n_threads):
+        a = carray(as_floats(x + r * x_row), n)
+        d = carray(as_floats(y + load64(ids + 8 * r) * y_row), n)
+        for i in range(n):
+            d[i] = a[i]
     return True
 
 

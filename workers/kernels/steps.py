@@ -132,13 +132,14 @@ class Elementwise(Step, frozen=True, kw_only=True):
 
 @step("rows.by_row", "elementwise by row")
 class ByRow(Step, frozen=True, kw_only=True):
-    """y = x op z, where z has one element for each row of x, `z_step` bytes apart."""
+    """y = x op z, where z has one element for each row of x, `z_step` bytes apart; row r of x meets element r % n_z."""
 
     kind: Code
     x: Address
     x_row: Bytes
     z: Address
     z_step: Bytes
+    n_z: Count
     y: Address
     y_row: Bytes
     n_rows: Count
@@ -232,9 +233,8 @@ class GetRows(Step, frozen=True, kw_only=True):
     node: NodeIndex
 
 
-@step("rows.store_halves", "SET_ROWS")
-class StoreHalves(Step, frozen=True, kw_only=True):
-    """Rows of float32 as float16 into rows `ids` (int64) of y, which has `n_y`."""
+class StoreRows(Step, frozen=True, kw_only=True):
+    """Rows of float32 into rows `ids` (int64) of y, which has `n_y`."""
 
     x: Address
     x_row: Bytes
@@ -245,6 +245,16 @@ class StoreHalves(Step, frozen=True, kw_only=True):
     y_row: Bytes
     n_y: Count
     node: NodeIndex
+
+
+@step("rows.store_halves", "SET_ROWS")
+class StoreHalves(StoreRows, frozen=True, kw_only=True):
+    """As float16."""
+
+
+@step("rows.store_floats", "SET_ROWS of F32")
+class StoreFloats(StoreRows, frozen=True, kw_only=True):
+    """As they are."""
 
 
 @step("rows.add_id", "ADD_ID")
@@ -302,6 +312,72 @@ class Rope(Step, frozen=True, kw_only=True):
     sin: Address
     neox: Flag
     n_dims: Count
+
+
+# -- states ------------------------------------------------------------------------------------------------------------
+
+
+@step("scans.concat", "CONCAT")
+class Concat(Step, frozen=True, kw_only=True):
+    """Each row of x and behind it that of z; `_step` is from element to element."""
+
+    x: Address
+    x_step: Bytes
+    x_row: Bytes
+    x_plane: Bytes
+    n_x: Count
+    z: Address
+    z_step: Bytes
+    z_row: Bytes
+    z_plane: Bytes
+    n_z: Count
+    y: Address
+    n_rows: Count
+    n_planes: Count
+
+
+@step("scans.ssm_conv", "SSM_CONV")
+class SsmConv(Step, frozen=True, kw_only=True):
+    x: Address
+    x_row: Bytes
+    x_seq: Bytes
+    w: Address
+    w_row: Bytes
+    y: Address
+    d_conv: Count
+    n_channels: Count
+    n_tokens: Count
+    n_seqs: Count
+
+
+@step("scans.ssm_scan", "SSM_SCAN")
+class SsmScan(Step, frozen=True, kw_only=True):
+    """A head has `n_a` decays: one, or one for each number of its state. b and c have strides in common."""
+
+    state: Address
+    n_slots: Count
+    x: Address
+    x_head: Bytes
+    x_token: Bytes
+    x_seq: Bytes
+    dt: Address
+    a: Address
+    n_a: Count
+    b: Address
+    c: Address
+    group: Bytes
+    token: Bytes
+    seq: Bytes
+    ids: Address
+    y: Address
+    d_state: Count
+    d_head: Count
+    n_head: Count
+    n_group: Count
+    n_tokens: Count
+    n_seqs: Count
+    n_states: Count
+    node: NodeIndex
 
 
 # -- attention ---------------------------------------------------------------------------------------------------------

@@ -70,11 +70,13 @@ def set_rows(b: Binder, n: Node) -> bool:
     if ids.type != GGMLType.I64 or not ids.contiguous:
         return False
     flat = t.ne[2] * t.ne[3] == 1 and ids.ne[1] * ids.ne[2] == 1
-    if not flat or t.type != F16 or t.nb[0] != 2 or x.type != F32 or x.nb[0] != 4 or x.ne[2] * x.ne[3] != 1:
+    size = {F16: 2, F32: 4}.get(GGMLType(t.type))
+    if not flat or t.nb[0] != size or x.type != F32 or x.nb[0] != 4 or x.ne[2] * x.ne[3] != 1:
         return False
     i, j = t.src[:2]
-    step = steps.StoreHalves(x=b.address(i), x_row=x.nb[1], n_rows=x.ne[1], n=x.ne[0], ids=b.address(j),
-                             y=b.address(n.index), y_row=t.nb[1], n_y=t.ne[1], node=n.index)  # fmt: skip
+    store = steps.StoreHalves if t.type == F16 else steps.StoreFloats
+    step = store(x=b.address(i), x_row=x.nb[1], n_rows=x.ne[1], n=x.ne[0], ids=b.address(j), y=b.address(n.index),
+                 y_row=t.nb[1], n_y=t.ne[1], node=n.index)  # fmt: skip
     b.program.add(n, step, [b.place(i), b.place(j)], [b.place(n.index)])
     return True
 

@@ -11,7 +11,7 @@ import numpy as np
 from protocol.errors import KernelError
 from protocol.graph import Graph
 from workers.devices.base import Plan
-from workers.devices.cpu import attention, products, rows
+from workers.devices.cpu import attention, products, rows, scans
 from workers.devices.cpu.binding import Binder, Bindings
 from workers.devices.cpu.program import Run, Words
 from workers.devices.cpu.weights import CPUBuffer, Weights
@@ -20,7 +20,7 @@ from workers.devices.lower import Lowered
 from workers.kernels.native import Team
 from workers.ticks import Tick, paced
 
-BINDINGS = Bindings({**rows.BINDINGS, **attention.BINDINGS, **products.BINDINGS})
+BINDINGS = Bindings({**rows.BINDINGS, **attention.BINDINGS, **products.BINDINGS, **scans.BINDINGS})
 PATTERNS = tuple(ops for ops in BINDINGS if len(ops) > 1)
 
 

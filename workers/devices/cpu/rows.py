@@ -29,9 +29,9 @@ def _elementwise(b: Binder, n: Node, name: str, second: int = 0, offsets: tuple[
         return False
     tx, tz = b.tensors[i], b.tensors[j]
     kind = steps.FUNCTION_CODE[name]
-    if tz.ne == (1, *tx.ne[1:]) and name in steps.BY_ROW and tx.ne[0] > 1:
-        b.add(n, steps.ByRow(kind=kind, x=x.at, x_row=x.row, z=z.at, z_step=z.row, y=y.at, y_row=y.row, n_rows=y.n_rows,
-                             n=y.n))  # fmt: skip
+    if tz.ne in ((1, *tx.ne[1:]), (1, tx.ne[1], 1, 1)) and name in steps.BY_ROW and tx.ne[0] > 1:
+        b.add(n, steps.ByRow(kind=kind, x=x.at, x_row=x.row, z=z.at, z_step=z.row, n_z=z.n_rows, y=y.at, y_row=y.row,
+                             n_rows=y.n_rows, n=y.n))  # fmt: skip
         return True
     same = second == 0 or tx.ne == tz.ne
     if not same and (tz.ne[0] != tx.ne[0] or (tz.n_rows != 1 and tz.ne[1:] != (tx.ne[1], 1, 1))):
