@@ -9,16 +9,16 @@ import sys
 import pytest
 
 from tests.support.fixtures import ROOT
-from workers.kernels import steps
+from workers.kernels import records, steps
 from workers.kernels.exports import exported_step
 
 
-@pytest.mark.parametrize("record", steps.STEPS, ids=lambda r: r.__name__)
-def test_a_kernel_takes_the_fields_of_its_step(record: type[steps.Step]) -> None:
+@pytest.mark.parametrize("record", records.STEPS, ids=lambda r: r.__name__)
+def test_a_kernel_takes_the_fields_of_its_step(record: type[records.Step]) -> None:
     exported_step(record)  # raises what does not fit
-    assert steps.STEPS[record.opcode] is record
-    assert steps.HEADER + len(record.__struct_fields__) <= steps.WORDS
-    assert record.form.size == steps.WORD * len(record.__struct_fields__)
+    assert records.STEPS[record.opcode] is record
+    assert records.HEADER + len(record.__struct_fields__) <= steps.WORDS
+    assert record.form.size == records.WORD * len(record.__struct_fields__)
 
 
 def test_fields_lie_in_their_order_a_word_each() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from numba import types
 
-from workers.kernels.steps import FORMS, TEAM_ARGUMENTS, Step, kinds
+from workers.kernels.records import FORMS, TEAM_ARGUMENTS, Step, kinds
 
 
 @dataclass(frozen=True, slots=True)

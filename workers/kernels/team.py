@@ -40,6 +40,7 @@ from workers.kernels.layout import (
     UNPACK_ROWS,
     WAKE,
 )  # fmt: skip
+from workers.kernels.records import HEADER, STEPS, TEAM_ARGUMENTS, WORD, Step
 from workers.kernels.simd import (
     Emit,
     atomic_add,
@@ -51,7 +52,7 @@ from workers.kernels.simd import (
     pause,
     store64,
 )
-from workers.kernels.steps import HEADER, STEPS, TEAM_ARGUMENTS, WORD, WORDS, Step
+from workers.kernels.steps import WORDS
 
 SPINS = 2000
 SPINS_AT_BARRIER = 4000

@@ -1,7 +1,7 @@
 """Binds the nodes of a lowered graph to steps of the team; others run the reference kernel on the caller's thread.
 
-A binding is a function of a binder and of nodes: it adds steps and returns whether there are any. `rows`, `attention` and
-`products` have them.
+A binding is a function of a binder and of nodes: it adds steps and returns whether there are any. `rows`, `attention`,
+`products` and `scans` have them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from workers.devices.cpu.program import Program
 from workers.devices.cpu.weights import CPUBuffer, Weights
 from workers.devices.host import HostMemory, Step
 from workers.devices.lower import Lowered, Node, Scratch, Span
-from workers.kernels import layout, reference, steps
+from workers.kernels import layout, records, reference
 from workers.ticks import Tick
 
 F32, F16, I32 = GGMLType.F32, GGMLType.F16, GGMLType.I32
@@ -140,7 +140,7 @@ class Binder:
             return Rows(self.address(i), t.nb[2], t.n_rows, t.ne[0])
         return None
 
-    def add(self, node: Node, step: steps.Step) -> None:
+    def add(self, node: Node, step: records.Step) -> None:
         """A step that reads the node's sources and writes its result."""
         self.program.add(node, step, [self.place(j) for j in node.tensor.src if j >= 0], [self.place(node.index)])
 

@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from workers.devices.host import Step as Aside
 from workers.devices.lower import Hazards, Node, Span
-from workers.kernels.steps import HEADER, WORD, WORDS, Step
+from workers.kernels.records import HEADER, WORD, Step
+from workers.kernels.steps import WORDS
 
 Words = npt.NDArray[np.int64]
 
