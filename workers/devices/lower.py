@@ -66,7 +66,12 @@ class Node:
     @property
     def cost(self) -> int:
         """About how many multiplications it is."""
-        return self.tensor.n_elements * (self.req(0).ne[0] if self.op.name in PRODUCTS else 64)
+        each = 64
+        if self.op.name in PRODUCTS:
+            each = self.req(0).ne[0]
+        elif self.op.name == "SSM_SCAN":
+            each = 4 * self.req(0).ne[0]
+        return self.tensor.n_elements * each
 
 
 class RopeKey(NamedTuple):
