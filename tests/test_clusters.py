@@ -156,13 +156,13 @@ def test_a_worker_of_a_cluster_leaves_a_broker_of_none_alone() -> None:
     assert r.returncode == 2 and "GGMQ_CLUSTER_ID: expected 32 hexadecimal digits" in r.stderr
 
 
-def test_a_client_finds_out_by_itself_that_a_broker_cannot_prove_itself() -> None:
+def test_a_client_finds_out_by_itself_that_a_broker_cannot_prove_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     from ggmq.cluster import LocalBus, connect
 
     bus = LocalBus(listen="tcp://127.0.0.1:0")
     bus.broker.serve_in_thread()
     try:  # one that takes anybody in, and says back what it was told
-        bus.broker.state._same_cluster = lambda h, role: None  # type: ignore[method-assign]
+        monkeypatch.setattr("broker.state.same_cluster", lambda h, role, cluster: None)
         with pytest.raises(ForeignCluster, match="the broker that answers belongs to another cluster, or to none"):
             connect(bus.broker.endpoints[-1], cluster=b"\1" * 16)
         connect(bus.broker.endpoints[-1]).close()
