@@ -107,12 +107,13 @@ class Lowered:
 
     def check(self, buffers: Mapping[int, Buffer]) -> None:
         """HandleError unless every buffer is there, and holds what is placed in it."""
-        for i, t in enumerate(self.graph.tensors):
-            if t.view_src < 0 and t.buffer:
-                buffer = buffers.get(t.buffer)
-                if buffer is None:
-                    raise HandleError(f"tensor {i}: buffer {t.buffer} is not one of this session")
-                buffer.check(t.offset, tensor_bytes(t.type, t.ne), f"tensor {i}")
+        for i, (number, start, end) in enumerate(self.places):
+            if number == SCRATCH:
+                continue
+            buffer = buffers.get(number)
+            if buffer is None:
+                raise HandleError(f"tensor {i}: buffer {number} is not one of this session")
+            buffer.check(start, end - start, f"tensor {i}")
 
     def rope_key(self, node: Node) -> RopeKey | None:
         """For a ROPE whose angles are known before the graph runs; None where a node makes them."""

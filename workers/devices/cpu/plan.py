@@ -110,7 +110,6 @@ class CPUPlan(Plan):
         """Bind to the layouts that the buffers have now. Calls the tick while it changes them."""
         self._layouts, layouts = -1, -1
         while layouts != self._layout():  # a node without a kernel may ask for its weights in GGUF's layout
-            self._lowered.check(self._buffers)
             self._weights.settle(self._lowered, self._buffers, tick)
             layouts = self._layout()
             memory = HostMemory(self._lowered, self._buffers, self._arena)
