@@ -18,19 +18,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from protocol import rules
-from protocol.dtypes import ANY, FLOATS, INTERMEDIATE, NO_QUANTIZE, GGMLType
+from protocol.dtypes import ANY, FLOATS, INTEGERS, INTERMEDIATE, NO_QUANTIZE, GGMLType
 from protocol.errors import GraphError
 from protocol.graph import Tensor, f32_of
 from protocol.rules import Rule
 
-F32, F16, BF16, I16, I32, I64 = (
-    GGMLType.F32, GGMLType.F16, GGMLType.BF16, GGMLType.I16, GGMLType.I32, GGMLType.I64
-)  # fmt: skip
-WEIGHTS = ANY - INTERMEDIATE - {GGMLType.I8, I16, I32, I64}
+F32, F16, I32, I64 = GGMLType.F32, GGMLType.F16, GGMLType.I32, GGMLType.I64
+WEIGHTS = ANY - INTERMEDIATE - INTEGERS
 COPYABLE = ANY - INTERMEDIATE
 STORABLE = COPYABLE - NO_QUANTIZE
 _F32, _I32 = frozenset({F32}), frozenset({I32})
-_MOVABLE = FLOATS | {I16, I32, GGMLType.I8, I64}
+_MOVABLE = FLOATS | INTEGERS
 
 
 @dataclass(frozen=True, slots=True)

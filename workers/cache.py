@@ -42,11 +42,6 @@ def default_folder() -> Path:
     return cache_folder("ggmq")
 
 
-def content_hash(data: bytes | memoryview) -> bytes:
-    """BLAKE3 of the bytes, 32 long."""
-    return blake3(data).digest()
-
-
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 

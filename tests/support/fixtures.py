@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from blake3 import blake3
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = Path(os.environ.get("GGMQ_FIXTURES", ROOT.parent / "shared"))
@@ -28,6 +29,11 @@ def free_port() -> int:
         with socket.socket() as s, contextlib.suppress(OSError):
             s.bind(("127.0.0.1", port))
             return port
+
+
+def content_hash(data: bytes) -> bytes:
+    """What names a weight of these bytes."""
+    return blake3(data).digest()
 
 
 def nmse(got: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> float:

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from protocol.errors import Cancelled
-from tests.support.fixtures import ROOT
+from tests.support.fixtures import ROOT, content_hash
 from workers import cache as caches
 from workers import growing
-from workers.cache import Cache, ModelFolder, Reader, content_hash
+from workers.cache import Cache, ModelFolder, Reader
 from workers.ticks import Aside, nothing
 
 DATA = bytes(range(256)) * 100
@@ -314,7 +314,8 @@ def test_the_quota_removes_the_least_recently_used(tmp_path: Path) -> None:
 
 def test_kill_in_mid_write_leaves_whole_entries_only(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from workers.cache import Cache, content_hash\n"
+        "import sys; from pathlib import Path; from tests.support.fixtures import content_hash\n"
+        "from workers.cache import Cache\n"
         "c = Cache(Path(sys.argv[1])); i = 0\n"
         "while True:\n"
         "    d = i.to_bytes(4, 'big') * 200000; e = c.begin(content_hash(d), len(d)); i += 1\n"

@@ -20,8 +20,8 @@ from protocol.frames import Message, decode, encode
 from protocol.graph import Graph
 from protocol.messages import Command
 from tests.support.attacker import SESSION, Attacker, GoodRequest, listening_worker
+from tests.support.fixtures import content_hash
 from tests.support.strategies import leaf
-from workers.cache import content_hash
 
 
 @pytest.fixture(scope="module")
