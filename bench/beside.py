@@ -16,26 +16,25 @@ from pathlib import Path
 from ggmq.archs import open_arch
 from ggmq.cluster import Client, LocalBus
 from ggmq.gguf import GGUF
-from ggmq.runner import Runner, plan
+from ggmq.model import Model, ModelConfig, place_model
 
 N_PAST = 16
 """Tokens of the one who generates."""
 N_ALONE = 64
 
 
-def loaded(client: Client, gguf: GGUF, n_ctx: int) -> Runner:
-    arch = open_arch(gguf)
-    runner = Runner(client, arch, n_ctx, plan(arch, client.devices(), n_ctx))
-    runner.load()
-    return runner
+def loaded(client: Client, gguf: GGUF, n_ctx: int) -> Model:
+    model = place_model(ModelConfig(gguf.path, n_ctx), open_arch(gguf), client)
+    model.load()
+    return model
 
 
-def gaps_s(runner: Runner, n_past: int, go_on: threading.Event, least: int) -> list[float]:
+def gaps_s(model: Model, n_past: int, go_on: threading.Event, least: int) -> list[float]:
     """Seconds that each token took, at least so many tokens and as long as the event is not set."""
     out: list[float] = []
     while len(out) < least or not go_on.is_set():
         start = time.perf_counter()
-        runner.forward([1], n_past + len(out), [0], argmax=True)
+        model.greedy([1], n_past + len(out))
         out.append(time.perf_counter() - start)
     return out
 
@@ -53,8 +52,8 @@ def main() -> None:
         first = bus.start()
         second = Client(bus.context, "inproc://broker")
         decode, prompt = (loaded(client, gguf, 4096) for client in (first, second))
-        for runner in (decode, prompt):
-            runner.forward([1] * N_PAST, 0, [0])
+        for model in (decode, prompt):
+            model.greedy([1] * N_PAST, 0)
         over = threading.Event()
         over.set()
         alone = gaps_s(decode, N_PAST, over, N_ALONE)
@@ -64,7 +63,7 @@ def main() -> None:
         def read() -> None:
             start = time.perf_counter()
             for at in range(0, args.prompt, 512):
-                prompt.forward([1] * min(512, args.prompt - at), N_PAST + at, [0])
+                prompt.greedy([1] * min(512, args.prompt - at), N_PAST + at)
             took.append(time.perf_counter() - start)
             over.set()
 

@@ -83,7 +83,7 @@ class Client:
         self._said = False
         tcp = endpoint.startswith("tcp")
         self._reaching = Reaching(endpoint, keys if tcp else None, "broker", self._heard_s, CONNECT_S)
-        self.n_round_trips = 0
+        self.n_round_trips = self._n_buffers = 0
         self.on_wait: Callable[[], None] | None = None
         try:
             hello = self._greet().header
@@ -102,6 +102,11 @@ class Client:
         if self._monitor is not None:
             close_monitored(self._socket, self._monitor)
         self._socket.close(linger=0)
+
+    def new_buffer(self) -> int:
+        """A number for a buffer of this session that no other has."""
+        self._n_buffers += 1
+        return self._n_buffers
 
     def submit(self, header: m.Header, payload: Sequence[Frame] = (), device: int = 0) -> int:
         """Send a request; returns its seq for `wait`. Many may be in flight."""
@@ -124,6 +129,16 @@ class Client:
 
         Errors: the error that the reply carries; Unavailable when the broker has gone, DeadlineExceeded when none comes.
         """
+        self.await_reply(seq, timeout_s)
+        self._waiting.discard(seq)
+        reply = self._replies.pop(seq)
+        self.n_round_trips += 1
+        if isinstance(reply.header, m.Error):
+            raise reply.header.error()
+        return reply
+
+    def await_reply(self, seq: int, timeout_s: float = limits.REQUEST_DEADLINE_S + 5) -> None:
+        """Until the reply to a request is there for `wait`. Errors: Unavailable, DeadlineExceeded."""
         due = self._clock.now_s() + timeout_s
         while seq not in self._replies:
             now = self._clock.now_s()
@@ -143,12 +158,6 @@ class Client:
                 self._look_after()
             if self.on_wait is not None:
                 self.on_wait()
-        self._waiting.discard(seq)
-        reply = self._replies.pop(seq)
-        self.n_round_trips += 1
-        if isinstance(reply.header, m.Error):
-            raise reply.header.error()
-        return reply
 
     def _greet(self) -> Message:
         """HELLO. A broker that is asleep is waited for longer than one that is not there."""

@@ -1,28 +1,22 @@
-"""The token loop: schedule, run, sample, emit. `step` is the whole of it."""
+"""The token loop: schedule, run, sample, emit, for every sequence that runs. `step` is the whole of it."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator
+from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
-from ggmq.runner import MAX_TRIES, Runner
+import numpy as np
+import numpy.typing as npt
+
+from ggmq.model import MAX_TRIES, Model
+from ggmq.runner import ALL, ARGMAX, MIN_PIECE, PIECE, Rows, UnderWay
 from ggmq.sampling import Sampler, SamplingParams
-from protocol.errors import FormatError, Unavailable
-
-
-@dataclass(slots=True)
-class Conversation:
-    """One conversation: its tokens, and how many of them have keys and values in the cache."""
-
-    tokens: list[int]
-    sampler: Sampler
-    n_past: int = 0
-
-    @property
-    def pending(self) -> list[int]:
-        return self.tokens[self.n_past :]
+from ggmq.scheduler import Piece, Scheduler, Sequence, Step
+from protocol.errors import HandleError, OutOfMemory, Unavailable
 
 
 @dataclass(slots=True)
@@ -35,113 +29,243 @@ class Timings:
     decode_s: float = 0.0
 
 
+class Made(NamedTuple):
+    """A token of a sequence. The last of them may be the one that ended it: see `sequence.finished`."""
+
+    sequence: Sequence
+    token: int
+
+
 @dataclass(slots=True)
 class Engine:
-    """Runs one sequence at a time on a loaded model.
+    """Runs sequences on a loaded model, each with parameters of its own.
 
     Attributes:
-        n_batch: tokens of a prompt that go through the stages at once.
+        n_batch: tokens of prompts that go through the stages at once.
         end_ids: tokens after which a sequence is over.
         n_failed: steps in a row that a worker's silence ended.
-        cut: what ended the last text before the model did: `limit` (n_predict), `context` (it is full), or nothing.
+        cut: what ended the last text of `generate` before the model did: `limit` (n_predict), `context` (it is full), or
+            nothing.
+    Threads: use from one.
     """
 
-    runner: Runner
+    model: Model
     end_ids: frozenset[int] = frozenset()
     n_batch: int = 512
     timings: Timings = field(default_factory=Timings)
     n_failed: int = 0
     cut: Literal["", "limit", "context"] = ""
-    _sequence: Conversation | None = None
+    scheduler: Scheduler = field(init=False)
+    _under_way: deque[tuple[Step, UnderWay]] = field(default_factory=deque)
+    _logits: dict[int, list[npt.NDArray[np.float32]]] = field(default_factory=dict)
+    _conversation: Sequence | None = None
+    _interrupted: bool = False
 
-    def start(self, tokens: Sequence[int], params: SamplingParams) -> None:
-        """Begin with a prompt. What it shares with the tokens in the cache is not computed again."""
-        if not tokens:
-            raise FormatError("prompt: expected at least one token; give some text with -p")
-        if len(tokens) >= self.runner.n_ctx:
-            raise FormatError(f"prompt: {len(tokens)} tokens do not fit a context of {self.runner.n_ctx}; use a larger -c")
-        kept = 0
-        if self._sequence is not None:
-            known = self._sequence.tokens[: self._sequence.n_past]
-            while kept < min(len(known), len(tokens) - 1) and known[kept] == tokens[kept]:
-                kept += 1
-        self._sequence = Conversation(list(tokens), Sampler(params), kept)
+    def __post_init__(self) -> None:
+        self.n_batch = min(self.n_batch, self.model.n_batch)
+        self.scheduler = Scheduler(self.model.store, self.model.n_ctx, len(self.model.stages), self.n_batch)
 
-    def step(self) -> int | None:
-        """Schedule, run, sample, emit: the next token, or None while the prompt is still being read, or read again."""
-        sequence = self._sequence
-        assert sequence is not None  # start comes first
-        piece, last = self._schedule(sequence)
+    # -- many sequences ------------------------------------------------------------------------------------------------
+
+    def add(self, tokens: Tokens[int], params: SamplingParams, n_predict: int = -1) -> Sequence:
+        """Have a sequence wait for its turn. It shares what others have read of the same beginning.
+
+        Errors: FormatError for a prompt that is empty or does not fit.
+        """
+        sequence = Sequence(list(tokens), Sampler(params), n_predict)
+        self.scheduler.add(sequence)
+        return sequence
+
+    def leave(self, sequence: Sequence) -> None:
+        """A sequence is not wanted any more: its memory is free for others."""
+        self.scheduler.leave(sequence)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step has something to do."""
+        return bool(self._under_way or self.scheduler.running or self.scheduler.waiting)
+
+    def step(self) -> list[Made]:
+        """Schedule, run, sample, emit: tokens that were made, none while prompts are still being read, or read again.
+
+        Errors: what the workers report, when it cannot be recovered from. The sequences stay as they were.
+        """
         start = time.perf_counter()
-        params = sequence.sampler.params
-        top_k = 0 if params.greedy else params.n_candidates(self.runner.arch.hp.n_vocab)
         try:
-            out = self.runner.forward(piece, sequence.n_past, [len(piece) - 1] if last else [0], params.greedy, top_k=top_k)
-        except Unavailable as e:
-            self._recover(sequence, e)
-            return None
+            if self._interrupted:
+                self.abandon()
+            self._schedule()
+            if not self._under_way:
+                return []
+            step, sent = self._under_way[0]
+            out = self.model.runner.wait(sent)
+        except (Unavailable, HandleError) as e:
+            self._recover(e)
+            return []
+        except BaseException:
+            self._interrupted = True
+            raise
+        self._under_way.popleft()
         self.n_failed = 0
-        prefill = len(piece) > 1 or not last or sequence.n_past + 1 < len(sequence.tokens)
-        sequence.n_past += len(piece)
-        self._count(len(piece), time.perf_counter() - start, prefill)
-        if not last:
-            return None
-        if params.greedy:
-            token = int(out[0])
-        elif top_k:
-            token = sequence.sampler.pick(out[0]["logit"], sequence.tokens, out[0]["id"])
-        else:
-            token = sequence.sampler.pick(out[0], sequence.tokens)
-        sequence.tokens.append(token)
-        return token
+        self.scheduler.read(step)
+        self._count(step, time.perf_counter() - start)
+        made = (self._sample(piece, rows) for piece, rows in zip(step.pieces, out, strict=True))
+        return [token for token in made if token is not None]
 
-    def _recover(self, sequence: Conversation, error: Unavailable) -> None:
-        """Have the stages ready for the same step again; from the first token on where they lost what they had. The tokens
-        are those that would have come. Errors: what the runner cannot recover from."""
+    def _schedule(self) -> None:
+        """Send batches until every stage has one and one is waiting behind it."""
+        n_stages = len(self.model.stages)
+        while len(self._under_way) < 2 * n_stages:
+            if len(self._under_way) <= n_stages:  # what was sent before tells how fast prompts are read
+                self._set_turn()
+            step = self.scheduler.next()
+            if step is None and self.busy and not self._under_way:
+                raise OutOfMemory(f"the memory of the sequences is full: {self.model.store.n_free} pages are free, by "
+                                  "window; load the model for more sequences, or end some", 1, 0)  # fmt: skip
+            if step is None:
+                return
+            self._interrupted = True  # until it is sent, the sequences are ahead of what is under way
+            if step.copies:
+                self._finish_under_way()
+                self.model.runner.copy_pages(step.copies)
+            self._under_way.append((step, self.model.runner.submit([self._rows(p) for p in step.pieces])))
+            self._interrupted = False
+
+    def _set_turn(self) -> None:
+        """How much of a prompt may go at once, so that all stages work and nobody's tokens come late."""
+        s, n = self.scheduler, self.n_batch if len(self.model.stages) == 1 else PIECE
+        longest = max((x.n_pending for x in (*s.running, *s.waiting)), default=0)
+        if longest > MIN_PIECE and (any(x.n_pending <= 1 for x in s.running) or self.model.shares()):
+            n = min(n, self.model.runner.piece_of_a_turn())
+        s.n_turn = n
+
+    def _rows(self, p: Piece) -> Rows:
+        s, params = p.sequence, p.sequence.sampler.params
+        assert s.held is not None  # it runs
+        want = ALL
+        if not s.all_logits:
+            want = ARGMAX if params.greedy else params.n_candidates(self.model.arch.hp.n_vocab)
+        pages = {window: list(pages) for window, pages in s.held.pages.items()}
+        return Rows(s.tokens[p.first : p.first + p.n], p.first, pages, range(p.n - p.outputs, p.n), want, p.slots)
+
+    def _finish_under_way(self) -> None:
+        """Wait for what was sent, and keep the answers: pages are copied when nothing writes to them."""
+        for _, sent in self._under_way:
+            self.model.client.await_reply(sent.seq)
+
+    def _sample(self, piece: Piece, rows: npt.NDArray[Any]) -> Made | None:
+        s = piece.sequence
+        if s.finished or not piece.outputs:
+            return None
+        if s.all_logits:
+            self._logits[id(s)].append(rows)
+            if s.n_read == len(s.tokens):
+                self.scheduler.leave(s, "end")
+            return None
+        if s is self._conversation and not s.n_made and s.held is not None:
+            self.model.store.snap(s.held)
+        if rows.dtype == np.int32:
+            token = int(rows[0])
+        elif rows.dtype == np.float32:
+            token = s.sampler.pick(rows[0], s.tokens)
+        else:
+            token = s.sampler.pick(rows[0]["logit"], s.tokens, rows[0]["id"])
+        s.tokens.append(token)
+        why = ""
+        if token in self.end_ids:
+            why = "end"
+        elif 0 <= s.n_predict <= s.n_made:
+            why = "limit"
+        elif len(s.tokens) > self.model.n_ctx:
+            why = "context"
+        if why:
+            self.scheduler.leave(s, why, keep=s is self._conversation)
+        return Made(s, token)
+
+    def _count(self, step: Step, seconds: float) -> None:
+        t = self.timings
+        if step.decodes:
+            t.decode_tokens, t.decode_s = t.decode_tokens + step.n_tokens, t.decode_s + seconds
+        else:
+            t.prefill_tokens, t.prefill_s = t.prefill_tokens + step.n_tokens, t.prefill_s + seconds
+
+    # -- when something goes wrong -------------------------------------------------------------------------------------
+
+    def _recover(self, error: Unavailable | HandleError) -> None:
+        """Have the stages ready for the same steps again; from the first token on where they lost what they had. The tokens
+        are those that would have come. Errors: what the model cannot recover from."""
+        self._interrupted = True
         self.n_failed += 1
         if self.n_failed > MAX_TRIES:
             raise error
-        if not self.runner.recover(error):
-            sequence.n_past = 0
-
-    def _schedule(self, sequence: Conversation) -> tuple[list[int], bool]:
-        """The next piece of the sequence, and whether it is the last before a new token."""
-        pending = sequence.pending
-        return pending[: self.n_batch], len(pending) <= self.n_batch
-
-    def _count(self, n: int, seconds: float, prefill: bool) -> None:
-        t = self.timings
-        if prefill:
-            t.prefill_tokens, t.prefill_s = t.prefill_tokens + n, t.prefill_s + seconds
-        else:
-            t.decode_tokens, t.decode_s = t.decode_tokens + n, t.decode_s + seconds
-
-    def generate(self, n_predict: int) -> Iterator[int]:
-        """Tokens until `n_predict` (negative: no bound), an end token, or a full context; `cut` tells which."""
-        n, self.cut = 0, ""
-        while n_predict < 0 or n < n_predict:
-            sequence = self._sequence
-            assert sequence is not None  # start comes first
-            if len(sequence.tokens) > self.runner.n_ctx:
-                self.cut = "context"
-                return
-            token = self.step()
-            if token is None:
-                continue
-            if token in self.end_ids:
-                return
-            n += 1
-            yield token
-        self.cut = "limit"
+        if isinstance(error, HandleError):  # a worker that was started again knows nothing of us
+            self.model.client.settle()
+            if self.model.held():
+                raise error
+            error = Unavailable(str(error))
+        held = self.model.recover(error)
+        self._under_way.clear()
+        self.scheduler.begin_again(held)
+        self._interrupted = False
 
     def abandon(self) -> None:
-        """End what was interrupted on the workers, so that the next text can begin. Errors: Unavailable as the client's."""
-        self.runner.client.cancel()
-        self.runner.client.settle()
+        """End what was interrupted on the workers, so that other texts can begin. Errors: Unavailable as the client's."""
+        self.model.client.cancel()
+        self.model.client.settle()
+        self._under_way.clear()
+        self.scheduler.begin_again(True)
+        self._interrupted = False
+
+    # -- one conversation ----------------------------------------------------------------------------------------------
+
+    def start(self, tokens: Tokens[int], params: SamplingParams) -> None:
+        """Begin with a prompt. What it shares with the conversation before is not read again.
+
+        Errors: FormatError for a prompt that is empty or does not fit.
+        """
+        if self._interrupted or self._under_way:
+            self.abandon()
+        old, new = self._conversation, Sequence(list(tokens), Sampler(params))
+        self.scheduler.add(new)
+        if old is not None:
+            held = old.held
+            if not old.finished:
+                self.scheduler.leave(old, keep=True)
+            if held is not None:
+                most = min(old.n_read, len(tokens) - 1)
+                n = next((i for i in range(most) if old.tokens[i] != tokens[i]), most)
+                new.held, old.held, new.n_read = held, None, self.model.store.rewind(held, n)
+        self._conversation = new
+
+    def generate(self, n_predict: int) -> Iterator[int]:
+        """Tokens of the conversation until `n_predict` (negative: no bound), an end token, or a full context; `cut` tells
+        which."""
+        s = self._conversation
+        assert s is not None  # start comes first
+        s.n_predict, self.cut = (-1 if n_predict < 0 else s.n_made + n_predict), ""
+        if not n_predict:
+            self.scheduler.leave(s, "limit", keep=True)
+        while not s.finished:
+            for made in self.step():
+                if made.sequence is s and made.token not in self.end_ids:
+                    yield made.token
+        if s.finished in ("limit", "context"):
+            self.cut = "limit" if s.finished == "limit" else "context"
+
+    def logits(self, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+        """Logits behind every token. Shapes: int32 [n] to float32 [n, n_vocab]. Errors: as `step`'s."""
+        s = Sequence(tokens.tolist(), Sampler(SamplingParams()), all_logits=True)
+        out: list[npt.NDArray[np.float32]] = []
+        self._logits[id(s)] = out
+        self.scheduler.add(s)
+        try:
+            while not s.finished:
+                self.step()
+        finally:
+            del self._logits[id(s)]
+        return np.concatenate(out)
 
 
 def chosen_seed(seed: int) -> int | None:
     """A seed as the command line gives it: -1 takes a new one."""
     return None if seed < 0 else seed & 0xFFFFFFFF
-
-

@@ -1,4 +1,4 @@
-"""A model on the bus: places its layers, uploads its weights by hash, runs batches through the stages.
+"""Batches through the stages of a loaded model.
 
 `submit` sends one GRAPH_COMPUTE; activations pass from stage to stage by themselves, so the main host sees one round trip
 a batch however many stages there are. Many batches may be under way: while one is at the second stage, the next is at the
@@ -7,309 +7,184 @@ first. That is how the pieces of a prompt and several sequences keep every stage
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from broker.placement import Assignment, DeviceMemory, ModelSizes, place
-from config.clock import LivedClock
 from ggmq.archs.base import Arch
-from ggmq.archs.stage import Batch, KVCache, Placed, Stage
+from ggmq.archs.memory import PAGE, SCRAP_PAGE, SCRAP_SLOT, ZERO_SLOT, Room
+from ggmq.archs.stage import Batch
 from ggmq.cluster import Client
-from ggmq.gguf import TensorInfo
-from ggmq.manifest import tensor_hashes
-from ggmq.upload import Upload
-from protocol import limits
+from ggmq.loader import PlacedStage
+from ggmq.pages import PageCopy
 from protocol import messages as m
-from protocol.content import content_name
 from protocol.dtypes import GGMLType
 from protocol.encoding import encode_graph, graph_digest
-from protocol.errors import DeadlineExceeded, FormatError, HandleError, OutOfMemory, Overloaded, Unavailable
+from protocol.errors import FormatError, HandleError
 from protocol.frames import Frame
 
-ALIGN = 64
-KV_STEP = 256
-"""Cells seen are rounded up to this, so that a graph serves many tokens."""
 CTX_STEP = 256
-SLOT_STEP = 512
-"""A slot's cells begin at a multiple of this: attention's blocks then fall alike in every slot, and so do the bits."""
+MIN_PAGES = 4
 TURN_S = 0.1
 """A compute of a prompt takes about so long when others wait for the same worker."""
 MIN_PIECE = 16
 PIECE = 64
 """Tokens of a prompt that move on together when there are several stages."""
 MAX_GRAPHS = 128
-MAX_TRIES = 3
-"""So often in a row something is tried again that a worker's silence had ended."""
 
-Progress = Callable[[str, int, int], None]
-"""Called with a phase, units done and units in all."""
-
-
-def model_sizes(arch: Arch, n_ctx: int) -> ModelSizes:
-    """Bytes of each layer's weights and KV cache, of the embedding and of the output."""
-    n = arch.hp.n_layer
-    layers = [0] * n
-    for il in range(n):
-        layers[il] = _aligned(arch.stage_weights(Stage(0, range(il, il + 1), False, False)))
-    shared = {t.name for t in arch.stage_weights(Stage(0, range(1), False, False)) if not t.name.startswith("blk.")}
-    head = [t for t in arch.stage_weights(Stage(0, range(0), True, False)) if t.name not in shared]
-    tail = [t for t in arch.stage_weights(Stage(0, range(0), False, True)) if t.name not in shared]
-    tied = _aligned([t for t in tail if t in head])
-    return ModelSizes(layers, [arch.kv_bytes(il, n_ctx) for il in range(n)], _aligned(head), _aligned(tail), tied)
-
-
-def _aligned(tensors: Sequence[TensorInfo]) -> int:
-    return sum(-(-t.n_bytes // ALIGN) * ALIGN for t in tensors)
-
-
-def device_memory(infos: Sequence[m.ListedDevice]) -> list[DeviceMemory]:
-    """Devices as placement sees them; lost ones are left out."""
-    return [DeviceMemory(i, f"{d.worker} {d.name}".strip(), d.free_bytes, d.host, d.shares_memory)
-            for i, d in enumerate(infos) if d.total_bytes]  # fmt: skip
-
-
-@dataclass(slots=True)
-class LoadReport:
-    """Units: bytes; `sent_bytes` went over the bus, `cached_bytes` were found by hash where they were needed: in a cache, or
-    in a copy of the file; `kept_bytes` were in the workers' memory, from a run before."""
-
-    sent_bytes: int = 0
-    cached_bytes: int = 0
-    kept_bytes: int = 0
-    n_tensors: int = 0
-
-
-@dataclass(slots=True)
-class _StageOnDevice:
-    assignment: Assignment
-    placed: dict[str, Placed] = field(default_factory=dict)
-    caches: dict[int, KVCache] = field(default_factory=dict)
-
-    @property
-    def stage(self) -> Stage:
-        a = self.assignment
-        return Stage(a.device, a.layers, a.first, a.last)
-
-
-class Entry(NamedTuple):
-    """One token of a batch, its position in its sequence, and the slot whose cells the sequence has."""
-
-    token: int
-    position: int
-    slot: int = 0
-
+ARGMAX, ALL = -1, 0
+"""What is wanted behind a token: the id with the largest logit, all logits, or a number of candidates."""
 
 CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32)])
 """A token that may be taken."""
 
 
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Consecutive tokens of one sequence in a batch.
+
+    Attributes:
+        first: position of the first of them in the sequence.
+        pages: the sequence's pages, by window.
+        outputs: indices of those behind which something is wanted.
+        want: what: ARGMAX, ALL, or a number of candidates.
+        slots: where the sequence's state is read from and written to.
+    """
+
+    tokens: Sequence[int] | npt.NDArray[np.int32]
+    first: int
+    pages: Mapping[int, Sequence[int]]
+    outputs: Sequence[int] = ()
+    want: int = ARGMAX
+    slots: tuple[int, int] = (ZERO_SLOT, SCRAP_SLOT)
+
+
 class UnderWay(NamedTuple):
-    """A batch that was sent."""
+    """A batch that was sent: in it, for each of its `Rows`, what is wanted and which rows of that kind are theirs."""
 
     seq: int
+    batch: Batch
     n_tokens: int
-    n_outputs: int
-    argmax: bool
-    top_k: int
+    wants: list[tuple[int, range]]
 
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """The graphs of one batch shape: digest and input names, a stage each."""
+    """The graphs of one batch: digest and input names, a stage each."""
 
     digests: tuple[bytes, ...]
     inputs: tuple[tuple[str, ...], ...]
 
 
+def bucket(n: int) -> int:
+    """The size that a batch of n is padded to: n itself up to 16, then eight sizes for each doubling."""
+    step = 1 << max(0, n.bit_length() - 4)
+    return n if n <= 16 else -(-n // step) * step
+
+
 class Runner:
-    """A loaded model.
+    """Runs batches of any sequences on the stages.
 
     Attributes:
         n_ctx: the longest context of a sequence, in tokens.
-        n_slot_cells: cells that a sequence has in the cache, at least n_ctx.
-        n_slots: sequences that the KV cache has cells for.
         activations: their type between stages, F32 or F16.
-        direct: activations go from worker to worker; otherwise they pass through the broker.
         compute_s: time that workers spent computing, summed over stages.
-        load_s: how long `load` took.
-        note: told what a user should know while something is waited for.
+        tokens_per_s: what a stage has lately made of a prompt; 0 while that is not known.
     Threads: use from one.
     """
 
     def __init__(
-        self, client: Client, arch: Arch, n_ctx: int, assignments: Sequence[Assignment], n_slots: int = 1,
+        self, client: Client, arch: Arch, stages: Sequence[PlacedStage], room: Room, n_ctx: int,
         activations: GGMLType = GGMLType.F32,
     ) -> None:  # fmt: skip
-        self.client, self.arch, self.n_slots, self.activations = client, arch, n_slots, activations
-        self.n_ctx, self.n_slot_cells = n_ctx, n_cells(n_ctx, n_slots) // n_slots
-        self.load_s = 0.0
-        self.direct = False
-        self.stages = [_StageOnDevice(a) for a in assignments]
-        self.compute_s = 0.0
-        self._tokens_per_s = 0.0
-        self.report = LoadReport()
-        self.note: Callable[[str], None] = lambda text: None
-        self._graphs: dict[tuple[int, int, int, bool, int, bool], Compiled] = {}
+        self.client, self.arch, self.stages, self.room, self.n_ctx = client, arch, stages, room, n_ctx
+        self.activations = activations
+        self.compute_s = self.tokens_per_s = 0.0
+        self._graphs: dict[Batch, Compiled] = {}
 
-    # -- loading -------------------------------------------------------------------------------------------------------
-
-    def load(self, progress: Progress | None = None) -> LoadReport:
-        """Allocate on every stage's device and fill: what a worker has by hash is not sent. Begins again when a worker was
-        silent for a while.
-
-        Errors: what the workers report.
-        """
-        start = time.perf_counter()
-        for n_left in reversed(range(MAX_TRIES)):
-            try:
-                self._load(progress)
-                break
-            except OutOfMemory:  # another worker of the same host may keep what nobody uses
-                self.client.settle()
-                self.client.drain()
-                if not n_left or not self.client.release():
-                    raise
-            except Unavailable as e:
-                if not n_left:
-                    raise
-                self._await(e)
-                self.client.drain()
-        self.load_s = time.perf_counter() - start
-        return self.report
-
-    def _load(self, progress: Progress | None) -> None:
-        self.report = LoadReport()
+    def forget_graphs(self) -> None:
+        """The stages lie elsewhere now, or have lost their graphs."""
         self._graphs.clear()
-        hashed = 0
-        total = self.arch.gguf.n_bytes
 
-        def on_hash(n: int) -> None:
-            nonlocal hashed
-            hashed += n
-            if progress is not None:
-                progress("hashing", hashed, total)
+    def piece_of_a_turn(self) -> int:
+        """Tokens that take about TURN_S in a stage, a power of two, so that few graphs serve."""
+        n = int(TURN_S * self.tokens_per_s)
+        return max(MIN_PIECE, 1 << (n.bit_length() - 1)) if n else PIECE
 
-        hashes = tensor_hashes(self.arch.gguf, on_hash)
-        pending, allocated = [], []
-        for i, s in enumerate(self.stages):
-            weights = self.arch.stage_weights(s.stage)
-            at = 0
-            for t in weights:
-                s.placed[t.name] = Placed(t, 2 * i + 1, at)
-                at += -(-t.n_bytes // ALIGN) * ALIGN
-            kv_at = 0
-            for il in s.assignment.layers:
-                cells = self.n_slot_cells * self.n_slots
-                k = 2 * cells * self.arch.hp.n_head_kv[il] * self.arch.hp.d_k
-                s.caches[il] = KVCache(2 * i + 2, kv_at, kv_at + k, cells)
-                kv_at += self.arch.kv_bytes(il, cells)
-            session, device = self.client.session, s.assignment.device
-            name = content_name(max(at, 1), (p.part(hashes[p.info.name]) for p in s.placed.values()))
-            weights_here = m.AllocBuffer(session, 2 * i + 1, max(at, 1), name)
-            allocated.append(self.client.submit(weights_here, device=device))
-            pending.append(self.client.submit(m.AllocBuffer(session, 2 * i + 2, max(kv_at, 1)), device=device))
-        link = self._ask_links()
-        kept = [self.client.found(seq) for seq in allocated]
-        for seq in pending:
-            self.client.wait(seq)
-        self._upload(hashes, kept, progress)
-        self._learn_links(link)
-
-    def _ask_links(self) -> int:
-        return self.client.submit(m.Link(self.client.session, [s.assignment.device for s in self.stages]))
-
-    def _learn_links(self, asked: int) -> None:
-        self.direct = self.client.found(asked)
-
-    def recover(self, error: Unavailable) -> bool:
-        """Wait for a worker that was silent, and make everything as it was.
-
-        Returns: whether the stages hold what they held. If not, the weights are loaded again and the KV cache is empty.
-        Errors: `error`, or what came after it, when a worker is gone for good or does not come back.
-        """
-        for _ in range(MAX_TRIES):
-            self._await(error)
-            try:
-                if not self._held():
-                    self.client.drain()
-                    self._load(None)
-                    return False
-                self._learn_links(self._ask_links())
-                return True
-            except Unavailable as e:
-                error = e
-        raise error
-
-    def _held(self) -> bool:
-        """Whether every stage still has its buffers: a worker that was started again has not."""
-        asked = [self.client.submit(m.GetTensor(self.client.session, 2 * i + 2, 0, 1), device=s.assignment.device)
-                 for i, s in enumerate(self.stages)]  # fmt: skip
-        held = True
+    def copy_pages(self, copies: Sequence[PageCopy]) -> None:
+        """Copy pages on every stage, in all layers of their window. Errors: what the workers report."""
+        session, asked = self.client.session, []
+        places = [(stage.assignment.device, memory, c) for stage in self.stages for memory in stage.memory.values()
+                  for c in copies if memory.has_window(c.window)]  # fmt: skip
+        for device, memory, c in places:
+            for (source, n), (target, _) in zip(memory.page_bytes(c.source), memory.page_bytes(c.target), strict=True):
+                copy = m.CopyTensor(session, memory.buffer, source, memory.buffer, target, n, n)
+                asked.append(self.client.submit(copy, device=device))
         for seq in asked:
-            try:
-                self.client.wait(seq)
-            except HandleError:
-                held = False
-        return held
+            self.client.wait(seq)
 
-    def _await(self, error: Unavailable) -> None:
-        """Until all devices of the stages are ready. Errors: `error` when one is lost, or silent for too long."""
-        if isinstance(error, (Overloaded, DeadlineExceeded)) or self.client.lost:
-            raise error
-        self.client.cancel()
-        clock, said = LivedClock(), False
-        due = clock.now_s() + limits.RETURN_S
-        while True:
-            infos = self.client.devices()
-            states = {infos[s.assignment.device].state if s.assignment.device < len(infos) else "none" for s in self.stages}
-            if states == {"ready"}:
-                self.client.settle()
-                return
-            if states != {"silent"} and states != {"silent", "ready"}:
-                raise error
-            if clock.now_s() > due:
-                raise error
-            if not said:
-                silent = [d for s in self.stages if (d := infos[s.assignment.device]).state == "silent"]
-                names = ", ".join(f"{d.worker} ({d.name})" for d in silent)
-                self.note(f"worker {names} answers nothing; waiting for it, {limits.RETURN_S:.0f} s at most")
-                said = True
-            time.sleep(0.05)
+    # -- batches -------------------------------------------------------------------------------------------------------
 
-    def _upload(self, hashes: dict[str, bytes], kept: Sequence[bool], progress: Progress | None) -> None:
-        """Fill the stages' buffers, save those that were `kept`."""
-        sizes = [sum(p.info.n_bytes for p in s.placed.values()) for s in self.stages]
-        total = sum(sizes)
-        done = self.report.kept_bytes = sum(n for n, there in zip(sizes, kept, strict=True) if there)
-        uploads = [Upload(self, s.assignment.device, s.placed.values(), hashes)
-                   for s, there in zip(self.stages, kept, strict=True) if not there]  # fmt: skip
-        while any(u.busy for u in uploads):
-            for u in uploads:
-                done += u.advance()
-                if progress is not None:
-                    progress("loading", done, total)
+    def submit(self, parts: Sequence[Rows]) -> UnderWay:
+        """Send a batch on its way, and do not wait for it.
 
-    @property
-    def _n_ctx_counted(self) -> int:
-        """The context as llama.cpp counts it when it chooses between short and long factors: in steps of 256."""
-        return -(-self.n_ctx // CTX_STEP) * CTX_STEP
+        Errors: FormatError for a token outside the vocabulary, or a position outside the context; HandleError when the model
+            has been freed.
+        """
+        if not all(s.parts for s in self.stages):
+            raise HandleError(f"{self.arch.gguf.path.name}: the model has been freed; load it again")
+        n_vocab = self.arch.hp.n_vocab
+        if not parts or not all(len(p.tokens) and all(0 <= t < n_vocab for t in p.tokens) for p in parts):
+            raise FormatError(f"tokens: expected at least one, each of 0 to {n_vocab - 1}")
+        last = max(p.first + len(p.tokens) for p in parts)
+        if last > self.n_ctx:
+            raise FormatError(f"context: {last} tokens do not fit {self.n_ctx}; use a larger -c")
+        layout = _Layout(parts, self.room)
+        n_ctx = -(-self.n_ctx // CTX_STEP) * CTX_STEP  # as llama.cpp counts it when it chooses between LongRoPE's factors
+        batch = layout.batch(n_ctx, n_vocab, self.activations)
+        compiled = self._compile(batch)
+        feeds = self._feeds(layout)
+        payloads: list[list[Frame]] = [[feeds[name]() for name in names if name != "hidden"] for names in compiled.inputs]
+        route = [m.RouteStep(s.assignment.device, digest, len(payload))
+                 for s, digest, payload in list(zip(self.stages, compiled.digests, payloads, strict=True))[1:]]  # fmt: skip
+        header = m.GraphCompute(self.client.session, compiled.digests[0], len(payloads[0]), route)
+        frames = [f for payload in payloads for f in payload]
+        seq = self.client.submit(header, frames, self.stages[0].assignment.device)
+        return UnderWay(seq, batch, layout.n, layout.wants)
 
-    # -- running -------------------------------------------------------------------------------------------------------
+    def wait(self, sent: UnderWay) -> list[npt.NDArray[Any]]:
+        """What a batch gave, for each of its `Rows`. Errors: what the workers report.
+
+        Shapes: int32 [n] for ARGMAX, CANDIDATE [n, at least as many as wanted], float32 [n, n_vocab] for ALL, where n are
+        the outputs.
+        """
+        reply = self.client.wait(sent.seq)
+        assert isinstance(reply.header, m.ComputeDone)  # the decoder gives GRAPH_COMPUTE's reply this type
+        self.compute_s += reply.header.compute_s
+        if sent.n_tokens >= MIN_PIECE and reply.header.compute_s:
+            self.tokens_per_s = sent.n_tokens * len(self.stages) / reply.header.compute_s
+        b, raw = sent.batch, list(reply.payload)
+        given: dict[int, npt.NDArray[Any]] = {}
+        if b.n_argmax:
+            given[ARGMAX] = np.frombuffer(raw.pop(0), np.int32)
+        if b.n_top:
+            candidates = given[1] = np.empty((b.n_top, b.top_k), CANDIDATE)
+            candidates["id"] = np.frombuffer(raw.pop(0), np.int32).reshape(candidates.shape)
+            candidates["logit"] = np.frombuffer(raw.pop(0), np.float32).reshape(candidates.shape)
+        if b.n_logits:
+            given[ALL] = np.frombuffer(raw.pop(0), np.float32).reshape(b.n_logits, self.arch.hp.n_vocab)
+        return [given[min(want, 1)][rows.start : rows.stop] if rows else np.empty(0, np.int32) for want, rows in sent.wants]
 
     def _compile(self, batch: Batch) -> Compiled:
-        key = (batch.n_tokens, batch.n_kv, batch.n_outputs, batch.argmax, batch.top_k, batch.many)
-        known = self._graphs.get(key)
+        known = self._graphs.get(batch)
         if known is not None:
             return known
         digests, inputs, pending = [], [], []
         for s in self.stages:
-            graph, names = self.arch.build(s.stage, s.placed, s.caches, batch)
+            graph, names = self.arch.build(s.stage, s.placed, s.memory, batch)
             frame = encode_graph(graph)
             digest = graph_digest(frame)
             put = m.GraphPut(self.client.session, digest)
@@ -320,163 +195,89 @@ class Runner:
             self.client.wait(seq)
         while len(self._graphs) >= MAX_GRAPHS:
             del self._graphs[next(iter(self._graphs))]
-        compiled = self._graphs[key] = Compiled(tuple(digests), tuple(inputs))
+        compiled = self._graphs[batch] = Compiled(tuple(digests), tuple(inputs))
         return compiled
 
-    def forward(
-        self, tokens: Sequence[int] | npt.NDArray[np.int32], n_past: int, outputs: Sequence[int], argmax: bool = False,
-        slot: int = 0, top_k: int = 0,
-    ) -> npt.NDArray[Any]:  # fmt: skip
-        """Run tokens of one sequence at positions n_past, n_past + 1, ...; their keys and values stay in the cache.
-
-        With several stages the tokens go in pieces, so that all stages work at once; where others use the same workers, in
-        pieces of bounded time.
-
-        Shapes: returns float32 [len(outputs), n_vocab], the logits after the tokens that `outputs` (indices) names; or
-        with `argmax` int32 [len(outputs)], with `top_k` CANDIDATE [len(outputs), top_k], the tokens of the largest logits.
-        Errors: what the workers report; FormatError for a token outside the vocabulary or a context that is full.
-        """
-        size = PIECE if len(self.stages) > 1 else max(1, len(tokens))
-        if len(tokens) > MIN_PIECE and self._shares():
-            size = min(size, self._piece_of_a_turn())
-        under_way = []
-        for at in range(0, max(1, len(tokens)), size):
-            entries = [Entry(int(t), n_past + at + i, slot) for i, t in enumerate(tokens[at : at + size])]
-            under_way.append(self.submit(entries, [o - at for o in outputs if at <= o < at + size], argmax, top_k))
-        return np.concatenate([self.wait(u) for u in under_way])
-
-    def _shares(self) -> bool:
-        """Whether others hold something on the devices of the stages: their tokens come between the pieces of a prompt."""
-        infos = self.client.devices()
-        return any(infos[s.assignment.device].n_sessions > 1 for s in self.stages if s.assignment.device < len(infos))
-
-    def _piece_of_a_turn(self) -> int:
-        """Tokens that take about TURN_S in a stage, a power of two, so that few graphs serve."""
-        n = int(TURN_S * self._tokens_per_s)
-        return max(MIN_PIECE, 1 << (n.bit_length() - 1)) if n else PIECE
-
-    def submit(
-        self, entries: Sequence[Entry], outputs: Sequence[int], argmax: bool = False, top_k: int = 0
-    ) -> UnderWay:
-        """Send a batch of tokens of any sequences on its way, and do not wait for it.
-
-        `outputs`: indices of the entries whose logits are wanted, none if only the cache is to be filled.
-        Errors: FormatError for a token outside the vocabulary, a position outside the context, a slot that is not there.
-        """
-        hp, n = self.arch.hp, len(entries)
-        if n == 0 or not all(0 <= e.token < hp.n_vocab for e in entries):
-            raise FormatError(f"tokens: expected at least one, each of 0 to {hp.n_vocab - 1}")
-        last = max(e.position for e in entries)
-        if last >= self.n_ctx:
-            raise FormatError(f"context: {last + 1} tokens do not fit {self.n_ctx}; use a larger -c")
-        if not all(0 <= e.slot < self.n_slots for e in entries):
-            raise FormatError(f"slots: expected 0 to {self.n_slots - 1}; the model was loaded for {self.n_slots} sequences")
-        many = any(e.slot for e in entries)
-        end = max(e.slot * self.n_slot_cells + e.position for e in entries) + 1
-        n_kv = min(self.n_slot_cells * self.n_slots, -(-end // KV_STEP) * KV_STEP)
-        compiled = self._compile(Batch(n, n_kv, len(outputs), argmax, top_k, many, self._n_ctx_counted, self.activations))
-        feeds = self._feeds(entries, outputs)
-        payloads: list[list[Frame]] = [
-            [feeds[name]() for name in names if name != "hidden"] for names in compiled.inputs
-        ]
-        route = [m.RouteStep(s.assignment.device, digest, len(payload))
-                 for s, digest, payload in list(zip(self.stages, compiled.digests, payloads, strict=True))[1:]]  # fmt: skip
-        header = m.GraphCompute(self.client.session, compiled.digests[0], len(payloads[0]), route)
-        frames = [f for payload in payloads for f in payload]
-        seq = self.client.submit(header, frames, self.stages[0].assignment.device)
-        return UnderWay(seq, n, len(outputs), argmax, top_k)
-
-    def wait(self, batch: UnderWay) -> npt.NDArray[Any]:
-        """What a batch gave. Shapes: as `forward`'s. Errors: what the workers report."""
-        reply = self.client.wait(batch.seq)
-        assert isinstance(reply.header, m.ComputeDone)  # the decoder gives GRAPH_COMPUTE's reply this type
-        self.compute_s += reply.header.compute_s
-        if batch.n_tokens >= MIN_PIECE and reply.header.compute_s:
-            self._tokens_per_s = batch.n_tokens * len(self.stages) / reply.header.compute_s
-        raw = reply.payload[0] if batch.n_outputs else b""
-        if batch.argmax:
-            return np.frombuffer(raw, np.int32)
-        if batch.top_k:
-            out = np.empty((batch.n_outputs, batch.top_k), CANDIDATE)
-            if batch.n_outputs:
-                out["id"] = np.frombuffer(raw, np.int32).reshape(out.shape)
-                out["logit"] = np.frombuffer(reply.payload[1], np.float32).reshape(out.shape)
-            return out
-        return np.frombuffer(raw, np.float32).reshape(batch.n_outputs, self.arch.hp.n_vocab)
-
-    def _feeds(self, entries: Sequence[Entry], outputs: Sequence[int]) -> dict[str, Callable[[], Frame]]:
+    def _feeds(self, x: _Layout) -> dict[str, Callable[[], Frame]]:
         """The bytes of each input, made only when a stage wants it."""
-        pos = np.array([e.position for e in entries])
-        base = np.array([e.slot for e in entries]) * self.n_slot_cells
 
         def temperature() -> Frame:
             scale, length = self.arch.attn_temperature()
-            return (np.log(np.floor(pos / length) + 1) * scale + 1).astype(np.float32).tobytes()
+            return (np.log(np.floor(x.positions / length) + 1) * scale + 1).astype(np.float32).tobytes()
 
-        return {
-            "tokens": lambda: np.array([e.token for e in entries], np.int32).tobytes(),
-            "positions": lambda: pos.astype(np.int32).tobytes(),
-            "cells": lambda: (base + pos).astype(np.int64).tobytes(),
-            "cell": lambda: (base + pos).astype(np.float32).tobytes(),
-            "first_cell": lambda: base.astype(np.float32).tobytes(),
+        feeds = {
+            "tokens": lambda: x.tokens.astype(np.int32).tobytes(),
+            "positions": lambda: x.positions.astype(np.int32).tobytes(),
+            "n_seen": lambda: x.n_seen.astype(np.int32).tobytes(),
+            "rows": lambda: x.rows.astype(np.int32).tobytes(),
             "temperature": temperature,
-            "out_ids": lambda: np.asarray(outputs, np.int32).tobytes(),
+            "out_ids": lambda: x.out_ids.astype(np.int32).tobytes(),
+            "state_from": lambda: x.slots[:, 0].astype(np.int32).tobytes(),
+            "state_to": lambda: x.slots[:, 1].astype(np.int64).tobytes(),
         }
-
-    def logits(self, tokens: npt.NDArray[np.int32], chunk: int) -> npt.NDArray[np.float32]:
-        """Logits at every position, in pieces of `chunk`. Shapes: int32 [n] to float32 [n, n_vocab]."""
-        out = []
-        for at in range(0, len(tokens), chunk):
-            piece = tokens[at : at + chunk]
-            out.append(self.forward(piece, at, range(len(piece))))
-        return np.concatenate(out)
+        for window in self.room.n_pages:
+            table = x.table(window)
+            feeds[f"pages.{window}"] = table.tobytes
+            feeds[f"cells.{window}"] = x.cells(table).tobytes
+        return feeds
 
 
-def plan(
-    arch: Arch, infos: Sequence[m.ListedDevice], n_ctx: int, split: Sequence[float] | None = None,
-    ngl: int | None = None, host: str = "", order: Sequence[str] = (),
-) -> list[Assignment]:  # fmt: skip
-    """Where the layers go. With `ngl` below the layer count the first layers stay on the worker named `host`.
+class _Layout:
+    """Where the tokens of a batch stand, padded to sizes that many share. Padding sees nothing and writes to scrap."""
 
-    `order`: names of workers; devices are taken in this order, and others after them, whenever they connected.
+    def __init__(self, parts: Sequence[Rows], room: Room) -> None:
+        self.parts = parts
+        lengths = [len(p.tokens) for p in parts]
+        self.n, n_seqs = sum(lengths), len(parts)
+        self.n_seqs = bucket(n_seqs)
+        # with states every sequence has as many tokens, so whole sequences are added
+        padding = (self.n_seqs - n_seqs) * lengths[0] if room.n_slots else bucket(self.n) - self.n
+        self.n_pages = MIN_PAGES
+        while self.n_pages * PAGE < max(p.first + n for p, n in zip(parts, lengths, strict=True)):
+            self.n_pages *= 2
+        pad = (0, padding)
+        self.tokens = np.pad(np.concatenate([np.asarray(p.tokens) for p in parts]), pad)
+        self.positions = np.pad(np.concatenate([p.first + np.arange(n) for p, n in zip(parts, lengths, strict=True)]), pad)
+        self.n_seen = self.positions + 1
+        self.n_seen[self.n :] = 0
+        self.rows = np.pad(np.repeat(np.arange(n_seqs), lengths), pad)
+        self.slots = np.array([p.slots for p in parts] + [(ZERO_SLOT, SCRAP_SLOT)] * (self.n_seqs - n_seqs))
+        self._sort_outputs(lengths)
 
-    Errors: OutOfMemory, ConfigError.
-    """
-    sizes = model_sizes(arch, n_ctx)
-    rank = {name: i for i, name in enumerate(order)}
-    memory = sorted(device_memory(infos), key=lambda d: (_rank(infos[d.index], rank), d.index))
-    n = arch.hp.n_layer
-    mine = [d for d in memory if host and infos[d.index].worker == host]
-    others = [d for d in memory if d not in mine]
-    keep = 0 if ngl is None or not mine else max(0, n - ngl)
-    if not keep:
-        return place(sizes, others or memory, split)
-    whole = keep == n or not others
-    tail, tied = (sizes.tail, sizes.tied) if whole else (0, 0)
-    head = ModelSizes(sizes.layers[:keep], sizes.kv[:keep], sizes.head, tail, tied)
-    out = [_shift(a, 0, True, whole) for a in place(head, mine)]
-    if whole:
-        return out
-    rest = place(ModelSizes(sizes.layers[keep:], sizes.kv[keep:], 0, sizes.tail), others, split)
-    return out + [_shift(a, keep, False, a.last) for a in rest]
+    def _sort_outputs(self, lengths: Sequence[int]) -> None:
+        """Rows of one kind stand together: ARGMAX, then candidates, then all logits."""
+        starts = np.cumsum([0, *lengths])
+        groups: dict[int, list[int]] = {ARGMAX: [], 1: [], ALL: []}
+        self.wants = []
+        self.top_k = max((p.want for p in self.parts if p.outputs), default=0)
+        for p, start in zip(self.parts, starts[:-1], strict=True):
+            rows = groups[min(p.want, 1)]
+            self.wants.append((p.want, range(len(rows), len(rows) + len(p.outputs))))
+            rows += [int(start) + i for i in p.outputs]
+        self.counts, ids = {}, list[int]()
+        for kind, rows in groups.items():
+            self.counts[kind] = bucket(len(rows)) if rows else 0
+            spare = max(rows, default=0) + 1 + np.arange(self.counts[kind] - len(rows))
+            ids += rows + np.minimum(spare, len(self.tokens) - 1).tolist()
+        self.out_ids = np.array(ids, np.int64)
 
+    def batch(self, n_ctx: int, n_vocab: int, hidden: GGMLType) -> Batch:
+        n = len(self.tokens)
+        in_order = len(self.out_ids) == n and bool((self.out_ids == np.arange(n)).all())
+        top_k = min(n_vocab, 1 << max(0, self.top_k - 1).bit_length())
+        return Batch(n, self.n_seqs, self.n_pages, self.counts[ARGMAX], self.counts[1], top_k if self.counts[1] else 0,
+                     self.counts[ALL], in_order, n_ctx, hidden)  # fmt: skip
 
-def _rank(info: m.ListedDevice, rank: dict[str, int]) -> int:
-    """Where a worker stands in the order: by its name, or by the address where it listens."""
-    return min(rank.get(info.worker, len(rank)), rank.get(info.address, len(rank)))
+    def table(self, window: int) -> npt.NDArray[np.int32]:
+        """Each sequence's pages. Shapes: [n_seqs, n_pages]."""
+        table = np.full((self.n_seqs, self.n_pages), SCRAP_PAGE, np.int32)
+        for row, p in zip(table, self.parts, strict=False):
+            pages = p.pages[window][: self.n_pages]
+            row[: len(pages)] = pages
+        return table
 
-
-def _shift(a: Assignment, by: int, first: bool, last: bool) -> Assignment:
-    layers = range(a.layers.start + by, a.layers.stop + by)
-    return Assignment(a.device, layers, first, last, a.weight_bytes, a.kv_bytes)
-
-
-def n_cells(n_ctx: int, n_slots: int) -> int:
-    """Cells of a cache for so many sequences of `n_ctx` tokens."""
-    return n_ctx if n_slots == 1 else -(-n_ctx // SLOT_STEP) * SLOT_STEP * n_slots
-
-
-def default_n_ctx(arch: Arch, wanted: int) -> int:
-    """Cells for a context: `wanted`, or the training length up to 4096. 0 means not said."""
-    n = wanted or min(arch.hp.n_ctx_train, 4096)
-    return math.ceil(n / 32) * 32
+    def cells(self, table: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+        """The cell that each token's keys and values go to."""
+        pages = table[self.rows, self.positions // PAGE].astype(np.int64)
+        pages[self.n :] = SCRAP_PAGE
+        return pages * PAGE + self.positions % PAGE

@@ -181,6 +181,13 @@ _op("FLASH_ATTN_EXT", "y = softmax(scale * cap(q k^T) + slope(head) * mask) v; s
     {"scale": Param(0, "f32", -1e30, 1e30), "max_bias": Param(1, "f32", 0.0, 1e4),
      "logit_softcap": Param(2, "f32", 0.0, 1e30), "prec": Param(3, "i32", 0, 1 << 16)},
     nmse=5e-4)  # fmt: skip
+_op("PAGED_ATTN", "FLASH_ATTN_EXT over a sequence's cells in their order: cell i lies at pages[i / 64] * 64 + i % 64, and a "
+    "token sees the last window of the first n_seen",
+    [Source("q", _F32), Source("k", frozenset({F16, GGMLType.Q8_0})), Source("v", frozenset({F16, GGMLType.Q8_0})),
+     Source("pages", _I32), Source("n_seen", _I32), Source("rows", _I32, True), Source("sinks", _F32, True)],
+    rules.paged_attn,
+    {"scale": Param(0, "f32", -1e30, 1e30), "logit_softcap": Param(1, "f32", 0.0, 1e30),
+     "window": Param(2, "i32", 0, (1 << 31) - 1)}, nmse=5e-4)  # fmt: skip
 _op("SSM_CONV", "y[c, t] = sum over k of x[t + k, c] * w[k, c]", [Source("x", _F32), Source("w", _F32)], rules.ssm_conv)
 _op("SSM_SCAN", "h = exp(softplus(dt) a) h + softplus(dt) x b, y = h c; then the last n_states of h, the latest first",
     [Source(n, _F32) for n in ("h", "x", "dt", "a", "b", "c")] + [Source("ids", _I32)], rules.ssm_scan,
@@ -229,6 +236,7 @@ OP_ID: dict[str, int] = {
     "NORM": 26, "RMS_NORM": 27, "L2_NORM": 28, "MUL_MAT": 29, "MUL_MAT_ID": 30, "OUT_PROD": 31, "CPY": 32, "DUP": 33,
     "CONT": 34, "GET_ROWS": 35, "SET_ROWS": 36, "DIAG_MASK_INF": 37, "FILL": 38, "ARANGE": 39, "SOFT_MAX": 40,
     "ROPE": 41, "FLASH_ATTN_EXT": 42, "UNARY": 43, "GLU": 44, "SSM_CONV": 45, "SSM_SCAN": 46,
+    "PAGED_ATTN": 47,
 }  # fmt: skip
 """What travels for a name. An id is never changed nor used again; a new op has the next one."""
 OP_NAME: dict[int, str] = {number: name for name, number in OP_ID.items()}

@@ -210,6 +210,24 @@ def flash_attn(t: Tensor, s: Sources, p: dict[str, Any]) -> None:
     need(p["max_bias"] == 0.0 or mask is not None, "max_bias needs a mask")
 
 
+PAGE_CELLS = 64
+"""Cells of a page."""
+
+
+def paged_attn(t: Tensor, s: Sources, p: dict[str, Any]) -> None:
+    q, k, v, pages, n_seen, rows, sinks = *(s.req(i) for i in range(5)), s.opt(5), s.opt(6)
+    n_tokens, n_head = q.ne[1:3]
+    need(q.ne[0] == k.ne[0], f"rows of q {q.ne} and k {k.ne} differ")
+    need(k.ne[1:] == v.ne[1:], f"k {k.ne} and v {v.ne} differ in cells or heads")
+    need(k.ne[1] % PAGE_CELLS == 0, f"{k.ne[1]} cells are no pages of {PAGE_CELLS}")
+    need(q.ne[3] == k.ne[3] == 1 and n_head % k.ne[2] == 0, f"heads of k {k.ne} do not repeat to q {q.ne}")
+    need(pages.ne[2:] == (1, 1), f"pages {pages.ne} must be [n_pages, n_sequences]")
+    need(n_seen.ne == (n_tokens, 1, 1, 1), f"n_seen {n_seen.ne} must be [{n_tokens}]")
+    need(rows is None or rows.ne == n_seen.ne, f"rows must be [{n_tokens}]")
+    need(sinks is None or sinks.ne == (n_head, 1, 1, 1), f"sinks must be one a head of {q.ne}")
+    need(t.ne == (v.ne[0], n_head, n_tokens, 1), f"result {t.ne} does not fit q {q.ne}, v {v.ne}")
+
+
 def ssm_conv(t: Tensor, s: Sources, p: dict[str, Any]) -> None:
     x, w = s.req(0), s.req(1)
     need(w.ne[1:] == (x.ne[1], 1, 1) and x.ne[3] == 1, f"filters {w.ne} must be [d_conv, {x.ne[1]}]")

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ggmq.cli.options import local_threads
+from ggmq.bus import local_threads
 from ggmq.cluster import Client
 from protocol import messages as m
 from protocol.errors import OutOfMemory

@@ -44,7 +44,7 @@ def test_what_llama_cpp_has_too_is_taken() -> None:
 
 @pytest.mark.parametrize(("words", "said"), [
     ("-fa on", 0), ("-fa", 1), ("-fa off", 1), ("--flash-attn auto", 0), ("--mlock", 1), ("--no-mmap", 1), ("--jinja", 0),
-    ("-ub 512", 1), ("-ctk f16 -ctv f16", 0), ("--presence-penalty 0.0 --mirostat 0 --typical 1", 0), ("-tb=2", 1),
+    ("-ub 512", 1), ("--presence-penalty 0.0 --mirostat 0 --typical 1", 0), ("-tb=2", 1),
     ("--no-warmup --no-perf --color", 2), ("-np 1", 0), ("--top-nsigma -1.0", 0), ("-sm layer", 0),
 ])  # fmt: skip
 def test_what_changes_nothing_is_taken_with_a_note(capsys: pytest.CaptureFixture[str], words: str, said: int) -> None:
@@ -55,7 +55,7 @@ def test_what_changes_nothing_is_taken_with_a_note(capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize(("words", "story"), [
-    ("-ctk q8_0", "-ctk: the KV cache is f16"), ("-np 4", "-np: .*ggmq bench --streams"), ("-md draft", "-md: there are no"),
+    ("-np 4", "-np: .*ggmq bench --streams"), ("-md draft", "-md: there are no"),
     ("--grammar root", "--grammar: .*grammar"), ("--lora x", "--lora: merge it"), ("-r User:", "-r: .*end token"),
     ("-hft token", "-hft: set HF_TOKEN"), ("--list-devices", "ggmq worker --device"), ("-sm row", "--tensor-split"),
     ("--mirostat 2", "--mirostat: .*--top-k"), ("-i", "-i: leave -p out"), ("--chat-template chatml", "--raw"),

@@ -20,7 +20,7 @@ from workers.devices.base import Buffer, Device
 from workers.ticks import Tick, nothing
 
 MAX_PARTS = 1 << 16
-MAX_KEPT = 64
+MAX_KEPT = 4096
 
 
 def overlap(a: range, b: range) -> bool:

@@ -15,10 +15,11 @@ from functools import cached_property
 from ggmq.archs.builder import GraphBuilder, T
 from ggmq.archs.hparams import Rope, read_hparams
 from ggmq.archs.keys import Keys
-from ggmq.archs.stage import Batch, KVCache, Placed, Stage, StageGraph
+from ggmq.archs.memory import Cells, Keeps, LayerMemory, Room, fits, room_for
+from ggmq.archs.stage import Batch, Placed, Stage, StageGraph
 from ggmq.gguf import GGUF, TensorInfo
-from protocol.dtypes import GGMLType
-from protocol.errors import FormatError, GraphError
+from protocol.dtypes import TYPES, GGMLType
+from protocol.errors import ConfigError, FormatError, GraphError
 from protocol.graph import Graph
 from protocol.rules import ROPE_NEOX
 from protocol.validation import validate
@@ -159,13 +160,12 @@ class Arch:
     def attend(
         self, s: StageGraph, q: T, k: T, v: T, il: int, scale: float, softcap: float = 0.0, sinks: T | None = None
     ) -> T:
-        """Write k and v to the cache, attend over it, project. Returns [n_embd, n_tokens]."""
+        """Keep k and v, attend over all that is seen, project. Returns [n_embd, n_tokens]."""
         hp, b = self.hp, s.b
         temperature = s.temperature()
         if temperature is not None:
             q = b.mul(q, temperature)
-        keys, values = s.store(k, v, il)
-        y = b.flash_attn(b.permute(q, 0, 2, 1, 3), keys, values, s.mask(self.swa_layers[il]), sinks, scale, softcap)
+        y = s.attend(q, k, v, il, scale, softcap, sinks)
         y = b.reshape(y, hp.d_v * hp.n_head[il], b.ne(q)[2])
         return s.linear(f"blk.{il}.attn_output", y, hp.n_embd)
 
@@ -244,11 +244,11 @@ class Arch:
         for t in self.gguf:
             placed[t.name] = Placed(t, 1, at)
             at += t.n_bytes
-        caches = {il: KVCache(2, 2 * il << 40, (2 * il + 1) << 40, 32) for il in stage.layers}
+        memory = self.layer_memory(stage.layers, self.room(1), 2)
         used: set[str] = set()
         contexts = (0, 1 << 31) if LONG_ROPE & placed.keys() else (1,)
         for n_ctx in contexts:
-            s = StageGraph(self, placed, caches, Batch(1, 32, 1, n_ctx=n_ctx))
+            s = StageGraph(self, placed, memory, Batch(1, n_logits=1, n_ctx=n_ctx))
             graph = self._graph(s, stage)
             used |= s.used
         try:
@@ -302,15 +302,35 @@ class Arch:
                 out.append(t)
         return out
 
-    def kv_bytes(self, il: int, n_cells: int) -> int:
-        """Bytes of one layer's keys and values."""
-        return 2 * n_cells * self.hp.n_head_kv[il] * (self.hp.d_k + self.hp.d_v)
+    def memory(self, il: int) -> Keeps:
+        """What a layer keeps of a sequence."""
+        hp, n = self.hp, self.hp.n_head_kv[il]
+        return Cells(n * hp.d_k, n * hp.d_v, hp.d_k, hp.n_swa if self.swa_layers[il] else 0)
+
+    def room(
+        self, n_ctx: int, n_seq: int = 1, n_batch: int = 512, k_type: GGMLType = GGMLType.F16,
+        v_type: GGMLType = GGMLType.F16,
+    ) -> Room:  # fmt: skip
+        """Room for so many sequences of `n_ctx` tokens.
+
+        Errors: ConfigError for a type that heads of this width cannot be held in.
+        """
+        layers = [self.memory(il) for il in range(self.hp.n_layer)]
+        for kind in (k_type, v_type):
+            if not all(fits(kind, keeps) for keeps in layers):
+                raise ConfigError(f"{self.gguf.path.name}: heads of {self.hp.d_k} elements: expected a multiple of "
+                                  f"{TYPES[kind].block} for a KV cache of type {kind.name}; use f16")  # fmt: skip
+        return room_for(layers, n_ctx, n_seq, n_batch, k_type, v_type)
+
+    def layer_memory(self, layers: range, room: Room, buffer: int) -> dict[int, LayerMemory]:
+        """The memory of each layer, in buffers that are numbered from `buffer` on."""
+        return {il: LayerMemory(self.memory(il), room, buffer + i) for i, il in enumerate(layers)}
 
     def build(
-        self, stage: Stage, placed: dict[str, Placed], caches: dict[int, KVCache], batch: Batch
+        self, stage: Stage, placed: dict[str, Placed], memory: dict[int, LayerMemory], batch: Batch
     ) -> tuple[Graph, list[str]]:
         """The graph of a stage for a batch, and the names of its inputs in order."""
-        s = StageGraph(self, placed, caches, batch)
+        s = StageGraph(self, placed, memory, batch)
         return self._graph(s, stage), s.b.input_names
 
     def _graph(self, s: StageGraph, stage: Stage) -> Graph:
@@ -325,20 +345,35 @@ class Arch:
         if stage.last and not batch.n_outputs:
             return s.b.graph([])
         if stage.last:
-            if batch.n_outputs < batch.n_tokens:
+            if not batch.in_order:
                 x = s.b.get_rows(x, s.b.input("out_ids", GGMLType.I32, (batch.n_outputs,)))
-            x = self.head(s, x)
-            if batch.argmax:
-                x = s.b.argmax(x)
-            elif batch.top_k:
-                ids = s.b.top_k(x, batch.top_k)
-                values = s.b.get_rows(s.b.reshape(x, 1, *s.b.ne(x)[:2]), ids)
-                return s.b.graph([ids, values])
-        elif batch.hidden != GGMLType.F32:
+            return s.b.graph(self._outputs(s, self.head(s, x)))
+        if batch.hidden != GGMLType.F32:
             x = s.b.dup(x, batch.hidden)
         elif s.b.tensors[x].view_src >= 0 or s.b.tensors[x].op == "NONE":
             x = s.b.cont(x)
         return s.b.graph([x])
+
+    @staticmethod
+    def _outputs(s: StageGraph, logits: T) -> list[T]:
+        """What a batch asks for: the rows' ids, then ids and logits of the largest, then all logits."""
+        b, batch, out, at = s.b, s.batch, list[T](), 0
+        n_vocab, n_rows = b.ne(logits)[:2]
+
+        def rows(n: int) -> T:
+            return logits if n == n_rows else b.view(logits, (n_vocab, n), (4 * n_vocab,), 4 * n_vocab * at)
+
+        if batch.n_argmax:
+            out.append(b.argmax(rows(batch.n_argmax)))
+            at += batch.n_argmax
+        if batch.n_top:
+            x = rows(batch.n_top)
+            ids = b.top_k(x, batch.top_k)
+            out += [ids, b.get_rows(b.reshape(x, 1, n_vocab, batch.n_top), ids)]
+            at += batch.n_top
+        if batch.n_logits:
+            out.append(rows(batch.n_logits))
+        return out
 
 
 NEOX = ROPE_NEOX

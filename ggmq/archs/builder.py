@@ -192,11 +192,14 @@ class GraphBuilder:
         params = (0, n_dims, mode, 0, n_ctx_orig, *(f32_bits(f) for f in floats))
         return self._like("ROPE", x, positions, *(() if factors is None else (factors,)), params=params)
 
-    def flash_attn(
-        self, q: T, k: T, v: T, mask: T, sinks: T | None, scale: float, softcap: float = 0.0
-    ) -> T:
-        """q [d, n_tokens, n_head], k and v [d, n_kv, n_head_kv] to [d_v, n_head, n_tokens]."""
+    def paged_attn(
+        self, q: T, k: T, v: T, pages: T, n_seen: T, rows: T | None, sinks: T | None, scale: float, softcap: float,
+        window: int,
+    ) -> T:  # fmt: skip
+        """q [d, n_tokens, n_head], k and v [d, n_cells, n_head_kv] to [d_v, n_head, n_tokens]."""
         ne = self.ne(q)
-        params = (f32_bits(scale), f32_bits(0.0), f32_bits(softcap), 10)
-        src = (q, k, v, mask) if sinks is None else (q, k, v, mask, sinks)
-        return self._node("FLASH_ATTN_EXT", GGMLType.F32, (self.ne(v)[0], ne[2], ne[1], ne[3]), src, params)
+        more = [-1 if x is None else x for x in (rows, sinks)]
+        while more and more[-1] < 0:
+            more.pop()
+        params = (f32_bits(scale), f32_bits(softcap), window)
+        return self._node("PAGED_ATTN", GGMLType.F32, (self.ne(v)[0], ne[2], ne[1]), (q, k, v, pages, n_seen, *more), params)

@@ -1,4 +1,4 @@
-"""A stage of a model, and its graph under construction: weights by name and shape, the cache, the inputs.
+"""A stage of a model, and its graph under construction: weights by name and shape, the memory, the inputs.
 
 Source: the GGUF key table and llama.cpp's model graphs.
 """
@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ggmq.archs.builder import GraphBuilder, T, pad
+from ggmq.archs.memory import Cells, LayerMemory
 from ggmq.gguf import TensorInfo
 from protocol.content import Part
-from protocol.dtypes import GGMLType
+from protocol.dtypes import GGMLType, row_bytes
 from protocol.errors import FormatError
 
 if TYPE_CHECKING:
@@ -33,16 +34,6 @@ class Placed:
 
 
 @dataclass(frozen=True, slots=True)
-class KVCache:
-    """Where a layer's keys and values lie. Shapes: [d * n_head_kv, n_cells], type F16."""
-
-    buffer: int
-    k_offset: int
-    v_offset: int
-    n_cells: int
-
-
-@dataclass(frozen=True, slots=True)
 class Stage:
     """Consecutive layers on one device. `first` embeds tokens, `last` makes logits."""
 
@@ -52,48 +43,51 @@ class Stage:
     last: bool
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Batch:
-    """What the graph of one step is made for.
+    """What the graphs of one step are made for: sizes, so that one graph serves many steps.
 
     Attributes:
-        n_tokens, n_kv, n_outputs: tokens in it, cache cells seen, rows of logits wanted (0: only the cache is filled).
-        argmax: token ids instead of logits.
-        top_k: ids and logits of so many tokens instead of all; 0: all.
+        n_tokens: in the order of their sequences; in a model with states the same number of each.
+        n_seqs: sequences that they are of.
+        n_pages: pages that a sequence may have.
+        n_argmax: the first rows of the output: a token's id each.
+        n_top, top_k: the rows behind them: ids and logits of the top_k tokens with the largest.
+        n_logits: the rows behind those: all logits. Without any rows only the memory is filled.
+        in_order: the rows are those of all tokens, in their order.
         n_ctx: context of a sequence, in tokens.
-        many: tokens may be of any sequence: each sees the cells from its sequence's first to its own; else of the one
-            whose cells begin at 0.
         hidden: type of the activations that cross from stage to stage, F32 or F16.
     """
 
     n_tokens: int
-    n_kv: int
-    n_outputs: int
-    argmax: bool = False
+    n_seqs: int = 1
+    n_pages: int = 1
+    n_argmax: int = 0
+    n_top: int = 0
     top_k: int = 0
-    many: bool = False
+    n_logits: int = 0
+    in_order: bool = False
     n_ctx: int = 0
     hidden: GGMLType = GGMLType.F32
 
-
-BEYOND_F16 = 1e30
-"""Becomes infinity as float16."""
+    @property
+    def n_outputs(self) -> int:
+        return self.n_argmax + self.n_top + self.n_logits
 
 
 class StageGraph:
-    """A graph under construction with the stage's weights, cache and inputs at hand.
+    """A graph under construction with the stage's weights, memory and inputs at hand.
 
     Attributes:
         used: names of the tensors in it.
         idle: names of tensors that may be there and that no product here needs.
     """
 
-    def __init__(self, arch: Arch, placed: dict[str, Placed], caches: dict[int, KVCache], batch: Batch) -> None:
-        self.arch, self.placed, self.caches, self.batch = arch, placed, caches, batch
+    def __init__(self, arch: Arch, placed: dict[str, Placed], memory: dict[int, LayerMemory], batch: Batch) -> None:
+        self.arch, self.placed, self.memory, self.batch = arch, placed, memory, batch
         self.b = GraphBuilder()
         self.used: set[str] = set()
         self.idle: set[str] = set()
-        self._masks: dict[bool, T] = {}
 
     def has(self, name: str) -> bool:
         return name in self.placed
@@ -180,39 +174,54 @@ class StageGraph:
             return None
         return self.b.input("temperature", GGMLType.F32, (1, 1, self.batch.n_tokens))
 
-    def mask(self, swa: bool) -> T:
-        """float16 [n_kv, n_tokens]: 0 where a token sees a cell, minus infinity where not."""
-        known = self._masks.get(swa)
-        if known is None:
-            known = self._masks[swa] = self._mask(swa)
-        return known
+    # -- the memory of the sequences -----------------------------------------------------------------------------------
 
-    def _mask(self, swa: bool) -> T:
-        """Made here, of where a token's cell is and where its sequence's cells begin: no mask crosses the wire."""
-        b, n_kv, n = self.b, self.batch.n_kv, self.batch.n_tokens
-        cell = b.repeat(b.arange(n_kv), n_kv, n)
-        ahead = b.sub(cell, b.input("cell", GGMLType.F32, (1, n)))
-        seen = b.unary("STEP", b.scale(ahead, -1.0, 0.5))
-        if swa:
-            seen = b.mul(seen, b.unary("STEP", b.scale(ahead, 1.0, self.arch.hp.n_swa - 0.5)))
-        if self.batch.many:
-            since = b.sub(cell, b.input("first_cell", GGMLType.F32, (1, n)))
-            seen = b.mul(seen, b.unary("STEP", b.scale(since, 1.0, 0.5)))
-        return b.dup(b.scale(seen, BEYOND_F16, -BEYOND_F16), GGMLType.F16)
+    def attend(
+        self, q: T, k: T, v: T | None, il: int, scale: float, softcap: float = 0.0, sinks: T | None = None, d_v: int = 0
+    ) -> T:
+        """Write this batch's keys and values to their cells, and attend over all that a token sees.
 
-    def store(self, k: T, v: T, il: int) -> tuple[T, T]:
-        """Write this batch's keys and values to their cells. Returns the cells seen, [d, n_kv, n_head_kv]."""
-        hp, b, c = self.arch.hp, self.b, self.caches[il]
-        nk, n, n_kv = hp.n_head_kv[il], self.batch.n_tokens, self.batch.n_kv
-        cells = b.input("cells", GGMLType.I64, (n,))
-        out = []
-        for x, d, offset in ((k, hp.d_k, c.k_offset), (v, hp.d_v, c.v_offset)):
-            t = b.tensors[x]
-            flat = b.reshape(x, d * nk, n) if t.contiguous else b.view(x, (d * nk, n), (t.nb[2],), 0)
-            cache = b.set_rows(b.leaf(GGMLType.F16, (d * nk, c.n_cells), c.buffer, offset), flat, cells)
-            row = 2 * d * nk
-            out.append(b.permute(b.view(cache, (d, nk, n_kv), (2 * d, row), 0), 0, 2, 1, 3))
-        return out[0], out[1]
+        With `d_v` the layer keeps a latent, and the values are the first d_v elements of its keys.
+        Shapes: q [d, n_head, n_tokens], k and v [d, n_head_kv, n_tokens] to [d_v, n_head, n_tokens].
+        """
+        b, memory, batch = self.b, self.memory[il], self.batch
+        keeps = memory.keeps
+        assert isinstance(keeps, Cells)  # layers that attend have cells
+        cells = b.input(f"cells.{keeps.window}", GGMLType.I64, (batch.n_tokens,))
+        stored = [self._store(memory, name, x, cells) for name, x in (("k", k), ("v", v)) if x is not None]
+        pages = b.input(f"pages.{keeps.window}", GGMLType.I32, (batch.n_pages, batch.n_seqs))
+        n_seen = b.input("n_seen", GGMLType.I32, (batch.n_tokens,))
+        rows = b.input("rows", GGMLType.I32, (batch.n_tokens,)) if batch.n_seqs > 1 else None
+        keys, values = stored[0], stored[-1]
+        if d_v:
+            t = b.tensors[keys]
+            values = b.view(keys, (d_v, *t.ne[1:3]), t.nb[1:3], 0)
+        return b.paged_attn(b.permute(q, 0, 2, 1, 3), keys, values, pages, n_seen, rows, sinks, scale, softcap, keeps.window)
+
+    def _store(self, memory: LayerMemory, name: str, x: T, cells: T) -> T:
+        """Write rows [d, n_head, n_tokens] to their cells. Returns all cells, [d, n_cells, n_head]."""
+        b, t = self.b, self.b.tensors[x]
+        d, n_head, n = t.ne[:3]
+        kind, width, n_cells, offset = memory.parts()[name]
+        flat = b.reshape(x, d * n_head, n) if t.contiguous else b.view(x, (d * n_head, n), (t.nb[2],), 0)
+        written = b.set_rows(b.leaf(kind, (width, n_cells), memory.buffer, offset), flat, cells)
+        per_head = row_bytes(kind, d)
+        heads = b.view(written, (d, n_head, n_cells), (per_head, row_bytes(kind, width)), 0)
+        return b.permute(heads, 0, 2, 1, 3)
+
+    def read_state(self, il: int, name: str) -> T:
+        """The states of the batch's sequences, as they were before it: float32 [n, n_seqs]."""
+        return self.b.get_rows(self._states(il, name), self.b.input("state_from", GGMLType.I32, (self.batch.n_seqs,)))
+
+    def write_state(self, il: int, name: str, new: T) -> T:
+        """Keep their states as they are behind it: float32 [n, n_seqs]."""
+        to = self.b.input("state_to", GGMLType.I64, (self.batch.n_seqs,))
+        return self.b.set_rows(self._states(il, name), new, to)
+
+    def _states(self, il: int, name: str) -> T:
+        memory = self.memory[il]
+        kind, n, n_slots, offset = memory.parts()[name]
+        return self.b.leaf(kind, (n, n_slots), memory.buffer, offset)
 
 
 def _short(ne: tuple[int, ...]) -> list[int]:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from typing import Any
 
 from config.terminal import safe_line
 from ggmq.cli import foreign
-from ggmq.cli.options import add_model, add_security, model_path, whole
+from ggmq.cli.options import add_model, add_security, whole
 from ggmq.cli.run import add_bus
-from ggmq.cli.session import MIB, open_session, stage_line
-from ggmq.gguf import GGUF
-from ggmq.measure import measure
+from ggmq.cli.session import MIB, model_config, open_session, stage_line
+from ggmq.engine import Engine
+from ggmq.measure import WARM_TOKENS, first_token, measure
 
 
 def add(commands: Any) -> None:
@@ -34,25 +33,24 @@ def add(commands: Any) -> None:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    n_ctx = max(args.ctx_size, -(-(max(args.n_prompt, args.n_depth) + args.n_gen + 1) // 32) * 32)
-    g = GGUF(model_path(args))
-    with open_session(args, g, n_ctx, args.streams) as s:
-        start = time.perf_counter()
-        s.runner.forward([1], 0, [0], argmax=True)
-        first_token_s = time.perf_counter() - start
-        runs = [measure(s.runner, args.n_prompt, args.n_gen, args.n_depth, args.streams) for _ in range(args.repetitions)]
-        report, stages = s.runner.report, [stage.assignment for stage in s.runner.stages]
-        rss = [s.client.stats(a.device).rss_bytes for a in stages]
+    n_made = args.n_gen + WARM_TOKENS + 2
+    n_ctx = max(args.ctx_size, -(-(max(args.n_prompt, args.n_depth) + n_made) // 32) * 32)
+    with open_session(model_config(args, n_ctx, args.streams)) as model:
+        engine = Engine(model)
+        first_token_s = first_token(engine)
+        runs = [measure(engine, args.n_prompt, args.n_gen, args.n_depth, args.streams) for _ in range(args.repetitions)]
+        report, stages = model.report, [stage.assignment for stage in model.stages]
+        rss = [model.client.stats(a.device).rss_bytes for a in stages]
         result = {
-            "model": g.path.name, "n_prompt": args.n_prompt, "n_gen": args.n_gen, "n_depth": args.n_depth,
+            "model": model.arch.gguf.path.name, "n_prompt": args.n_prompt, "n_gen": args.n_gen, "n_depth": args.n_depth,
             "streams": args.streams, "repetitions": args.repetitions, "workers": len(stages),
-            "threads": [s.infos[a.device].n_threads for a in stages],
+            "threads": [model.infos[a.device].n_threads for a in stages],
             **{key: statistics.median(getattr(r, key) for r in runs) for key in runs[0].__slots__},
-            "load_s": s.runner.load_s, "load_and_token_s": s.runner.load_s + first_token_s,
+            "load_s": model.load_s, "load_and_token_s": model.load_s + first_token_s,
             "sent_bytes": report.sent_bytes, "cached_bytes": report.cached_bytes, "kept_bytes": report.kept_bytes,
             "worker_rss_bytes": sum(rss), "weights_and_kv_bytes": sum(a.weight_bytes + a.kv_bytes for a in stages),
         }  # fmt: skip
-        lines = [safe_line(stage_line(s.infos, a)) for a in stages]
+        lines = [safe_line(stage_line(model.infos, a)) for a in stages]
     print(json.dumps(result) if args.output == "json" else _table(result, lines))
     return 0
 

@@ -79,7 +79,7 @@ def chat(
 def note_full(engine: Engine) -> None:
     """Say so where the context cut an answer."""
     if engine.cut == "context":
-        note(f"the answer was cut: the context of {engine.runner.n_ctx} tokens is full; use a larger -c")
+        note(f"the answer was cut: the context of {engine.model.n_ctx} tokens is full; use a larger -c")
 
 
 class Chat:
@@ -88,7 +88,7 @@ class Chat:
     def __init__(self, dialogue: Dialogue, engine: Engine, params: SamplingParams, n_predict: int) -> None:
         self.dialogue, self.engine = dialogue, engine
         self._params, self._n_predict = params, n_predict
-        room = engine.runner.n_ctx // ROOM_SHARE
+        room = engine.model.n_ctx // ROOM_SHARE
         self._n_room = max(1, room if n_predict < 0 else min(room, n_predict))
 
     def take(self, text: str) -> bool:
@@ -118,10 +118,10 @@ class Chat:
         Errors: Stopped before there was anything of an answer; whatever ends it, the turns before it are as they were.
         """
         question, parts = well_formed(question), list[str]()
-        with _CtrlC(self.engine.runner.client) as ctrl_c:
-            tokens, n_dropped = self.dialogue.fit(question, self.engine.runner.n_ctx, self._n_room)
+        with _CtrlC(self.engine.model.client) as ctrl_c:
+            tokens, n_dropped = self.dialogue.fit(question, self.engine.model.n_ctx, self._n_room)
             if n := n_dropped - self.dialogue.n_dropped:
-                note(f"the context of {self.engine.runner.n_ctx} tokens is full: {_turns(n)} dropped, the oldest first")
+                note(f"the context of {self.engine.model.n_ctx} tokens is full: {_turns(n)} dropped, the oldest first")
             self.engine.start(tokens, self._params)
             ctrl_c.at_once = False
             try:
@@ -160,7 +160,7 @@ class Chat:
             self._system(text)
         elif name == "/context":
             kept = f"{_turns(len(d.turns) - d.n_dropped)} kept" + (f", {d.n_dropped} dropped" if d.n_dropped else "")
-            _say(f"{d.n_tokens()} of {self.engine.runner.n_ctx} tokens used, {kept}")
+            _say(f"{d.n_tokens()} of {self.engine.model.n_ctx} tokens used, {kept}")
         elif name == "/save":
             self._save(text)
         else:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from broker.placement import SCRATCH_BYTES, Assignment
 from config import launch, running
 from config.auth import find_keys
 from config.keys import KeyPair
@@ -20,7 +19,7 @@ from ggmq.archs import open_arch
 from ggmq.cli.options import BUNDLED, add_security, endpoint, endpoints, require_file
 from ggmq.cluster import local_bus, own_broker
 from ggmq.gguf import GGUF
-from ggmq.runner import default_n_ctx, plan
+from ggmq.placement import SCRATCH_BYTES, Assignment, default_n_ctx, plan
 from protocol import messages as m
 from protocol.errors import ConfigError
 
@@ -144,7 +143,7 @@ def _plan(args: argparse.Namespace) -> int:
     infos = _infos_offline(cluster, args.cluster) if args.offline else _infos(cluster)
     arch = open_arch(GGUF(model_of_cluster(cluster, args.cluster)))
     n_ctx = default_n_ctx(arch, cluster.model.context)
-    assignments = plan(arch, infos, n_ctx, cluster.split.tensor_split or None, order=worker_order(cluster))
+    assignments = plan(arch, infos, arch.room(n_ctx), cluster.split.tensor_split or None, order=worker_order(cluster))
     print_line(f"cluster {cluster.name}: {arch.gguf.path.name}, {arch.hp.n_layer} layers, context {n_ctx}")
     _print_stages(infos, assignments)
     return 0

@@ -37,7 +37,6 @@ _ROWS = (
     ("--prio --prio-batch", "one", True, "`nice` starts a command with another priority", ("0",)),
     ("--poll --poll-batch", "one", True, "`worker --spin-us` says how long a worker looks out for work", ("50",)),
     ("--numa", "one", True, "`numactl` starts a command on a node; " + _PINNING, ()),
-    ("-ctk --cache-type-k -ctv --cache-type-v", "one", False, "the KV cache is f16 here; leave it out", ("f16",)),
     ("-kvo --kv-offload", "none", True, "", ()),
     ("-nkvo --no-kv-offload", "none", False, "the KV cache of a layer lies with its weights; leave it out", ()),
     ("--swa-full -dt --defrag-thold", "maybe", True, "the KV cache is laid out by the model alone", ()),

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from config.terminal import print_line
-from ggmq.cli.options import add_model, add_security, local_threads, model_path, require_file, whole
+from ggmq.bus import local_threads
+from ggmq.cli.options import add_model, add_security, require_file, whole
 from ggmq.cli.run import add_bus
-from ggmq.cli.session import open_session, print_summary
+from ggmq.cli.session import model_config, open_session, print_summary
 from ggmq.cluster import local_bus
-from ggmq.gguf import GGUF
+from ggmq.engine import Engine
 from ggmq.replay import replay
 from protocol.errors import FormatError
 
@@ -49,9 +50,9 @@ def _logits(args: argparse.Namespace) -> int:
     if len(tokens) > MAX_TOKENS or tokens.min() < 0 or tokens.max() >= 1 << 31:
         raise FormatError(f"{args.tokens}: expected up to {MAX_TOKENS} token ids that fit int32")
     n_ctx = max(args.ctx_size, -(-len(tokens) // 32) * 32)
-    with open_session(args, GGUF(model_path(args)), n_ctx) as s:
-        np.save(args.out, s.runner.logits(tokens.astype(np.int32), args.chunk))
-        print_summary(s)
+    with open_session(model_config(args, n_ctx, n_batch=args.chunk)) as model:
+        np.save(args.out, Engine(model, n_batch=args.chunk).logits(tokens.astype(np.int32)))
+        print_summary(model)
     return 0
 
 

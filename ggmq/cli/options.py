@@ -7,11 +7,9 @@ import math
 import os
 import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from config.auth import find_keys
-from config.cores import n_cores
 from config.keys import KeyPair, default_key_file
 from ggmq.hub import download
 from protocol.errors import ConfigError
@@ -129,20 +127,6 @@ def keys_of(args: argparse.Namespace) -> KeyPair | None:
     return find_keys(args.keys, args.insecure)
 
 
-def local_threads(wanted: int, n_workers: int) -> list[int]:
-    """Threads of each local worker: of `wanted` in all, else of the cores of this host; each has one at least."""
-    total = wanted or n_cores()
-    return [max(1, total // n_workers + (i < total % n_workers)) for i in range(n_workers)]
-
-
-def cpus_of(i: int, threads: Sequence[int]) -> str:
-    """CPUs for local worker `i`. Errors: ConfigError when there are not enough for every thread, or none can be chosen."""
-    if not hasattr(os, "sched_getaffinity"):
-        raise ConfigError("--pin: this system cannot keep threads on CPUs")
-    cpus, first = sorted(os.sched_getaffinity(0)), sum(threads[:i])
-    if sum(threads) > len(cpus):
-        raise ConfigError(f"--pin: {sum(threads)} threads need as many CPUs, this host has {len(cpus)}; use fewer with -t")
-    return ",".join(map(str, cpus[first : first + threads[i]]))
 
 
 def require_file(path: Path) -> Path:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
-from ggmq.runner import Progress as ProgressCallback
+from ggmq.loader import Progress as ProgressCallback
 
 
 @contextlib.contextmanager

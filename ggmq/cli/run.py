@@ -19,14 +19,13 @@ from ggmq.cli.options import (
     endpoints,
     expanded,
     layers,
-    model_path,
     real,
     require_file,
     shares,
     text_of,
     whole,
 )
-from ggmq.cli.session import Session, note, open_session, print_summary
+from ggmq.cli.session import model_config, note, open_session, print_summary
 from ggmq.engine import Engine, chosen_seed
 from ggmq.gguf import GGUF
 from ggmq.sampling import SamplingParams
@@ -54,6 +53,9 @@ def add_bus(p: argparse.ArgumentParser) -> None:
     p.add_argument("--activations", choices=["f32", "f16"], default="f32",
                    help="what crosses from stage to stage; f16 halves the bytes and changes the text a little, for models "
                    "whose hidden states stay below 65504 (default f32)")  # fmt: skip
+    for which, name in (("k", "keys"), ("v", "values")):
+        p.add_argument(f"-ct{which}", f"--cache-type-{which}", choices=["f16", "q8_0"], default="f16",
+                       help=f"type of the {name} in the KV cache; q8_0 takes half the memory (default f16)")  # fmt: skip
     p.add_argument("-c", "--ctx-size", type=whole(0, 1 << 24), default=0,
                    help="context in tokens (default: the model's, at most 4096)")  # fmt: skip
 
@@ -110,21 +112,22 @@ def _run(args: argparse.Namespace) -> int:
         if args.system_prompt:
             raise ConfigError("-sys and -sysf both give the system message; leave one of them out")
         args.system_prompt = text_of("-sysf", args.system_prompt_file)
-    g = GGUF(model_path(args))
-    vocabulary = Vocabulary(g)
+    config = model_config(args, n_batch=args.batch_size)
+    vocabulary = Vocabulary(GGUF(config.path))
     template = _template(args, vocabulary)
-    with open_session(args, g) as s:
-        if len(vocabulary.tokens) != s.arch.hp.n_vocab:
-            raise FormatError(f"{s.arch.gguf.path.name}: {len(vocabulary.tokens)} tokens in the vocabulary, "
-                              f"{s.arch.hp.n_vocab} rows in token_embd.weight")  # fmt: skip
-        if args.ctx_size > s.arch.hp.n_ctx_train:
-            note(f"-c {args.ctx_size}: {g.path.name} was trained with a context of {s.arch.hp.n_ctx_train} tokens; "
+    with open_session(config) as model:
+        hp = model.arch.hp
+        if len(vocabulary.tokens) != hp.n_vocab:
+            raise FormatError(f"{config.path.name}: {len(vocabulary.tokens)} tokens in the vocabulary, "
+                              f"{hp.n_vocab} rows in token_embd.weight")  # fmt: skip
+        if args.ctx_size > hp.n_ctx_train:
+            note(f"-c {args.ctx_size}: {config.path.name} was trained with a context of {hp.n_ctx_train} tokens; "
                  "beyond that its text may make no sense")  # fmt: skip
         params = SamplingParams(
             args.temp, args.top_k, args.top_p, args.min_p, args.repeat_penalty, args.repeat_last_n,
             chosen_seed(args.seed), vocabulary.suppressed | (vocabulary.end_ids if args.ignore_eos else frozenset()),
         )  # fmt: skip
-        engine = Engine(s.runner, vocabulary.end_ids, args.batch_size)
+        engine = Engine(model, vocabulary.end_ids, args.batch_size)
         terminal = sys.stdin.isatty() and sys.stdout.isatty() and args.file != "-"
         goes_on = template is not None and terminal and not args.single_turn
         try:
@@ -134,7 +137,7 @@ def _run(args: argparse.Namespace) -> int:
                 _answer(args, engine, vocabulary, params, template, prompt)
         finally:
             if not isinstance(sys.exception(), OSError):  # where text cannot be written, figures are only in the way
-                _print_timings(s, engine)
+                _print_timings(engine)
     return 0
 
 
@@ -206,9 +209,9 @@ def _stream(args: argparse.Namespace, engine: Engine, vocabulary: Vocabulary) ->
     print(decoder.finish(), end="", flush=True)
 
 
-def _print_timings(s: Session, engine: Engine) -> None:
+def _print_timings(engine: Engine) -> None:
     t = engine.timings
-    print_summary(s)
+    print_summary(engine.model)
     for name, n, seconds in (("prefill", t.prefill_tokens, t.prefill_s), ("decode", t.decode_tokens, t.decode_s)):
         rate = f"{n / seconds:.1f} tokens/s" if seconds else "-"
         print(f"{name:7} {seconds:8.2f} s  {n} tokens, {rate}", file=sys.stderr)

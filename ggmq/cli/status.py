@@ -21,7 +21,7 @@ from ggmq.cli.clusters import MIB, model_of_cluster, worker_order
 from ggmq.cli.session import note
 from ggmq.cluster import Client, connect
 from ggmq.gguf import GGUF
-from ggmq.runner import default_n_ctx, plan
+from ggmq.placement import default_n_ctx, plan
 from protocol import messages as m
 from protocol.errors import GgmqError, Unavailable
 
@@ -75,7 +75,7 @@ def _planned(file: Path, infos: Sequence[m.ListedDevice]) -> dict[int, dict[str,
         cluster = load_cluster(file)
         arch = open_arch(GGUF(model_of_cluster(cluster, file)))
         n_ctx = default_n_ctx(arch, cluster.model.context)
-        found = plan(arch, infos, n_ctx, cluster.split.tensor_split or None, order=worker_order(cluster))
+        found = plan(arch, infos, arch.room(n_ctx), cluster.split.tensor_split or None, order=worker_order(cluster))
         return {a.device: {"model": arch.gguf.path.name, "first_layer": a.layers.start, "last_layer": a.layers.stop - 1}
                 for a in found}  # fmt: skip
     return {}

@@ -11,14 +11,15 @@ import pytest
 
 from ggmq.archs import ARCHS, open_arch
 from ggmq.archs.keys import EVERY, READ
-from ggmq.archs.stage import Batch, KVCache, Placed, Stage
+from ggmq.archs.stage import Batch, Placed, Stage
 from ggmq.cluster import Client, LocalBus
+from ggmq.engine import Engine
 from ggmq.gguf import GGUF
-from ggmq.runner import Entry, Runner, n_cells, plan
 from protocol.errors import FormatError
 from protocol.graph import Graph
 from protocol.ops import op_of
 from tests.support.fixtures import ROOT, nmse
+from tests.support.loaded import loaded
 from tests.support.random_models import (
     KEYS,
     NORMED_QK,
@@ -47,8 +48,9 @@ def graph(folder: Path, m: Model, n_ctx: int = 256) -> Graph:
     for t in arch.gguf:
         placed[t.name] = Placed(t, 1, at)
         at += t.n_bytes
-    caches = {il: KVCache(2, il << 32, (il << 32) + (1 << 31), 256) for il in range(arch.hp.n_layer)}
-    return arch.build(Stage(0, range(arch.hp.n_layer), True, True), placed, caches, Batch(2, 256, 2, n_ctx=n_ctx))[0]
+    layers = range(arch.hp.n_layer)
+    batch = Batch(2, n_pages=4, n_logits=2, in_order=True, n_ctx=n_ctx)
+    return arch.build(Stage(0, layers, True, True), placed, arch.layer_memory(layers, arch.room(256), 2), batch)[0]
 
 
 def refusal(folder: Path, m: Model) -> str:
@@ -67,14 +69,11 @@ def one() -> Iterator[Client]:
         started.close()
 
 
-def logits(client: Client, folder: Path, m: Model, n_ctx: int = 256, tokens: int = 20, n_slots: int = 1) -> np.ndarray:
-    arch = open_arch(GGUF(write(folder / "m.gguf", m)))
+def logits(client: Client, folder: Path, m: Model, n_ctx: int = 256, tokens: int = 20, n_seq: int = 1) -> np.ndarray:
     ids = np.random.default_rng(3).integers(0, m.n_vocab, tokens).astype(np.int32)
-    runner = Runner(client, arch, n_ctx, plan(arch, client.devices(), n_cells(n_ctx, n_slots)), n_slots)
+    model = loaded(client, write(folder / "m.gguf", m), n_ctx, n_seq=n_seq)
     try:
-        runner.load()
-        entries = [Entry(int(t), i, n_slots - 1) for i, t in enumerate(ids)]
-        return runner.wait(runner.submit(entries, range(tokens)))
+        return model.forward(ids, 0, range(tokens))
     finally:
         client.drain()
 
@@ -93,11 +92,9 @@ def test_random_models_are_as_llama_cpp_has_them(one: Client, tmp_path: Path, i:
         with pytest.raises(FormatError):
             open_arch(GGUF(path))
         return
-    arch = open_arch(GGUF(path))
-    runner = Runner(one, arch, n_ctx, plan(arch, one.devices(), n_ctx))
+    model = loaded(one, path, n_ctx)
     try:
-        runner.load()
-        got = runner.logits(RECORDED["tokens"][i], 512)[-1]
+        got = Engine(model).logits(RECORDED["tokens"][i])[-1]
     finally:
         one.drain()
     assert nmse(got, expected[: m.n_vocab]) < 1e-4, m.done
@@ -314,12 +311,12 @@ def test_long_and_short_factors_by_the_context(tmp_path: Path, arch: str) -> Non
         assert ropes(tmp_path, other)[0]["factors"] is not None
 
 
-def test_factors_go_by_a_sequence_s_context_whatever_the_number_of_slots(one: Client, tmp_path: Path) -> None:
+def test_factors_go_by_a_sequence_s_context_whatever_the_number_of_sequences(one: Client, tmp_path: Path) -> None:
     m = made("phi3").having(rope__scaling__original_context_length=256)
     n = m.keys["embedding_length"] // m.keys["attention.head_count"] // 2
     m.tensors["rope_factors_short.weight"] = np.full(n, 1.0, np.float32)
     m.tensors["rope_factors_long.weight"] = np.full(n, 9.0, np.float32)
-    alone, among = logits(one, tmp_path, m), logits(one, tmp_path, m, n_slots=5)
+    alone, among = logits(one, tmp_path, m), logits(one, tmp_path, m, n_seq=5)
     assert np.array_equal(alone, among)
     assert nmse(alone, logits(one, tmp_path, m, n_ctx=512)) > 1e-4
 

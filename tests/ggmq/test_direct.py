@@ -11,21 +11,23 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from config.auth import new_keys
 from config.keys import KeyPair, read_keys, write_keys
-from ggmq.archs import open_arch
 from ggmq.cluster import Client, LocalBus
+from ggmq.engine import Engine
 from ggmq.gguf import GGUF
-from ggmq.runner import Runner, plan
+from ggmq.model import Model
 from protocol import messages as m
 from protocol.dtypes import GGMLType
 from protocol.errors import Unavailable, WorkerLost
 from tests.support.fixtures import ROOT, free_port, nmse
 from tests.support.gguf_factory import tiny_model
+from tests.support.loaded import loaded
 
 pytestmark = pytest.mark.usefixtures("kernels")
 CPUS = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
@@ -53,33 +55,28 @@ def model(tmp_path: Path) -> GGUF:
     return GGUF(tiny_model(tmp_path / "m.gguf", "llama"))
 
 
-@contextmanager
-def loaded(bus: LocalBus, model: GGUF, n_stages: int = 2) -> Iterator[Runner]:
+def on_bus(bus: LocalBus, file: GGUF, n_stages: int = 2, **config: Any) -> Model:
     client = bus.start()
-    arch = open_arch(model)
     order = [d.worker for d in client.devices()]
-    runner = Runner(client, arch, 128, plan(arch, client.devices(), 128, [1] * n_stages, order=sorted(order)))
-    runner.load()
-    yield runner
+    return loaded(client, file, 128, [1] * n_stages, sorted(order), **config)
 
 
 def reference_logits(model: GGUF) -> np.ndarray:
     bus = LocalBus()
     try:
         bus.spawn("CPU", 1)
-        with loaded(bus, model, 1) as runner:
-            return runner.logits(np.array(TOKENS, np.int32), 8)
+        return Engine(on_bus(bus, model, 1), n_batch=8).logits(np.array(TOKENS, np.int32))
     finally:
         bus.close()
 
 
 def check(bus: LocalBus, model: GGUF, direct: bool) -> None:
     """The bits of one worker, and where the activations went."""
-    with loaded(bus, model) as runner:
-        assert runner.direct is direct
-        got = runner.logits(np.array(TOKENS, np.int32), 8)
-        first = runner.client.stats(runner.stages[0].assignment.device)
-        assert (first.handed_out_bytes > got.shape[0] * 64 * 4) is direct
+    there = on_bus(bus, model)
+    assert there.direct is direct
+    got = Engine(there, n_batch=8).logits(np.array(TOKENS, np.int32))
+    first = there.client.stats(there.stages[0].assignment.device)
+    assert (first.handed_out_bytes > got.shape[0] * 64 * 4) is direct
     assert np.array_equal(got, reference_logits(model))
 
 
@@ -150,13 +147,11 @@ def test_f16_activations_are_half_the_bytes_and_nearly_the_same(model: GGUF) -> 
         got, handed = {}, {}
         client = bus.start()
         for kind in (GGMLType.F32, GGMLType.F16):
-            arch = open_arch(model)
-            assignments = plan(arch, client.devices(), 128, [1, 1])
-            runner = Runner(client, arch, 128, assignments, activations=kind)
-            runner.load()
-            before = client.stats(assignments[0].device).handed_out_bytes
-            got[kind] = runner.logits(np.array(TOKENS, np.int32), 40)
-            handed[kind] = client.stats(assignments[0].device).handed_out_bytes - before
+            there = loaded(client, model, 128, [1, 1], activations=kind)
+            first = there.stages[0].assignment.device
+            before = client.stats(first).handed_out_bytes
+            got[kind] = there.forward(TOKENS, 0, range(len(TOKENS)))
+            handed[kind] = client.stats(first).handed_out_bytes - before
             client.drain()
     finally:
         bus.close()
@@ -168,17 +163,17 @@ def test_a_long_prompt_goes_in_pieces_where_others_wait_and_whole_where_none_do(
     bus = LocalBus()
     try:
         bus.spawn("CPU", 1)
-        with loaded(bus, model, 1) as runner:
-            computes, results = [], []
-            for others in (False, True):
-                if others:
-                    other = Client(bus.context, "inproc://broker")
-                    other.request(m.AllocBuffer(other.session, 1, 64))
-                before = runner.client.stats(0).n_computes
-                results.append(runner.forward([*TOKENS, *TOKENS], 0, [79]))
-                computes.append(runner.client.stats(0).n_computes - before)
-                runner._tokens_per_s = 320.0  # a slow worker: 32 tokens are a turn
-            other.close()
+        there = on_bus(bus, model, 1)
+        computes, results = [], []
+        for others in (False, True):
+            if others:
+                other = Client(bus.context, "inproc://broker")
+                other.request(m.AllocBuffer(other.session, 1, 64))
+            before = there.client.stats(0).n_computes
+            results.append(Engine(there).logits(np.array([*TOKENS, *TOKENS], np.int32)))
+            computes.append(there.client.stats(0).n_computes - before)
+            there.runner.tokens_per_s = 320.0  # a slow worker: 32 tokens are a turn
+        other.close()
     finally:
         bus.close()
     assert computes == [1, 3]
@@ -202,10 +197,9 @@ def test_pinned_threads_stay_on_their_cpus(model: GGUF) -> None:
     bus = LocalBus()
     try:
         bus.spawn("CPU", 2, ["--cpus", f"{first},{second}"])
-        with loaded(bus, model, 1) as runner:
-            runner.forward([1], 0, [0])
-            tasks = Path(f"/proc/{bus.workers[0].pid}/task").glob("*/status")
-            allowed = [line.split()[1] for t in tasks for line in t.read_text().splitlines() if "Cpus_allowed_list" in line]
+        on_bus(bus, model, 1).forward([1], 0, [0])
+        tasks = Path(f"/proc/{bus.workers[0].pid}/task").glob("*/status")
+        allowed = [line.split()[1] for t in tasks for line in t.read_text().splitlines() if "Cpus_allowed_list" in line]
     finally:
         bus.close()
     assert allowed.count(str(first)) == 1 and allowed.count(str(second)) == 1 and len(allowed) > 2
@@ -220,13 +214,13 @@ def test_a_stage_that_dies_ends_the_compute_with_an_error(model: GGUF, victim: i
     try:
         for _ in range(2):
             bus.spawn("CPU", 1)
-        with loaded(bus, model) as runner:
-            assert runner.direct
-            for n_past in (39, 40):
-                runner.forward([1], n_past, [0])
-            os.kill(bus.workers[victim].pid, how)
-            with pytest.raises(WorkerLost if how == signal.SIGKILL else Unavailable):
-                runner.forward([1], 41, [0])
+        there = on_bus(bus, model)
+        assert there.direct
+        there.forward(TOKENS, 0, [])
+        there.forward([1], len(TOKENS), [0])
+        os.kill(bus.workers[victim].pid, how)
+        with pytest.raises(WorkerLost if how == signal.SIGKILL else Unavailable):
+            there.forward([1], len(TOKENS) + 1, [0])
     finally:
         for p in bus.workers:
             p.kill()

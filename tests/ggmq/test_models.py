@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ggmq.archs import ARCHS, open_arch
+from ggmq.archs import ARCHS
 from ggmq.cluster import Client, LocalBus
+from ggmq.engine import Engine
 from ggmq.gguf import GGUF
-from ggmq.runner import Entry, Runner, n_cells, plan
+from ggmq.runner import ALL, Rows
 from tests.support.fixtures import MODELS, nmse
 from tests.support.gguf_factory import tiny_model
+from tests.support.loaded import loaded
 from workers.kernels.layout import KIND_OF
 
 EXACT_TYPES = ("f32", "f16", "bf16")
@@ -23,11 +25,9 @@ def run(
     client: Client, g: GGUF, tokens: np.ndarray, chunks: list[int], split: list[float] | None = None
 ) -> list[np.ndarray]:
     """Logits for each chunk size, from one load."""
-    arch = open_arch(g)
-    runner = Runner(client, arch, 256, plan(arch, client.devices(), 256, split))
+    model = loaded(client, g, 256, split)
     try:
-        runner.load()
-        return [runner.logits(tokens, n) for n in chunks]
+        return [Engine(model, n_batch=n).logits(tokens) for n in chunks]
     finally:
         client.drain()
 
@@ -80,14 +80,12 @@ def test_recorded_models_over_two_workers_give_the_same_bits(three: Client, shar
 
 
 def test_a_token_is_one_round_trip_for_the_main_host(three: Client, tmp_path: Path) -> None:
-    arch = open_arch(GGUF(tiny_model(tmp_path / "m.gguf", "llama")))
-    runner = Runner(three, arch, 128, plan(arch, three.devices(), 128, [1, 1, 1]))
+    model = loaded(three, tiny_model(tmp_path / "m.gguf", "llama"), 128, [1, 1, 1])
     try:
-        runner.load()
-        runner.forward([1, 2, 3], 0, [2])
-        runner.forward([4], 3, [0])
+        model.forward([1, 2, 3], 0, [2])
+        model.forward([4], 3, [0])
         before = three.n_round_trips
-        runner.forward([5], 4, [0])
+        model.forward([5], 4, [0])
         assert three.n_round_trips == before + 1
     finally:
         three.drain()
@@ -95,17 +93,15 @@ def test_a_token_is_one_round_trip_for_the_main_host(three: Client, tmp_path: Pa
 
 @pytest.mark.parametrize("split", [[1], [1, 1, 1]], ids=["1 worker", "3 workers"])
 def test_the_largest_logits_come_with_their_ids(three: Client, tmp_path: Path, split: list[float]) -> None:
-    arch = open_arch(GGUF(tiny_model(tmp_path / "m.gguf", "llama")))
-    runner = Runner(three, arch, 128, plan(arch, three.devices(), 128, split))
+    model = loaded(three, tiny_model(tmp_path / "m.gguf", "llama"), 128, split)
     try:
-        runner.load()
-        whole = runner.forward([1, 2, 3], 0, [0, 2])
-        top = runner.forward([1, 2, 3], 0, [0, 2], top_k=7)
+        whole = model.forward([1, 2, 3], 0, [0, 2])
+        top = model.forward([1, 2, 3], 0, [0, 2], want=7)
     finally:
         three.drain()
-    assert top.shape == (2, 7)
+    assert top.shape == (2, 8), "sizes are rounded up, so that few graphs serve"
     for row, logits in zip(top, whole, strict=True):
-        assert set(row["id"]) == set(np.argsort(-logits, kind="stable")[:7])
+        assert set(row["id"]) == set(np.argsort(-logits, kind="stable")[:8])
         assert np.array_equal(row["logit"], logits[row["id"]])
 
 
@@ -117,31 +113,30 @@ COMPANY = ["tiny", *(n for n in MODELS if any(k in n for k in ("moe", "q4_0", "q
 def test_a_token_has_the_same_bits_alone_and_among_others(
     three: Client, tmp_path: Path, request: pytest.FixtureRequest, name: str, split: list[float]
 ) -> None:
-    """Eight sequences in one batch, each in a slot of its own, against each of them alone in the first slot."""
+    """Eight sequences in one batch, each in pages of its own, against each of them alone."""
     tiny = name == "tiny"
     path = tiny_model(tmp_path / "m.gguf", "llama") if tiny else request.getfixturevalue("shared") / "models" / name
-    arch = open_arch(GGUF(path))
     rng = np.random.default_rng(5)
     prompts = [rng.integers(0, 50, n).tolist() for n in (1, 7, 70, 30, 3, 65, 20, 2)]
 
-    def runner(n_slots: int) -> Runner:
-        cells = n_cells(160, n_slots)
-        return Runner(three, arch, cells // n_slots, plan(arch, three.devices(), cells, split), n_slots)
-
-    together = runner(8)
+    model = loaded(three, path, 160, split, n_seq=8)
     try:
-        together.load()
-        for slot, prompt in enumerate(prompts):
-            together.forward(prompt[:-1] or prompt, 0, [0], slot=slot)
-        last = [Entry(p[-1], max(0, len(p) - 1), slot) for slot, p in enumerate(prompts)]
-        many = together.wait(together.submit(last, range(8)))
+        held = [model.store.begin() for _ in prompts]
+        for h, prompt in zip(held, prompts, strict=True):
+            if len(prompt) > 1:
+                model.forward(prompt[:-1], 0, [], held=h)
+        for h, prompt in zip(held, prompts, strict=True):
+            assert model.store.grow(h, len(prompt)) == []
+        last = [Rows(p[-1:], len(p) - 1, h.pages, [0], ALL) for p, h in zip(prompts, held, strict=True)]
+        many = model.runner.wait(model.runner.submit(last))
+        for h in held:
+            model.store.release(h)
     finally:
         three.drain()
-    alone = runner(1)
+    model = loaded(three, path, 160, split)
     try:
-        alone.load()
-        for slot, prompt in enumerate(prompts):
-            assert np.array_equal(alone.forward(prompt, 0, [len(prompt) - 1])[0], many[slot]), slot
+        for prompt, row in zip(prompts, many, strict=True):
+            assert np.array_equal(model.forward(prompt, 0, [len(prompt) - 1]), row)
     finally:
         three.drain()
 
@@ -149,12 +144,10 @@ def test_a_token_has_the_same_bits_alone_and_among_others(
 def test_a_context_that_is_full_and_a_token_outside_are_refused(three: Client, tmp_path: Path) -> None:
     from protocol.errors import FormatError
 
-    arch = open_arch(GGUF(tiny_model(tmp_path / "m.gguf", "llama")))
-    runner = Runner(three, arch, 32, plan(arch, three.devices(), 32))
+    model = loaded(three, tiny_model(tmp_path / "m.gguf", "llama"), 32)
     try:
-        runner.load()
         for tokens, past in (([1] * 33, 0), ([1], 32), ([50], 0), ([-1], 0), ([], 0)):
             with pytest.raises(FormatError):
-                runner.forward(tokens, past, [0])
+                model.forward(tokens, past, [0])
     finally:
         three.drain()

@@ -12,15 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ggmq.archs import open_arch
 from ggmq.cluster import Client, LocalBus
 from ggmq.engine import Engine
 from ggmq.gguf import GGUF
-from ggmq.runner import Runner, plan
 from ggmq.sampling import SamplingParams
 from ggmq.tokenizer import Vocabulary
 from tests.support.architectures import N_VOCAB, VARIANTS, Variant, write
 from tests.support.fixtures import BUNDLED, nmse
+from tests.support.loaded import loaded
 
 pytestmark = [pytest.mark.peer, pytest.mark.skipif(find_spec("xllamacpp") is None, reason="xllamacpp is not installed")]
 
@@ -68,17 +67,15 @@ def test_probabilities_agree(two: Client, tmp_path: Path, variant: Variant, seed
     expected = np.full(N_VOCAB, np.nan)
     for entry in found:
         expected[entry["id"]] = entry["logprob"]
-    arch = open_arch(GGUF(model))
-    runner = Runner(two, arch, 512, plan(arch, two.devices(), 512, [1, 1]))
+    there = loaded(two, model, 512, [1, 1])
     try:
-        runner.load()
-        x = runner.forward(tokens, 0, [39])[0].astype(np.float64)
+        x = there.forward(tokens, 0, [39])[0].astype(np.float64)
     finally:
         two.drain()
     got = x - x.max() - np.log(np.exp(x - x.max()).sum())
-    there = ~np.isnan(expected)
-    assert there.sum() > 50
-    assert nmse(got[there], expected[there]) < 1e-5
+    known = ~np.isnan(expected)
+    assert known.sum() > 50
+    assert nmse(got[known], expected[known]) < 1e-5
 
 
 @pytest.mark.parametrize("prompt", ["Once upon a time", "One day", "The dog", "Tom", "Hello", "In a small village"])
@@ -88,11 +85,8 @@ def test_the_bundled_model_tells_what_it_tells_there(two: Client, prompt: str) -
     ids = v.encode(prompt)
     request = {"prompt": ids, "n_predict": 200, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
     (reply,) = peer(BUNDLED, [request])
-    arch = open_arch(g)
-    runner = Runner(two, arch, 512, plan(arch, two.devices(), 512, [1, 1]))
+    engine = Engine(loaded(two, g, 512, [1, 1]), v.end_ids)
     try:
-        runner.load()
-        engine = Engine(runner, v.end_ids)
         engine.start(ids, SamplingParams(temperature=0, banned=v.end_ids))
         out = list(engine.generate(200))
     finally:

@@ -14,11 +14,12 @@ import numpy.typing as npt
 
 from ggmq.archs import open_arch
 from ggmq.cluster import Client, LocalBus
+from ggmq.engine import Engine
 from ggmq.gguf import GGUF
-from ggmq.runner import Runner, plan
 from protocol.errors import GgmqError
 from tests.peer.libllama import Peer, PeerCrashed, PeerRefused
 from tests.support.fixtures import nmse
+from tests.support.loaded import loaded
 from tests.support.random_models import ARCHS, BF16, Model, fingerprint, folded, numbered, write
 
 BOUNDS = {False: (1e-5, 1e-4), True: (3e-4, 3e-3)}
@@ -174,10 +175,8 @@ def here(client: Client, path: Path, tokens: list[int], n_ctx: int) -> tuple[npt
     try:
         arch = open_arch(GGUF(path))
         split = [1.0, 1.0] if arch.hp.n_layer > 1 else [1.0]
-        runner = Runner(client, arch, n_ctx, plan(arch, client.devices(), n_ctx, split))
         try:
-            runner.load()
-            return runner.logits(np.array(tokens, np.int32), 512), ""
+            return Engine(loaded(client, path, n_ctx, split)).logits(np.array(tokens, np.int32)), ""
         finally:
             client.drain()
     except GgmqError as e:

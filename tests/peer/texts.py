@@ -21,11 +21,11 @@ from ggmq.archs import open_arch
 from ggmq.cluster import Client, LocalBus
 from ggmq.engine import Engine
 from ggmq.gguf import GGUF
-from ggmq.runner import Runner, plan
 from ggmq.sampling import SamplingParams
 from ggmq.tokenizer import Vocabulary
 from tests.peer.libllama import Peer
 from tests.support.fixtures import BUNDLED
+from tests.support.loaded import loaded
 from tests.support.random_models import ARCHS, base, write
 
 N_TOKENS, N_CTX = 500, 1024
@@ -108,14 +108,12 @@ def _compare(client: Client, peer: Peer, path: Path, prompt: list[int], near: fl
     banned = sorted(Vocabulary(g).end_ids)
     peer.open(path, vocab_only=False)
     theirs = peer.greedy(prompt, N_TOKENS, N_CTX, banned=banned)
-    arch = open_arch(g)
-    runner = Runner(client, arch, N_CTX, plan(arch, client.devices(), N_CTX, [1.0, 1.0] if arch.hp.n_layer > 1 else [1.0]))
+    n_layer = open_arch(g).hp.n_layer
+    engine = Engine(loaded(client, g, N_CTX, [1.0, 1.0] if n_layer > 1 else [1.0]))
     try:
-        runner.load()
-        engine = Engine(runner)
         engine.start(prompt, SamplingParams(temperature=0, banned=frozenset(banned)))
         ours = list(engine.generate(N_TOKENS))
-        rows = runner.logits(np.array([*prompt, *theirs[:-1]], np.int32), 512)[len(prompt) - 1 :]
+        rows = engine.logits(np.array([*prompt, *theirs[:-1]], np.int32))[len(prompt) - 1 :]
     finally:
         client.drain()
     rows[:, banned] = -np.inf

@@ -17,7 +17,8 @@ from ggmq.archs import open_arch
 from ggmq.cluster import Client, connect
 from ggmq.engine import Engine
 from ggmq.gguf import GGUF
-from ggmq.runner import Progress, Runner, plan
+from ggmq.loader import Progress
+from ggmq.model import ModelConfig, place_model
 from ggmq.sampling import SamplingParams
 from ggmq.tokenizer import StreamDecoder, Vocabulary
 from protocol.errors import GgmqError
@@ -232,10 +233,10 @@ def tell(
     """Place the model on these workers, load it, generate. Errors: what the client, the runner and the engine raise."""
     arch = open_arch(GGUF(BUNDLED))
     vocabulary = Vocabulary(arch.gguf)
-    runner = Runner(client, arch, N_CTX, plan(arch, client.devices(), N_CTX, [1] * len(names), order=names))
-    runner.load(progress)
+    model = place_model(ModelConfig(BUNDLED, N_CTX, tensor_split=[1] * len(names)), arch, client, names)
+    model.load(progress)
     banned = vocabulary.end_ids if n == N_LONG else frozenset()
-    engine = Engine(runner, vocabulary.end_ids)
+    engine = Engine(model, vocabulary.end_ids)
     engine.start(vocabulary.encode(prompt), SamplingParams(temperature=0, banned=banned))
     decoder = StreamDecoder(vocabulary)
     return prompt + "".join([decoder.feed(t) for t in engine.generate(n)]) + decoder.finish()

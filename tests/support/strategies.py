@@ -16,6 +16,7 @@ from protocol.frames import Message
 from protocol.graph import Graph, Shape, Tensor, f32_bits
 from protocol.messages import REQUEST, Command
 from protocol.ops import GLU_KINDS, OPS, UNARY_KINDS, Op
+from protocol.rules import PAGE_CELLS
 from workers.tensors import convert
 
 small = st.integers(1, 4)
@@ -100,8 +101,10 @@ def node_name(op: Op) -> str:
 def node_graphs(draw: st.DrawFn) -> tuple[str, Graph, list[bytes]]:
     """One node over input leaves, with their bytes: any elementwise, row, product or recurrent op, small shapes, finite
     values."""
-    name = draw(st.sampled_from([*ELEMENTWISE, *ROWS, *GLU_KINDS, "MUL_MAT", "ROPE", "SSM_CONV", "SSM_SCAN"]))
+    name = draw(st.sampled_from([*ELEMENTWISE, *ROWS, *GLU_KINDS, "MUL_MAT", "ROPE", "PAGED_ATTN", "SSM_CONV", "SSM_SCAN"]))
     op = OPS[name]
+    if name == "PAGED_ATTN":
+        return name, *draw(_paged_attention(op))
     if name.startswith("SSM"):
         return name, *draw(_recurrences(op))
     ne = (draw(st.sampled_from([1, 3, 32, 64])), draw(small), draw(small), draw(st.integers(1, 2)))
@@ -147,6 +150,27 @@ def _single(
     node = replace(leaf(out_type, out), op=node_name(op), src=tuple(range(len(leaves))), params=_params(op, params))
     tensors.append(node)
     return Graph(tuple(tensors), tuple(range(len(leaves))), (len(leaves),)), rng_bytes
+
+
+@st.composite
+def _paged_attention(draw: st.DrawFn, op: Op) -> tuple[Graph, list[bytes]]:
+    """Tokens of some sequences, whose pages lie anywhere in a pool and may be shared."""
+    n_seqs, n_pages, n_pool, group = draw(small), draw(small), draw(st.integers(1, 7)), draw(st.sampled_from([1, 3]))
+    d, n_head_kv, n_tokens = draw(st.sampled_from([32, 64])), draw(st.integers(1, 2)), draw(st.sampled_from([1, 2, 7, 40]))
+    kinds = [draw(st.sampled_from([GGMLType.F16, GGMLType.Q8_0])) for _ in range(2)]
+    types = [GGMLType.F32, *kinds, GGMLType.I32, GGMLType.I32, GGMLType.I32, GGMLType.F32]
+    pool = (d, PAGE_CELLS * n_pool, n_head_kv, 1)
+    leaves: list[Shape] = [(d, n_tokens, n_head_kv * group, 1), pool, pool, (n_pages, n_seqs, 1, 1), (n_tokens, 1, 1, 1),
+                           (n_tokens, 1, 1, 1), (n_head_kv * group, 1, 1, 1)]  # fmt: skip
+    params = {"scale": 0.3, "logit_softcap": draw(st.sampled_from([0.0, 5.0])),
+              "window": draw(st.sampled_from([0, 1, 20, 90]))}  # fmt: skip
+    out = (d, n_head_kv * group, n_tokens, 1)
+    graph, data = draw(_single(op, types, leaves, out, params))
+    rng = np.random.default_rng(draw(st.integers(0, 1 << 32)))
+    bounds = {3: (n_pool, n_pages * n_seqs), 4: (PAGE_CELLS * n_pages + 1, n_tokens), 5: (n_seqs, n_tokens)}
+    for i, (high, n) in bounds.items():
+        data[i] = rng.integers(0, high, n).astype(np.int32).tobytes()
+    return graph, data
 
 
 @st.composite

@@ -21,7 +21,7 @@ from tests.support.attacker import Attacker, listening_worker
 from tests.support.processes import until
 from tests.support.strategies import leaf
 from workers.devices import open_device
-from workers.leases import MAX_KEPT, Content, Leases, written
+from workers.leases import Content, Leases, written
 
 MIB = 1 << 20
 ROW = 64
@@ -83,19 +83,21 @@ def test_which_buffers_a_graph_writes_to(graph: Graph, expected: set[int]) -> No
 
 
 def test_leases_end_in_their_order_by_time_by_number_and_for_want_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    n_kept = 64
+    monkeypatch.setattr("workers.leases.MAX_KEPT", n_kept)
     device, now = open_device("reference", 1, 100 * MIB), [0.0]
     leases = Leases(device, 10.0, lambda: now[0])
-    for i in range(MAX_KEPT + 1):
+    for i in range(n_kept + 1):
         now[0] = i / 100
         leases.leave(bytes([i]) * 32, device.alloc(MIB))
-    assert len(leases) == MAX_KEPT and leases.n_bytes == MAX_KEPT * MIB
+    assert len(leases) == n_kept and leases.n_bytes == n_kept * MIB
     assert leases.take(bytes(32), MIB) is None, "the oldest has made room"
     assert leases.take(b"\1" * 32, MIB - 1) is None
     taken = leases.take(b"\1" * 32, MIB)
     assert taken is not None and leases.take(b"\1" * 32, MIB) is None, "it belongs to one"
     now[0] = 10.04
     leases.expire()
-    assert len(leases) == MAX_KEPT - 4 and device.info().free_bytes == (100 - MAX_KEPT + 3) * MIB
+    assert len(leases) == n_kept - 4 and device.info().free_bytes == (100 - n_kept + 3) * MIB
     monkeypatch.setattr(device, "short", lambda: True)
     leases.expire()
     assert not leases and device.info().free_bytes == 99 * MIB

@@ -241,7 +241,7 @@ def _add_values(n, weights, v, v_row, n_cells, outputs, d_v):  # type: ignore[no
 
 
 @njit(nogil=True)
-def _merge(state, part, d_v):  # type: ignore[no-untyped-def]
+def merge(state, part, d_v):  # type: ignore[no-untyped-def]
     """Add a part (peak, sum, values) to a state of the same form."""
     peak, other = loadf(state), loadf(part)
     if other == -np.inf:
@@ -256,14 +256,14 @@ def _merge(state, part, d_v):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True)
-def _clear(state, d_v):  # type: ignore[no-untyped-def]
+def clear(state, d_v):  # type: ignore[no-untyped-def]
     storef(state, np.float32(-np.inf))
     for i in range(d_v + 1):
         storef(state + 4 + 4 * i, np.float32(0))
 
 
 @njit(nogil=True)
-def _finish(state, sink, d_v, y):  # type: ignore[no-untyped-def]
+def finish(state, sink, d_v, y):  # type: ignore[no-untyped-def]
     """Divide by the sum of weights. A sink (not -inf) takes part in it and gives nothing."""
     peak, total = loadf(state), loadf(state + 4)
     factor = np.float32(1)
@@ -291,17 +291,62 @@ def _short_mask(mask, n_cells, out):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True)
+def tile_block(  # type: ignore[no-untyped-def]
+    n_seen, queries, masks, d, k, k_row, v, v_row, d_v, n_cells, scale, softcap, states, scratch
+):  # fmt: skip
+    """A block of cells, whose first is at k and v, for those of a tile of queries that see something of it.
+
+    `queries`, `states`, `masks` of the block (0: all is seen): arrays of addresses. `scratch`: keys, scores, then arrays of
+    indices and addresses, of which the first names the `n_seen` queries.
+    """
+    keys, scores = scratch, scratch + 4 * BLOCK * d
+    lists = scores + 4 * BLOCK * TOGETHER
+    chosen, outputs, short = lists + 8 * TILE, lists + 8 * (TILE + TOGETHER), lists + 8 * (TILE + 2 * TOGETHER)
+    _load_keys(k, k_row, n_cells, d, keys)
+    at = 0
+    while at < n_seen:
+        m = TOGETHER if n_seen - at >= TOGETHER else 1
+        for i in range(m):
+            store64(chosen + 8 * i, load64(queries + 8 * load64(lists + 8 * (at + i))))
+        if m == TOGETHER:
+            _scores4(chosen, keys, d, scores)
+        else:
+            _scores1(chosen, keys, d, scores)
+        for i in range(m):
+            which = load64(lists + 8 * (at + i))
+            mask, state, row = load64(masks + 8 * which), load64(states + 8 * which), scores + 4 * BLOCK * i
+            if n_cells < BLOCK:
+                _short_mask(mask, n_cells, short)
+                mask = short
+            old = loadf(state)
+            peak = max(old, _masked(row, mask, scale, softcap))
+            store64(outputs + 8 * i, state + 8)
+            if peak == -np.inf:
+                _zero(row)
+                continue
+            total = _weights(row, peak)
+            factor = _exp1(old - peak)
+            storef(state, peak)
+            storef(state + 4, loadf(state + 4) * factor + total)
+            if factor != 1:
+                for x in range(d_v):
+                    storef(state + 8 + 4 * x, loadf(state + 8 + 4 * x) * factor)
+        _add_values(m, scores, v, v_row, n_cells, outputs, d_v)
+        at += m
+
+
+@njit(nogil=True)
 def _tile_chunk(  # type: ignore[no-untyped-def]
     queries, masks, n, d, k, k_row, v, v_row, d_v, first, last, scale, softcap, states, scratch
 ):  # fmt: skip
     """A tile of queries over the cells first..last of one chunk; each query's state is made anew.
 
-    `queries`, `masks`, `states`: arrays of addresses. `scratch`: keys, scores, then arrays of addresses.
+    `queries`, `masks`, `states`: arrays of addresses, behind the masks room for as many of a block. `scratch`:
+    `tile_block`'s.
     """
-    keys, scores = scratch, scratch + 4 * BLOCK * d
-    lists = scores + 4 * BLOCK * TOGETHER
+    lists, of_block = scratch + 4 * BLOCK * (d + TOGETHER), masks + 8 * TILE
     for i in range(n):
-        _clear(load64(states + 8 * i), d_v)
+        clear(load64(states + 8 * i), d_v)
     for cell in range(first, last, BLOCK):
         n_cells = min(BLOCK, last - cell)
         n_seen = 0
@@ -311,55 +356,23 @@ def _tile_chunk(  # type: ignore[no-untyped-def]
             if mask != known:  # heads of a group have the same
                 known, seen = mask, mask == 0 or not _hidden(mask + 2 * cell, n_cells)
             if seen:
+                store64(of_block + 8 * i, mask + 2 * cell if mask != 0 else 0)
                 store64(lists + 8 * n_seen, i)
                 n_seen += 1
-        if n_seen == 0:
-            continue
-        _load_keys(k + cell * k_row, k_row, n_cells, d, keys)
-        at = 0
-        while at < n_seen:
-            m = TOGETHER if n_seen - at >= TOGETHER else 1
-            chosen, outputs = lists + 8 * TILE, lists + 8 * (TILE + TOGETHER)
-            for i in range(m):
-                store64(chosen + 8 * i, load64(queries + 8 * load64(lists + 8 * (at + i))))
-            if m == TOGETHER:
-                _scores4(chosen, keys, d, scores)
-            else:
-                _scores1(chosen, keys, d, scores)
-            for i in range(m):
-                which = load64(lists + 8 * (at + i))
-                mask, state, row = load64(masks + 8 * which), load64(states + 8 * which), scores + 4 * BLOCK * i
-                mask = mask + 2 * cell if mask != 0 else 0
-                if n_cells < BLOCK:
-                    _short_mask(mask, n_cells, lists + 8 * (TILE + 2 * TOGETHER))
-                    mask = lists + 8 * (TILE + 2 * TOGETHER)
-                old = loadf(state)
-                peak = max(old, _masked(row, mask, scale, softcap))
-                store64(outputs + 8 * i, state + 8)
-                if peak == -np.inf:
-                    _zero(row)
-                    continue
-                total = _weights(row, peak)
-                factor = _exp1(old - peak)
-                storef(state, peak)
-                storef(state + 4, loadf(state + 4) * factor + total)
-                if factor != 1:
-                    for x in range(d_v):
-                        storef(state + 8 + 4 * x, loadf(state + 8 + 4 * x) * factor)
-            _add_values(m, scores, v + cell * v_row, v_row, n_cells, outputs, d_v)
-            at += m
-
+        if n_seen:
+            tile_block(n_seen, queries, of_block, d, k + cell * k_row, k_row, v + cell * v_row, v_row, d_v, n_cells, scale,
+                       softcap, states, scratch)  # fmt: skip
 
 
 # -- the whole op ------------------------------------------------------------------------------------------------------
 
 @njit(nogil=True)
-def _state_bytes(d_v):  # type: ignore[no-untyped-def]
+def state_bytes(d_v):  # type: ignore[no-untyped-def]
     return 4 * (d_v + 2)
 
 
 @njit(nogil=True)
-def _sink(sinks, head):  # type: ignore[no-untyped-def]
+def sink(sinks, head):  # type: ignore[no-untyped-def]
     return loadf(sinks + 4 * head) if sinks != 0 else np.float32(-np.inf)
 
 
@@ -374,10 +387,10 @@ def attend(  # type: ignore[no-untyped-def]
     n_tiles, n_chunks = (n_queries + TILE - 1) // TILE, (n_kv + CHUNK - 1) // CHUNK
     in_task = 1 if parts != 0 else n_chunks
     per_tile = n_chunks // in_task if parts != 0 else 1
-    size = _state_bytes(d_v)
+    size = state_bytes(d_v)
     lists = scratch + 4 * BLOCK * (d + TOGETHER) + 8 * (TILE + 2 * TOGETHER) + 2 * BLOCK
-    queries, masks, states = lists, lists + 8 * TILE, lists + 16 * TILE
-    totals = lists + 24 * TILE
+    queries, masks, states = lists, lists + 8 * TILE, lists + 24 * TILE
+    totals = lists + 32 * TILE
     fresh = totals + TILE * size
     work = n_seq * n_head_kv * n_tiles * per_tile
     for task in range(work * t // n_threads, work * (t + 1) // n_threads):
@@ -395,29 +408,29 @@ def attend(  # type: ignore[no-untyped-def]
                 store64(states + 8 * i, parts + at * size)
             else:
                 store64(states + 8 * i, fresh + i * size)
-                _clear(totals + i * size, d_v)
+                clear(totals + i * size, d_v)
         keys, values = k + kv_head * k_head + seq * k_seq, v + kv_head * v_head + seq * v_seq
         for c in range(chunk, chunk + in_task):
             _tile_chunk(queries, masks, n, d, keys, k_row, values, v_row, d_v, c * CHUNK, min(n_kv, (c + 1) * CHUNK),
                         scale, softcap, states, scratch)  # fmt: skip
             if parts == 0:
                 for i in range(n):
-                    _merge(totals + i * size, fresh + i * size, d_v)
+                    merge(totals + i * size, fresh + i * size, d_v)
         if parts == 0:
             for i in range(n):
                 token, head = (first + i) // group, kv_head * group + (first + i) % group
                 at = y + 4 * d_v * ((seq * n_tokens + token) * n_head + head)
-                _finish(totals + i * size, _sink(sinks, head), d_v, at)
+                finish(totals + i * size, sink(sinks, head), d_v, at)
 
 
 @njit(nogil=True)
 def merge_parts(  # type: ignore[no-untyped-def]
     d_v, n_tokens, n_head, n_seq, n_kv, sinks, y, parts, scratch, t, n_threads
 ):  # fmt: skip
-    n_chunks, size = (n_kv + CHUNK - 1) // CHUNK, _state_bytes(d_v)
+    n_chunks, size = (n_kv + CHUNK - 1) // CHUNK, state_bytes(d_v)
     rows = n_seq * n_tokens * n_head
     for r in range(rows * t // n_threads, rows * (t + 1) // n_threads):
-        _clear(scratch, d_v)
+        clear(scratch, d_v)
         for c in range(n_chunks):
-            _merge(scratch, parts + (r * n_chunks + c) * size, d_v)
-        _finish(scratch, _sink(sinks, r % n_head), d_v, y + 4 * d_v * r)
+            merge(scratch, parts + (r * n_chunks + c) * size, d_v)
+        finish(scratch, sink(sinks, r % n_head), d_v, y + 4 * d_v * r)

@@ -50,7 +50,17 @@ TILE = 16
 
 def attention_scratch_bytes(d: int, d_v: int) -> int:
     """What a thread needs for attention."""
-    return 4 * BLOCK * (d + TOGETHER) + 8 * (TILE + 2 * TOGETHER) + 2 * BLOCK + TILE * (24 + 16 + 8 * (d_v + 2)) + 64
+    return tile_scratch_bytes(d) + TILE * (32 + 8 * (d_v + 2)) + 64
+
+
+def tile_scratch_bytes(d: int) -> int:
+    """What a block of cells needs of that: keys and scores, indices and addresses, a mask."""
+    return 4 * BLOCK * (d + TOGETHER) + 8 * (TILE + 2 * TOGETHER) + 2 * BLOCK
+
+
+def paged_scratch_bytes(d: int, d_v: int) -> int:
+    """What a thread needs for attention over pages: a mask for each query, and a block of keys and values as float16."""
+    return attention_scratch_bytes(d, d_v) + 2 * BLOCK * (TILE + d + d_v)
 
 
 def parts_bytes(n_queries: int, n_kv: int, d_v: int) -> int:
@@ -71,7 +81,7 @@ LEAD, HELP, WAKE, PACK_ROWS, UNPACK_ROWS = range(5)
 N_WORDS = 9
 """int64 arguments of the one compiled function: what it is called for, and eight more."""
 TEAM = "team"
-KERNEL_UNITS = ("attention", "products", "rows0", "rows1", "packing", "scans")
+KERNEL_UNITS = ("attention", "paged", "products", "rows0", "rows1", "packing", "scans")
 PIECE_UNITS = (*(t.name for t in KINDS[:N_QUANTIZED]), "tiles", "floats")
 COLUMNS = "columns"
 UNITS = (*KERNEL_UNITS, TEAM, *PIECE_UNITS, COLUMNS)

@@ -20,9 +20,9 @@ from protocol.errors import KernelError
 from protocol.graph import Tensor
 from protocol.limits import MAX_ROPE_POSITION
 from protocol.ops import Op
-from protocol.rules import ROPE_IMROPE, ROPE_MROPE, ROPE_VISION
+from protocol.rules import PAGE_CELLS, ROPE_IMROPE, ROPE_MROPE, ROPE_VISION
 from workers import tensors
-from workers.kernels import recurrent
+from workers.kernels import paging, recurrent
 from workers.tensors import Array
 
 
@@ -403,6 +403,22 @@ def _ssm_scan(n: Node) -> None:
     x, dt, a, b, c = (n.x(i) for i in range(1, 6))
     y, states = recurrent.selective_scan(state, x, dt[0], a[0, 0], b, c, max(1, n.params["n_states"]))
     n.put(np.concatenate([y.reshape(-1), states.reshape(-1)]))
+
+
+@kernel("PAGED_ATTN")
+def _paged_attn(n: Node) -> None:
+    k, v, pages = n.src[1], n.src[2], n.x(3)[0, 0]
+    assert k is not None and v is not None
+    k_type, v_type = (t.type for t in n.src_tensor[1:3] if t is not None)
+    n_seen = n.indices(4, PAGE_CELLS * pages.shape[1] + 1).reshape(-1)
+    rows = n.indices(5, len(pages)).reshape(-1) if n.opt(5) is not None else np.zeros_like(n_seen)
+    bad = paging.missing(pages, n_seen, rows, n.params["window"], k.shape[2] // PAGE_CELLS)
+    if bad is not None:
+        raise n.fail(f"expected pages of 0 to {k.shape[2] // PAGE_CELLS - 1}, got {bad}")
+    n.put(paging.attention(
+        n.x(0)[0], lambda at: tensors.load(k[:, :, at], k_type)[0], lambda at: tensors.load(v[:, :, at], v_type)[0],
+        pages, n_seen, rows, n.opt(6), n.params["scale"], n.params["logit_softcap"], n.params["window"],
+    ))  # fmt: skip
 
 
 # -- rotary positions --------------------------------------------------------------------------------------------------

@@ -24,6 +24,8 @@ from workers.kernels.simd import (
     load32,
     load64,
     loadf,
+    store8,
+    store16,
     store32,
     storef,
     v16f,
@@ -377,3 +379,25 @@ def argmax(x, x_row, n_rows, n, y, t, n_threads):  # type: ignore[no-untyped-def
             if a[i] > best:
                 best, at = a[i], i
         store32(y + 4 * r, at)
+
+
+@njit(nogil=True)
+def store_q8(x, x_row, n_rows, n, ids, y, y_row, n_y, t, n_threads):  # type: ignore[no-untyped-def]
+    """Blocks as ggml makes them. False: an id points outside; nothing is stored then, whatever the others do."""
+    for r in range(n_rows):
+        row = load64(ids + 8 * r)
+        if row < 0 or row >= n_y:
+            return False
+    for r in range(n_rows * t // n_threads, n_rows * (t + 1) // n_threads):
+        a, to = carray(as_floats(x + r * x_row), n), y + load64(ids + 8 * r) * y_row
+        for j in range(n // 32):
+            peak = np.float32(0)
+            for i in range(32 * j, 32 * j + 32):
+                peak = max(peak, abs(a[i]))
+            scale = peak / np.float32(127)
+            inverse = np.float32(1) / scale if scale != 0 else np.float32(0)
+            store16(to + 34 * j, float_to_half(scale))
+            for i in range(32):
+                z = a[32 * j + i] * inverse
+                store8(to + 34 * j + 2 + i, np.int8(math.floor(abs(z) + np.float32(0.5)) * (1 if z >= 0 else -1)))
+    return True

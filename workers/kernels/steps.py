@@ -182,6 +182,11 @@ class StoreFloats(StoreRows, frozen=True, kw_only=True):
     """As they are."""
 
 
+@step("rows.store_q8", "SET_ROWS to Q8_0")
+class StoreQ8(StoreRows, frozen=True, kw_only=True):
+    """As Q8_0."""
+
+
 @step("rows.add_id", "ADD_ID")
 class AddId(Step, frozen=True, kw_only=True):
     x: Address
@@ -353,6 +358,44 @@ class MergeParts(Step, frozen=True, kw_only=True):
     sinks: Address
     y: Address
     parts: Address
+
+
+@step("paged.paged_attend", "PAGED_ATTN")
+class PagedAttend(Step, frozen=True, kw_only=True):
+    """PAGED_ATTN; of `rows`, `sinks` and `parts` 0 means none. With `parts` a `MergeParts` must follow.
+
+    `k_q8`, `v_q8`: cells of Q8_0, else of float16. `pages` [n_sequences, n_pages] and `rows` name pages of `n_pool`.
+    """
+
+    q: Address
+    q_row: Bytes
+    q_head: Bytes
+    d: Count
+    n_tokens: Count
+    n_head: Count
+    k: Address
+    k_row: Bytes
+    k_head: Bytes
+    k_q8: Flag
+    v: Address
+    v_row: Bytes
+    v_head: Bytes
+    v_q8: Flag
+    d_v: Count
+    n_head_kv: Count
+    pages: Address
+    n_pages: Count
+    n_sequences: Count
+    n_pool: Count
+    n_seen: Address
+    rows: Address
+    window: Count
+    scale: Float32
+    softcap: Float32
+    sinks: Address
+    y: Address
+    parts: Address
+    node: NodeIndex
 
 
 # -- products ----------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from protocol.dtypes import GGMLType
+from protocol.dtypes import TYPES, GGMLType
 from protocol.limits import MAX_ROPE_POSITION
 from workers import tensors
 from workers.devices.cpu.binding import F16, F32, Binder, Bindings
@@ -70,11 +70,10 @@ def set_rows(b: Binder, n: Node) -> bool:
     if ids.type != GGMLType.I64 or not ids.contiguous:
         return False
     flat = t.ne[2] * t.ne[3] == 1 and ids.ne[1] * ids.ne[2] == 1
-    size = {F16: 2, F32: 4}.get(GGMLType(t.type))
-    if not flat or t.nb[0] != size or x.type != F32 or x.nb[0] != 4 or x.ne[2] * x.ne[3] != 1:
+    store = {F16: steps.StoreHalves, F32: steps.StoreFloats, GGMLType.Q8_0: steps.StoreQ8}.get(GGMLType(t.type))
+    if store is None or not flat or t.nb[0] != TYPES[t.type].bytes or x.type != F32 or x.nb[0] != 4 or x.ne[2] * x.ne[3] != 1:
         return False
     i, j = t.src[:2]
-    store = steps.StoreHalves if t.type == F16 else steps.StoreFloats
     step = store(x=b.address(i), x_row=x.nb[1], n_rows=x.ne[1], n=x.ne[0], ids=b.address(j), y=b.address(n.index),
                  y_row=t.nb[1], n_y=t.ne[1], node=n.index)  # fmt: skip
     b.program.add(n, step, [b.place(i), b.place(j)], [b.place(n.index)])
@@ -115,6 +114,41 @@ def flash_attn_ext(b: Binder, n: Node) -> bool:
         return True
     b.program.add(n, attend, [b.place(j) for j in src if j >= 0], between)
     merge = steps.MergeParts(d_v=d_v, n_tokens=n_tokens, n_head=n_head, n_seq=n_seq, n_kv=n_kv, sinks=sinks, y=y,
+                             parts=parts)  # fmt: skip
+    b.program.add(n, merge, between, [b.place(n.index)])
+    return True
+
+
+@BINDINGS.of("PAGED_ATTN")
+def paged_attn(b: Binder, n: Node) -> bool:
+    q, k, v, pages, n_seen, rows, sinks = *(n.req(i) for i in range(5)), n.opt(5), n.opt(6)
+    tables = [t for t in (pages, n_seen, rows) if t is not None]
+    if q.type != F32 or q.nb[0] != 4 or not n.tensor.contiguous or not all(t.contiguous for t in tables):
+        return False
+    if n.params["scale"] <= 0 or any(t.type != F16 and t.ne[0] % TYPES[t.type].block for t in (k, v)):
+        return False
+    src, (d, n_tokens, n_head, _), d_v, n_kv = n.tensor.src, q.ne, v.ne[0], layout.BLOCK * pages.ne[0]
+    split = n_tokens * k.ne[2] < SPLIT_QUERIES
+    between: list[Span] = []
+    if split:
+        n_bytes = layout.parts_bytes(n_tokens * n_head, n_kv, d_v)
+        between = [b.scratch.shared(("parts", n_bytes), n_bytes)[0]]
+    parts = b.memory.address(between[0]) if split else 0
+    sinks_at, y = b.address(src[6]) if sinks is not None else 0, b.address(n.index)
+    attend = steps.PagedAttend(
+        q=b.address(src[0]), q_row=q.nb[1], q_head=q.nb[2], d=d, n_tokens=n_tokens, n_head=n_head, k=b.address(src[1]),
+        k_row=k.nb[1], k_head=k.nb[2], k_q8=k.type != F16, v=b.address(src[2]), v_row=v.nb[1], v_head=v.nb[2],
+        v_q8=v.type != F16, d_v=d_v, n_head_kv=k.ne[2], pages=b.address(src[3]), n_pages=pages.ne[0],
+        n_sequences=pages.ne[1], n_pool=k.ne[1] // layout.BLOCK, n_seen=b.address(src[4]),
+        rows=b.address(src[5]) if rows is not None else 0, window=n.params["window"], scale=n.params["scale"],
+        softcap=n.params["logit_softcap"], sinks=sinks_at, y=y, parts=parts, node=n.index,
+    )  # fmt: skip
+    b.need(layout.paged_scratch_bytes(d, d_v))
+    if not split:
+        b.add(n, attend)
+        return True
+    b.program.add(n, attend, [b.place(j) for j in src if j >= 0], between)
+    merge = steps.MergeParts(d_v=d_v, n_tokens=n_tokens, n_head=n_head, n_seq=1, n_kv=n_kv, sinks=sinks_at, y=y,
                              parts=parts)  # fmt: skip
     b.program.add(n, merge, between, [b.place(n.index)])
     return True

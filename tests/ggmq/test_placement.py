@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker.placement import SCRATCH_BYTES, DeviceMemory, ModelSizes, place, share_layers
+from ggmq.placement import SCRATCH_BYTES, DeviceMemory, ModelSizes, place, share_layers
 from protocol.errors import ConfigError, OutOfMemory
 
 MIB = 1 << 20
@@ -16,8 +16,8 @@ def devices(*free_mib: int) -> list[DeviceMemory]:
     return [DeviceMemory(i, f"d{i}", SCRATCH_BYTES + f * MIB) for i, f in enumerate(free_mib)]
 
 
-def model(n: int, layer: int = 10, kv: int = 1, head: int = 5, tail: int = 5) -> ModelSizes:
-    return ModelSizes([layer * MIB] * n, [kv * MIB] * n, head * MIB, tail * MIB)
+def model(n: int, layer: int = 10, kv: int = 1, embedding: int = 5, output: int = 5) -> ModelSizes:
+    return ModelSizes([layer * MIB] * n, [kv * MIB] * n, embedding * MIB, output * MIB)
 
 
 @given(st.integers(1, 200), st.lists(st.floats(0, 100), min_size=1, max_size=8).filter(lambda w: sum(w) > 1e-6))

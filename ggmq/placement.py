@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ggmq.archs.base import Arch
+from ggmq.archs.memory import LayerMemory, Room
+from ggmq.archs.stage import Stage
+from ggmq.gguf import TensorInfo
+from protocol import messages as m
 from protocol.errors import ConfigError, OutOfMemory
+
+ALIGN = 64
+"""Weights in a buffer begin at multiples of this."""
 
 SCRATCH_BYTES = 32 << 20
 """Room kept on each device for a graph's intermediate results."""
@@ -36,18 +45,18 @@ class Assignment:
 
 @dataclass(frozen=True, slots=True)
 class ModelSizes:
-    """Units: bytes. `layers` and `kv` have one entry a layer; `head` is the embedding, `tail` the output, and `tied` what
-    is in both and is held once by a device that has both ends."""
+    """Units: bytes. `layers` and `kv` have one entry a layer; `tied` is what is in both embedding and output, and is held
+    once by a device that has both ends."""
 
     layers: Sequence[int]
     kv: Sequence[int]
-    head: int
-    tail: int
+    embedding: int
+    output: int
     tied: int = 0
 
     def ends(self, first: bool, last: bool) -> int:
         """Bytes of what a stage holds besides its layers."""
-        return first * self.head + last * self.tail - (first and last) * self.tied
+        return first * self.embedding + last * self.output - (first and last) * self.tied
 
 
 def share_layers(n_layers: int, weights: Sequence[float]) -> list[int]:
@@ -151,3 +160,75 @@ def _fit(sizes: ModelSizes, counts: list[int], room: Sequence[int]) -> list[int]
             break
         counts = trial
     return counts
+
+
+# -- a model on the devices of a bus -------------------------------------------------------------------------------------
+
+
+def model_sizes(arch: Arch, room: Room) -> ModelSizes:
+    """Bytes of each layer's weights and memory, of the embedding and of the output."""
+    n = arch.hp.n_layer
+    layers = [0] * n
+    for il in range(n):
+        layers[il] = _aligned(arch.stage_weights(Stage(0, range(il, il + 1), False, False)))
+    shared = {t.name for t in arch.stage_weights(Stage(0, range(1), False, False)) if not t.name.startswith("blk.")}
+    embedding = [t for t in arch.stage_weights(Stage(0, range(0), True, False)) if t.name not in shared]
+    output = [t for t in arch.stage_weights(Stage(0, range(0), False, True)) if t.name not in shared]
+    tied = _aligned([t for t in output if t in embedding])
+    kept = [LayerMemory(arch.memory(il), room, 0).n_bytes for il in range(n)]
+    return ModelSizes(layers, kept, _aligned(embedding), _aligned(output), tied)
+
+
+def _aligned(tensors: Sequence[TensorInfo]) -> int:
+    return sum(-(-t.n_bytes // ALIGN) * ALIGN for t in tensors)
+
+
+def device_memory(infos: Sequence[m.ListedDevice]) -> list[DeviceMemory]:
+    """Devices as placement sees them; lost ones are left out."""
+    return [DeviceMemory(i, f"{d.worker} {d.name}".strip(), d.free_bytes, d.host, d.shares_memory)
+            for i, d in enumerate(infos) if d.total_bytes]  # fmt: skip
+
+
+def plan(
+    arch: Arch, infos: Sequence[m.ListedDevice], room: Room, split: Sequence[float] | None = None,
+    ngl: int | None = None, host: str = "", order: Sequence[str] = (),
+) -> list[Assignment]:  # fmt: skip
+    """Where the layers go. With `ngl` below the layer count the first layers stay on the worker named `host`.
+
+    `order`: names of workers; devices are taken in this order, and others after them, whenever they connected.
+
+    Errors: OutOfMemory, ConfigError.
+    """
+    sizes = model_sizes(arch, room)
+    rank = {name: i for i, name in enumerate(order)}
+    memory = sorted(device_memory(infos), key=lambda d: (_rank(infos[d.index], rank), d.index))
+    n = arch.hp.n_layer
+    mine = [d for d in memory if host and infos[d.index].worker == host]
+    others = [d for d in memory if d not in mine]
+    keep = 0 if ngl is None or not mine else max(0, n - ngl)
+    if not keep:
+        return place(sizes, others or memory, split)
+    whole = keep == n or not others
+    output, tied = (sizes.output, sizes.tied) if whole else (0, 0)
+    here = ModelSizes(sizes.layers[:keep], sizes.kv[:keep], sizes.embedding, output, tied)
+    out = [_shift(a, 0, True, whole) for a in place(here, mine)]
+    if whole:
+        return out
+    rest = place(ModelSizes(sizes.layers[keep:], sizes.kv[keep:], 0, sizes.output), others, split)
+    return out + [_shift(a, keep, False, a.last) for a in rest]
+
+
+def _rank(info: m.ListedDevice, rank: dict[str, int]) -> int:
+    """Where a worker stands in the order: by its name, or by the address where it listens."""
+    return min(rank.get(info.worker, len(rank)), rank.get(info.address, len(rank)))
+
+
+def _shift(a: Assignment, by: int, first: bool, last: bool) -> Assignment:
+    layers = range(a.layers.start + by, a.layers.stop + by)
+    return Assignment(a.device, layers, first, last, a.weight_bytes, a.kv_bytes)
+
+
+def default_n_ctx(arch: Arch, wanted: int) -> int:
+    """Cells for a context: `wanted`, or the training length up to 4096. 0 means not said."""
+    n = wanted or min(arch.hp.n_ctx_train, 4096)
+    return math.ceil(n / 32) * 32

@@ -1,0 +1,308 @@
+"""A model on the bus: what lies where, and what happens when a worker is lost.
+
+`load(ModelConfig(...))` is how everyone gets one: the command line, a cluster file, a program.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from config.clock import LivedClock
+from ggmq.archs import open_arch
+from ggmq.archs.base import Arch
+from ggmq.archs.memory import Room
+from ggmq.bus import BusConfig, open_bus, settled
+from ggmq.cluster import Client
+from ggmq.gguf import GGUF
+from ggmq.loader import Loader, LoadReport, PlacedStage, Progress
+from ggmq.manifest import tensor_hashes
+from ggmq.pages import Held, Store
+from ggmq.placement import Assignment, default_n_ctx, plan
+from ggmq.runner import ALL, ARGMAX, Rows, Runner
+from protocol import limits
+from protocol import messages as m
+from protocol.dtypes import GGMLType
+from protocol.errors import DeadlineExceeded, FormatError, GgmqError, HandleError, OutOfMemory, Overloaded, Unavailable
+
+MAX_TRIES = 3
+"""So often in a row something is tried again that a worker's silence had ended."""
+DRAIN_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """What to load, and how.
+
+    Attributes:
+        path: the GGUF file.
+        ctx_size: context of a sequence in tokens; 0: the model's, at most 4096.
+        n_seq: sequences that there is room for at once, each with a whole context.
+        n_batch: tokens of prompts that are read at once, at most.
+        tensor_split: shares of the layers, a device each; None: by free memory.
+        ngl: layers on the lent devices, the first others stay on this host; None: all.
+        activations: what crosses from stage to stage, F32 or F16.
+        cache_type_k, cache_type_v: type of the KV cache, F16 or Q8_0.
+        bus: the devices.
+    """
+
+    path: Path
+    ctx_size: int = 0
+    n_seq: int = 1
+    n_batch: int = 512
+    tensor_split: Sequence[float] | None = None
+    ngl: int | None = None
+    activations: GGMLType = GGMLType.F32
+    cache_type_k: GGMLType = GGMLType.F16
+    cache_type_v: GGMLType = GGMLType.F16
+    bus: BusConfig = field(default_factory=BusConfig)
+
+
+@contextlib.contextmanager
+def load(
+    config: ModelConfig, progress: Callable[[], AbstractContextManager[Progress | None]] = contextlib.nullcontext,
+    note: Callable[[str], None] = lambda text: None,
+) -> Iterator[Model]:  # fmt: skip
+    """Bring up the bus that a config describes, and load the model. Everything ends with the block.
+
+    progress: gives what is told how far loading is, while it lasts; note: told what a user should know while something is
+    waited for.
+    Errors: FormatError, ConfigError, OutOfMemory, and what the workers report.
+    """
+    start = time.perf_counter()
+    g = GGUF(config.path)
+    arch = open_arch(g)
+    with open_bus(config.bus, arch.hp.n_layer, g.path.absolute(), config.ngl, note) as (client, order, host):
+        client.note = note
+        model = place_model(config, arch, client, order, host, note)
+        try:
+            with progress() as show:
+                model.load(show)
+            model.ready_s = time.perf_counter() - start
+            yield model
+        finally:
+            with contextlib.suppress(GgmqError):  # whoever cannot be told now hears it from the broker
+                client.drain(DRAIN_S)
+
+
+def place_model(
+    config: ModelConfig, arch: Arch, client: Client, order: Sequence[str] = (), host: str = "",
+    note: Callable[[str], None] = lambda text: None,
+) -> Model:  # fmt: skip
+    """A model on the devices of a bus that is there; nothing is loaded yet. Several may share one client.
+
+    order: names of the workers as devices are to be taken; host: the one that keeps the layers that `ngl` leaves.
+    Errors: OutOfMemory, ConfigError.
+    """
+    n_ctx = default_n_ctx(arch, config.ctx_size)
+    room = arch.room(n_ctx, config.n_seq, config.n_batch, config.cache_type_k, config.cache_type_v)
+    infos = settled(client, note)
+    placed = partial(plan, arch, room=room, split=config.tensor_split, ngl=config.ngl, host=host, order=order)
+    try:
+        assignments = placed(infos)
+    except OutOfMemory:  # workers of one host do not know what the others keep of runs that ended
+        if not client.release():
+            raise
+        infos = [msgspec.structs.replace(d, free_bytes=client.stats(i).free_bytes) if d.state == "ready" else d
+                 for i, d in enumerate(infos)]  # fmt: skip
+        assignments = placed(infos)
+    model = Model(client, arch, n_ctx, room, assignments, config.activations, config.n_batch)
+    model.infos, model.note = infos, note
+    return model
+
+
+class Model:
+    """A model on the devices of a bus.
+
+    Attributes:
+        n_ctx: the longest context of a sequence, in tokens.
+        n_batch: tokens of prompts that there is room for at once.
+        stages: what lies where.
+        store: who holds which pages of its memory.
+        direct: activations go from worker to worker; otherwise they pass through the broker.
+        infos: the devices as they were when it was placed.
+        load_s: how long it took to be loaded, in seconds; ready_s: with all that came before, the bus among it.
+        note: told what a user should know while something is waited for.
+    Threads: use from one.
+    """
+
+    def __init__(
+        self, client: Client, arch: Arch, n_ctx: int, room: Room, assignments: Sequence[Assignment],
+        activations: GGMLType = GGMLType.F32, n_batch: int = 512,
+    ) -> None:  # fmt: skip
+        self.client, self.arch, self.n_ctx, self.n_batch = client, arch, n_ctx, n_batch
+        self.store = Store(room)
+        self._loader = Loader(client, arch, room)
+        self.stages = [PlacedStage(a) for a in assignments]
+        self.runner = Runner(client, arch, self.stages, room, n_ctx, activations)
+        self.direct = False
+        self.infos: list[m.ListedDevice] = []
+        self.load_s = self.ready_s = 0.0
+        self.note: Callable[[str], None] = lambda text: None
+        self._own: Held | None = None
+
+    @property
+    def report(self) -> LoadReport:
+        return self._loader.report
+
+    # -- loading -------------------------------------------------------------------------------------------------------
+
+    def load(self, progress: Progress | None = None) -> LoadReport:
+        """Allocate on every stage's device and fill: what a worker has by hash is not sent. Begins again when a worker was
+        silent for a while.
+
+        Errors: what the workers report.
+        """
+        start = time.perf_counter()
+        for n_left in reversed(range(MAX_TRIES)):
+            try:
+                self._load(progress)
+                break
+            except OutOfMemory:  # another worker of the same host may keep what nobody uses
+                self.client.settle()
+                self.free()
+                if not n_left or not self.client.release():
+                    raise
+            except Unavailable as e:
+                if not n_left:
+                    raise
+                self._await(e)
+                self.free()
+        self.load_s = time.perf_counter() - start
+        return self.report
+
+    def _load(self, progress: Progress | None) -> None:
+        self._loader.report = LoadReport()
+        self.runner.forget_graphs()
+        hashed, total = 0, self.arch.gguf.n_bytes
+
+        def on_hash(n: int) -> None:
+            nonlocal hashed
+            hashed += n
+            if progress is not None:
+                progress("hashing", hashed, total)
+
+        hashes = tensor_hashes(self.arch.gguf, on_hash)
+        for stage in self.stages:
+            stage.parts = self._loader.place(stage.assignment).parts
+        link = self._ask_links()
+        self._loader.load([part for stage in self.stages for part in stage.parts.values()], hashes, progress)
+        self._learn_links(link)
+
+    def free(self) -> None:
+        """Give its memory back. Errors: Unavailable when a worker cannot be told."""
+        self._loader.free(part for stage in self.stages for part in stage.parts.values())
+        self.runner.forget_graphs()
+        for stage in self.stages:
+            stage.parts = {}
+
+    def _ask_links(self) -> int:
+        return self.client.submit(m.Link(self.client.session, [s.assignment.device for s in self.stages]))
+
+    def _learn_links(self, asked: int) -> None:
+        self.direct = self.client.found(asked)
+
+    # -- when a worker is silent or lost -------------------------------------------------------------------------------
+
+    def recover(self, error: Unavailable) -> bool:
+        """Wait for a worker that was silent, and make everything as it was.
+
+        Returns: whether the stages hold what they held. If not, the weights are loaded again and the memory is empty.
+        Errors: `error`, or what came after it, when a worker is gone for good or does not come back.
+        """
+        for _ in range(MAX_TRIES):
+            self._await(error)
+            try:
+                if not self.held():
+                    self.free()
+                    self._load(None)
+                    return False
+                self._learn_links(self._ask_links())
+                return True
+            except Unavailable as e:
+                error = e
+        raise error
+
+    def held(self) -> bool:
+        """Whether every stage still has its buffers: a worker that was started again has not. Errors: Unavailable."""
+        asked = [self.client.submit(m.GetTensor(self.client.session, part.buffers[-1], 0, 1), device=part.device)
+                 for stage in self.stages for part in list(stage.parts.values())[-1:]]  # fmt: skip
+        held = bool(asked)
+        for seq in asked:
+            try:
+                self.client.wait(seq)
+            except HandleError:
+                held = False
+        return held
+
+    def _await(self, error: Unavailable) -> None:
+        """Until all devices of the stages are ready. Errors: `error` when one is lost, or silent for too long."""
+        if isinstance(error, (Overloaded, DeadlineExceeded)) or self.client.lost:
+            raise error
+        self.client.cancel()
+        clock, said = LivedClock(), False
+        due = clock.now_s() + limits.RETURN_S
+        while True:
+            infos = self.client.devices()
+            states = {infos[s.assignment.device].state if s.assignment.device < len(infos) else "none" for s in self.stages}
+            if states == {"ready"}:
+                self.client.settle()
+                return
+            if states != {"silent"} and states != {"silent", "ready"}:
+                raise error
+            if clock.now_s() > due:
+                raise error
+            if not said:
+                silent = [d for s in self.stages if (d := infos[s.assignment.device]).state == "silent"]
+                names = ", ".join(f"{d.worker} ({d.name})" for d in silent)
+                self.note(f"worker {names} answers nothing; waiting for it, {limits.RETURN_S:.0f} s at most")
+                said = True
+            time.sleep(0.05)
+
+    def shares(self) -> bool:
+        """Whether others hold something on the devices of the stages: their tokens come between the pieces of a prompt."""
+        infos = self.client.devices()
+        return any(infos[s.assignment.device].n_sessions > 1 for s in self.stages if s.assignment.device < len(infos))
+
+    # -- one batch at a time -------------------------------------------------------------------------------------------
+
+    def forward(
+        self, tokens: Sequence[int] | npt.NDArray[np.int32], n_past: int, outputs: Sequence[int], want: int = ALL,
+        held: Held | None = None,
+    ) -> npt.NDArray[Any]:  # fmt: skip
+        """Run tokens of one sequence at positions n_past, n_past + 1, ... as one batch; an engine runs many.
+
+        held: what the sequence holds; None: of one that the model has for this.
+        Shapes: float32 [len(outputs), n_vocab], the logits behind the tokens that `outputs` (indices) names; with `want`
+        ARGMAX int32 [len(outputs)], with a number CANDIDATE [len(outputs), at least so many], the largest.
+        Errors: what the workers report; FormatError for a token outside the vocabulary or a context that is full.
+        """
+        if held is None:
+            held = self._own = self._own or self.store.begin()
+        n = len(tokens)
+        if n_past + n > self.n_ctx:
+            raise FormatError(f"context: {n_past + n} tokens do not fit {self.n_ctx}; use a larger -c")
+        if self.store.rewind(held, n_past) != n_past:
+            raise FormatError(f"context: {n_past} tokens were to be there, but only {held.n_past} are")
+        copies = self.store.grow(held, n_past + n)
+        if copies is None:
+            raise FormatError(f"context: no pages are left for {n} tokens; load the model for more sequences")
+        self.runner.copy_pages(copies)
+        slots = self.store.next_slot(held) if self.store.room.n_slots else (0, 0)
+        sent = self.runner.submit([Rows(tokens, n_past, held.pages, outputs, want, slots)])
+        held.n_past = n_past + n
+        return self.runner.wait(sent)[0]
+
+    def greedy(self, tokens: Sequence[int], n_past: int, held: Held | None = None) -> int:
+        """The token with the largest logit behind `tokens`. Errors: as `forward`'s."""
+        return int(self.forward(tokens, n_past, [len(tokens) - 1], ARGMAX, held)[0])

@@ -1,0 +1,240 @@
+"""What the stages compute next: which sequences, and how much of each. The one place that cuts prompts into pieces.
+
+Sequences wait until there is room for them, then run. A batch is either one token of many sequences (decode) or pieces of
+prompts, and the two take turns, so that nobody's tokens wait for the whole of another's prompt. Several batches may be under
+way, so that every stage is busy; a sequence whose next token is not known yet is in none of those that follow.
+
+Nothing here knows a clock or a device. Source: Yu et al. (Orca); Agrawal et al. (Sarathi) for prompts in pieces.
+
+Threads: use from one.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from ggmq.archs.memory import PAGE
+from ggmq.pages import Held, PageCopy, Store
+from ggmq.sampling import Sampler
+from protocol.errors import FormatError
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One conversation's tokens, and what it holds in the memory of the stages.
+
+    Attributes:
+        tokens: the prompt and what was made of it.
+        n_prompt: tokens of the prompt.
+        n_predict: tokens to make at most; negative: no bound.
+        all_logits: the logits of every token are wanted, and nothing is made.
+        n_read: tokens whose keys and values are there for certain; those up to `held.n_past` are on their way.
+        held: what it holds while it runs.
+        finished: why it has ended: `end` (of its own), `limit`, `context` (it is full), `left`; empty while it has not.
+    """
+
+    tokens: list[int]
+    sampler: Sampler
+    n_predict: int = -1
+    all_logits: bool = False
+    n_prompt: int = 0
+    n_read: int = 0
+    held: Held | None = None
+    finished: str = ""
+    n_under_way: int = 0
+
+    def __post_init__(self) -> None:
+        self.n_prompt = len(self.tokens)
+
+    @property
+    def n_made(self) -> int:
+        return len(self.tokens) - self.n_prompt
+
+    @property
+    def n_pending(self) -> int:
+        """Tokens that no batch has yet."""
+        return len(self.tokens) - (self.held.n_past if self.held is not None else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Consecutive tokens of a sequence in a batch.
+
+    Attributes:
+        first, n: position of the first, and how many.
+        outputs: how many of the last of them are followed by logits: none, 1, or all.
+        slots: where the sequence's state is read from and written to; zeros where it has none.
+    """
+
+    sequence: Sequence
+    first: int
+    n: int
+    outputs: int
+    slots: tuple[int, int] = (0, 0)
+
+
+@dataclass(slots=True)
+class Step:
+    """A batch: pieces, and the pages that must be copied before it is computed."""
+
+    pieces: list[Piece]
+    copies: list[PageCopy] = field(default_factory=list)
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(p.n for p in self.pieces)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether each sequence has one token in it, behind which another is made."""
+        return all(p.n == 1 and p.outputs for p in self.pieces)
+
+
+class Scheduler:
+    """Attributes:
+    n_batch: tokens of prompts in a batch, at most.
+    n_turn: the same while others wait for the stages, or their tokens would come late.
+    """
+
+    def __init__(self, store: Store, n_ctx: int, n_stages: int, n_batch: int) -> None:
+        self.store, self.n_ctx, self.n_stages = store, n_ctx, n_stages
+        self.n_batch = self.n_turn = n_batch
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self._even = store.room.n_slots > 0  # layers with states take as many tokens of each sequence
+        self._decoded = False
+
+    def add(self, sequence: Sequence) -> None:
+        """Errors: FormatError for a prompt that is empty or does not fit."""
+        if not sequence.tokens:
+            raise FormatError("prompt: expected at least one token; give some text with -p")
+        if len(sequence.tokens) >= self.n_ctx + sequence.all_logits:
+            raise FormatError(f"prompt: {len(sequence.tokens)} tokens do not fit a context of {self.n_ctx}; use a larger -c")
+        self.waiting.append(sequence)
+
+    def leave(self, sequence: Sequence, why: str = "left", keep: bool = False) -> None:
+        """A sequence ends: its pages are free for others at once, since what is under way comes before theirs.
+
+        keep: it still holds them, for one that goes on from there.
+        """
+        sequence.finished = sequence.finished or why
+        if sequence in self.running:
+            self.running.remove(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+        if sequence.held is not None and not keep:
+            self.store.release(sequence.held)
+            sequence.held = None
+
+    def next(self) -> Step | None:
+        """The next batch, or None while there is nothing that could be computed."""
+        self._admit()
+        decode = [s for s in self.running if s.n_pending == 1 and not s.all_logits and s.n_read >= s.n_prompt - 1]
+        prompts = [s for s in self.running if s.n_pending and s not in decode]
+        step = None
+        if decode and (not prompts or not self._decoded):
+            step = self._decode(decode)
+        if step is None and prompts:
+            step = self._prompts(prompts)
+        if step is None and decode and self._decoded:
+            step = self._decode(decode)
+        self._decoded = step is not None and step.pieces[0].sequence in decode
+        return step
+
+    def read(self, step: Step) -> None:
+        """A batch has been computed."""
+        for p in step.pieces:
+            p.sequence.n_under_way -= 1
+            if p.sequence.held is not None:
+                p.sequence.n_read = p.first + p.n
+                self.store.note_read(p.sequence.held, p.sequence.tokens, p.sequence.n_read)
+
+    def begin_again(self, held: bool) -> None:
+        """What was under way is lost. held: the stages still have what was read before."""
+        for s in self.running:
+            s.n_under_way = 0
+            if s.held is not None:
+                s.n_read = self.store.rewind(s.held, s.n_read if held else 0)
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        """Let those run that wait, in order, while there is room for the beginning of each."""
+        while self.waiting:
+            s = self.waiting[0]
+            if s.held is None:
+                n_shared = self.store.n_shared(s.tokens)
+                if any(_in_common(s, other) > max(n_shared, other.n_read) for other in self.running):
+                    return  # another is reading the same beginning: it is read once
+                short = any(n < 2 for n in self.store.n_free.values()) or (self._even and self.store.n_free_slots < 2)
+                if short and self.running:
+                    return
+                s.held = self.store.begin(s.tokens)
+                s.n_read = s.held.n_past
+            self.running.append(self.waiting.popleft())
+
+    def _decode(self, sequences: list[Sequence]) -> Step | None:
+        """A token of each, of as many as keep every stage busy."""
+        n = -(-len([s for s in self.running if s.n_read >= s.n_prompt - 1]) // self.n_stages)
+        step = Step([])
+        for s in sequences[:n]:
+            self._add(step, s, 1, make_room=True)
+        return step if step.pieces else None
+
+    def _prompts(self, sequences: list[Sequence]) -> Step | None:
+        """Pieces of prompts, the oldest first, up to the budget."""
+        step = Step([])
+        left = min(self.n_batch, self.n_turn)
+        for s in sequences:
+            n = min(s.n_pending, left)
+            while n and not self._add(step, s, n, make_room=n == 1):
+                n //= 2
+            left -= n
+            if not left or (self._even and step.pieces):
+                break
+        return step if step.pieces else None
+
+    def _add(self, step: Step, s: Sequence, n: int, make_room: bool) -> bool:
+        """Put the next n tokens of a sequence into a batch. Returns: whether there was room for them."""
+        held = s.held
+        if held is None:  # it has just been sent back to wait
+            return False
+        first = held.n_past
+        copies = self.store.grow(held, first + n)
+        while copies is None and make_room and self._preempt(s):
+            copies = self.store.grow(held, first + n)
+        if copies is None:
+            return False
+        slots = self.store.next_slot(held) if self._even else (0, 0)
+        last = first + n == len(s.tokens)
+        step.pieces.append(Piece(s, first, n, n if s.all_logits else int(last), slots))
+        step.copies += copies
+        held.n_past = first + n
+        s.n_under_way += 1
+        return True
+
+    def _preempt(self, s: Sequence) -> bool:
+        """Have the youngest of those that came later and are in no batch wait again; it will be read anew.
+
+        Returns: whether there was one. The oldest is never sent back, so everyone's turn comes.
+        """
+        for other in reversed(self.running[self.running.index(s) + 1 :]):
+            if not other.n_under_way and other.held is not None:
+                self.store.release(other.held)
+                other.held, other.n_read = None, 0
+                self.running.remove(other)
+                self.waiting.appendleft(other)
+                return True
+        return False
+
+
+def _in_common(a: Sequence, b: Sequence) -> int:
+    """Tokens in full pages of the prompt of b, which it is reading, that a begins with too."""
+    if b.n_read >= b.n_prompt or b.all_logits:
+        return 0
+    n = 0
+    most = min(len(a.tokens) - 1, b.n_prompt) // PAGE * PAGE
+    while n < most and a.tokens[n : n + PAGE] == b.tokens[n : n + PAGE]:
+        n += PAGE
+    return n

@@ -1,0 +1,201 @@
+"""Who holds which pages: by rules, against a device that remembers what was written where (a stand-in: a dictionary)."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from ggmq.archs.memory import N_RESERVED_SLOTS, PAGE, SCRAP_PAGE, ZERO_SLOT, Cells, LayerMemory, Room, States, room_for
+from ggmq.pages import GIVEN_BACK, Held, Store
+
+WINDOW = 100
+BEGINNINGS = [[b] * 400 for b in range(2)]
+"""Sequences begin alike, so that they share."""
+
+
+class Ground:
+    """A store, and cells that hold all tokens up to their own: what a sequence sees must be its own past."""
+
+    def __init__(self) -> None:
+        self.store = Store(Room({0: 24, WINDOW: 14}, 0))
+        self.cells: dict[tuple[int, int], tuple[int, ...]] = {}
+        self.tokens: dict[Held, list[int]] = {}
+
+    def one(self, which: int) -> Held:
+        return list(self.tokens)[which % len(self.tokens)]
+
+    def begin(self, which: int, n: int, tail: int) -> None:
+        tokens = [*BEGINNINGS[which % len(BEGINNINGS)][:n], tail]
+        held = self.store.begin(tokens)
+        assert held.n_past < len(tokens) and held.n_past % PAGE == 0
+        self.tokens[held] = tokens
+        self.check(held)
+
+    def read(self, held: Held, n: int) -> None:
+        tokens = self.tokens[held]
+        last = min(len(tokens), held.n_past + n)
+        before = {w: list(pages) for w, pages in held.pages.items()}
+        copies = self.store.grow(held, last)
+        if copies is None:
+            for window, pages in before.items():  # nothing but what is not seen any more has changed
+                assert all(a == b or b == GIVEN_BACK for a, b in zip(pages, held.pages[window], strict=True))
+            return
+        for c in copies:
+            for i in range(PAGE):
+                self.cells[c.window, PAGE * c.target + i] = self.cells.get((c.window, PAGE * c.source + i), ())
+        for window, pages in held.pages.items():
+            for position in range(held.n_past, last):
+                at = PAGE * pages[position // PAGE] + position % PAGE
+                self.cells[window, at] = tuple(tokens[: position + 1])
+                assert at >= PAGE * (SCRAP_PAGE + 1)
+        held.n_past = last
+        self.store.note_read(held, tokens, last)
+
+    def rewind(self, held: Held, n: int, more: int, token: int) -> None:
+        n = min(n, held.n_past)
+        kept = self.store.rewind(held, n)
+        assert kept in (0, n) and held.n_past == kept
+        self.tokens[held] = [*self.tokens[held][:n], *[token] * (more + 1)]
+
+    def fork(self, held: Held) -> None:
+        twin = self.store.fork(held)
+        self.tokens[twin] = [*self.tokens[held][: twin.n_past], 7]
+
+    def leave(self, held: Held) -> None:
+        self.store.release(held)
+        del self.tokens[held]
+
+    def check(self, held: Held) -> None:
+        """What the next token sees is the sequence's own past."""
+        tokens = self.tokens[held]
+        for window, pages in held.pages.items():
+            first = max(0, held.n_past + 1 - window) if window else 0
+            for position in range(first, held.n_past):
+                at = PAGE * pages[position // PAGE] + position % PAGE
+                assert self.cells[window, at] == tuple(tokens[: position + 1])
+
+    def check_all(self) -> None:
+        for held in self.tokens:
+            self.check(held)
+        for window, n in self.store.room.n_pages.items():
+            held_pages = Counter(p for h in self.tokens for p in h.pages[window] if p != GIVEN_BACK)
+            assert self.store.n_free[window] == n - 1 - len(held_pages)
+
+    def end(self) -> None:
+        for held in list(self.tokens):
+            self.leave(held)
+        assert self.store.n_free == {w: n - 1 for w, n in self.store.room.n_pages.items()}
+        assert not self.store._page_of and not self.store._key_of
+
+
+class Paged(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ground = Ground()
+
+    @rule(which=st.integers(0, 1), n=st.integers(1, 399), tail=st.integers(0, 9))
+    def begin(self, which: int, n: int, tail: int) -> None:
+        self.ground.begin(which, n, tail)
+
+    @precondition(lambda self: self.ground.tokens)
+    @rule(which=st.integers(0, 9), n=st.integers(1, 150))
+    def read(self, which: int, n: int) -> None:
+        self.ground.read(self.ground.one(which), n)
+
+    @precondition(lambda self: self.ground.tokens)
+    @rule(which=st.integers(0, 9), n=st.integers(0, 400), more=st.integers(0, 140), token=st.integers(0, 1))
+    def rewind(self, which: int, n: int, more: int, token: int) -> None:
+        self.ground.rewind(self.ground.one(which), n, more, token)
+
+    @precondition(lambda self: self.ground.tokens)
+    @rule(which=st.integers(0, 9))
+    def fork(self, which: int) -> None:
+        self.ground.fork(self.ground.one(which))
+
+    @precondition(lambda self: self.ground.tokens)
+    @rule(which=st.integers(0, 9))
+    def leave(self, which: int) -> None:
+        self.ground.leave(self.ground.one(which))
+
+    @invariant()
+    def all_is_counted_and_seen_right(self) -> None:
+        self.ground.check_all()
+
+    def teardown(self) -> None:
+        self.ground.end()
+
+
+TestPaged = Paged.TestCase
+
+
+@settings(max_examples=3, deadline=None)
+@given(st.integers(0, 1 << 32))
+def test_after_a_thousand_joins_and_leaves_every_page_is_free(seed: int) -> None:
+    ground, rng, n_joins, n_leaves = Ground(), random.Random(seed), 0, 0
+    while n_joins < 1000 or n_leaves < 1000:
+        if len(ground.tokens) < 2 or (rng.random() < 0.25 and len(ground.tokens) < 9):
+            ground.begin(rng.randrange(2), rng.randrange(1, 400), rng.randrange(3))
+            n_joins += 1
+            continue
+        held = ground.one(rng.randrange(9))
+        match rng.randrange(9):
+            case 0 | 1 | 2 | 3 | 4:
+                ground.read(held, rng.randrange(1, 200))
+            case 5:
+                ground.rewind(held, rng.randrange(400), rng.randrange(140), rng.randrange(2))
+            case 6:
+                ground.fork(held)
+                n_joins += 1
+            case _:
+                ground.leave(held)
+                n_leaves += 1
+        if rng.random() < 0.2:
+            ground.check_all()
+    ground.end()
+
+
+def test_a_page_that_is_shared_is_held_once_and_copied_when_it_is_written_to() -> None:
+    store = Store(Room({0: 10}))
+    first = store.begin()
+    assert store.grow(first, 100) == []
+    first.n_past = 100
+    twin = store.fork(first)
+    assert store.n_free == {0: 7} and twin.pages == first.pages
+    copies = store.grow(twin, 101)
+    assert copies is not None and [(c.source, c.window) for c in copies] == [(first.pages[0][1], 0)]
+    assert twin.pages[0][0] == first.pages[0][0] and twin.pages[0][1] == copies[0].target != first.pages[0][1]
+    assert store.grow(first, 101) == [], "it has that page alone now"
+
+
+def test_a_state_is_never_overwritten_while_a_snapshot_is_kept() -> None:
+    store = Store(Room({}, N_RESERVED_SLOTS + 4))
+    held = store.begin()
+    read, write = store.next_slot(held)
+    assert read == ZERO_SLOT and write >= N_RESERVED_SLOTS
+    held.n_past = 10
+    assert store.next_slot(held) == (write, write), "in place while nobody else has it"
+    store.snap(held)
+    read, other = store.next_slot(held)
+    assert read == write != other
+    held.n_past = 15
+    assert store.rewind(held, 12) == 10 and store.next_slot(held)[0] == write
+    assert store.rewind(held, 9) == 0 and held.slot == ZERO_SLOT and store.n_free_slots == 4
+    twin = store.fork(held)
+    store.release(held)
+    store.release(twin)
+    assert store.n_free_slots == 4
+
+
+def test_the_room_of_a_window_does_not_grow_with_the_context() -> None:
+    layers = [Cells(64, 64, 32), Cells(64, 64, 32, 1000), None, States({"conv": 3, "ssm": 5})]
+    small, large = room_for(layers, 8192, 4, 512), room_for(layers, 65536, 4, 512)
+    assert small.n_pages[0] * 8 > large.n_pages[0] > small.n_pages[0] * 7
+    assert small.n_pages[1000] == large.n_pages[1000] < 200
+    assert small.n_slots == N_RESERVED_SLOTS + 8
+    memory = LayerMemory(layers[3], small, 1)
+    assert [(n, at) for _, n, _, at in memory.parts().values()] == [(3, 0), (5, 128)] and memory.n_bytes == 128 + 256
+    assert LayerMemory(None, small, 1).n_bytes == 0
