@@ -6,17 +6,15 @@ Source: the GGUF key table and llama.cpp's model graphs.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from ggmq.archs.builder import GraphBuilder, T, pad
+from ggmq.archs.hparams import HParams
 from ggmq.archs.memory import Cells, LayerMemory
-from ggmq.gguf import TensorInfo
+from ggmq.gguf import GGUF, TensorInfo
 from protocol.content import Part
 from protocol.dtypes import GGMLType, row_bytes
 from protocol.errors import FormatError
-
-if TYPE_CHECKING:
-    from ggmq.archs.base import Arch
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +73,17 @@ class Batch:
         return self.n_argmax + self.n_top + self.n_logits
 
 
+class Traits(Protocol):
+    """What a graph must know of its architecture."""
+
+    gguf: GGUF
+    hp: HParams
+    biases: frozenset[str]
+    needs_biases: frozenset[str]
+
+    def attn_temperature(self) -> tuple[float, int]: ...
+
+
 class StageGraph:
     """A graph under construction with the stage's weights, memory and inputs at hand.
 
@@ -83,7 +92,7 @@ class StageGraph:
         idle: names of tensors that may be there and that no product here needs.
     """
 
-    def __init__(self, arch: Arch, placed: dict[str, Placed], memory: dict[int, LayerMemory], batch: Batch) -> None:
+    def __init__(self, arch: Traits, placed: dict[str, Placed], memory: dict[int, LayerMemory], batch: Batch) -> None:
         self.arch, self.placed, self.memory, self.batch = arch, placed, memory, batch
         self.b = GraphBuilder()
         self.used: set[str] = set()

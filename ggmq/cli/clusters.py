@@ -1,4 +1,4 @@
-"""`ggmq plan` and `ggmq broker`, and what the commands for clusters from a YAML file share."""
+"""The commands for clusters from a YAML file, of which `ggmq plan` and `ggmq broker` are here."""
 
 from __future__ import annotations
 
@@ -10,26 +10,22 @@ from typing import Any
 
 from config import launch, running
 from config.auth import find_keys
-from config.keys import KeyPair
 from config.load import load_cluster
 from config.memory import available_bytes, memory_bytes
-from config.schema import ClusterFile, expanded
+from config.schema import ClusterFile
 from config.terminal import print_line, safe_line, stamp_lines
 from ggmq.archs import open_arch
-from ggmq.cli.options import BUNDLED, add_security, endpoint, endpoints, require_file
+from ggmq.cli import status, up
+from ggmq.cli.clusterfile import MIB, keys_of_cluster, model_of_cluster, worker_order
+from ggmq.cli.options import add_security, endpoint, endpoints
 from ggmq.cluster import local_bus, own_broker
 from ggmq.gguf import GGUF
 from ggmq.placement import SCRATCH_BYTES, Assignment, default_n_ctx, plan
 from protocol import messages as m
 from protocol.errors import ConfigError
 
-MIB = 1 << 20
-START_S = 300.0
-
 
 def add(commands: Any) -> None:
-    from ggmq.cli import status, up
-
     for name, run, line in (("plan", _plan, "print where a cluster's layers would go"),
                             ("up", up.up, "start a cluster, or what died of one that is up"),
                             ("down", up.down, "end what `up` began")):  # fmt: skip
@@ -58,40 +54,6 @@ def add(commands: Any) -> None:
     b.add_argument("--log-timestamps", action="store_true", help="begin each line with the time")
     add_security(b)
     b.set_defaults(run=_broker)
-
-
-def keys_of_cluster(cluster: ClusterFile) -> KeyPair | None:
-    named = expanded(cluster.security.keys) if cluster.security.keys else None
-    return find_keys(named, cluster.security.insecure)
-
-
-def model_of_cluster(cluster: ClusterFile, file: Path) -> Path:
-    if not cluster.model.path:
-        return BUNDLED
-    path = expanded(cluster.model.path)
-    path = path if path.is_absolute() else file.parent / path
-    return require_file(path)
-
-
-def apply_cluster(args: argparse.Namespace, file: Path) -> None:
-    """Let a cluster file fill in what the command line left open. Errors: ConfigError when it is not up."""
-    cluster = load_cluster(file)
-    state = running.read_state(running.state_path(cluster.name))
-    if state is None:
-        raise ConfigError(f"{file}: cluster {cluster.name} is not up; run `ggmq up {file}`")
-    args.broker, args.cluster_id = state.endpoint, bytes.fromhex(state.id)
-    args.worker_order = worker_order(cluster)
-    args.keys = expanded(cluster.security.keys) if cluster.security.keys else args.keys
-    args.insecure = args.insecure or cluster.security.insecure
-    if args.model is None and not args.hf_repo:
-        args.model = model_of_cluster(cluster, file)
-    args.ctx_size = args.ctx_size or cluster.model.context
-    args.tensor_split = args.tensor_split or cluster.split.tensor_split or None
-
-
-def worker_order(cluster: ClusterFile) -> list[str]:
-    """Names of the workers on the bus, in the file's order."""
-    return [f"{w.host}:{w.port}" if w.launcher == "none" else w.name for w in cluster.workers]
 
 
 # -- plan --------------------------------------------------------------------------------------------------------------

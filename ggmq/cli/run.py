@@ -11,7 +11,7 @@ from config.terminal import for_stream
 from ggmq.chat import ChatTemplate, Message
 from ggmq.cli import foreign
 from ggmq.cli.chatting import chat, note_full
-from ggmq.cli.clusters import apply_cluster
+from ggmq.cli.clusterfile import apply_cluster
 from ggmq.cli.options import (
     add_model,
     add_security,

@@ -17,7 +17,7 @@ from config.running import ClusterState, Process
 from config.schema import expanded
 from config.terminal import print_line
 from ggmq.archs import open_arch
-from ggmq.cli.clusters import MIB, model_of_cluster, worker_order
+from ggmq.cli.clusterfile import MIB, model_of_cluster, worker_order
 from ggmq.cli.session import note
 from ggmq.cluster import Client, connect
 from ggmq.gguf import GGUF

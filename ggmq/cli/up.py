@@ -23,7 +23,7 @@ from config.remote import RemoteStart
 from config.running import ClusterState, Process
 from config.schema import ClusterFile, WorkerSection, expanded
 from config.terminal import print_line, safe_text
-from ggmq.cli.clusters import keys_of_cluster
+from ggmq.cli.clusterfile import keys_of_cluster
 from ggmq.cluster import Client, connect
 from protocol import messages as m
 from protocol.errors import ConfigError, GgmqError, Unavailable

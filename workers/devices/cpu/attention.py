@@ -10,7 +10,7 @@ from workers import tensors
 from workers.devices.cpu.binding import F16, F32, Binder, Bindings
 from workers.devices.lower import Node, RopeKey, Span
 from workers.kernels import layout, steps
-from workers.kernels.reference import rope_turn
+from workers.kernels.rotary import rope_turn
 
 BINDINGS = Bindings()
 
@@ -71,7 +71,9 @@ def set_rows(b: Binder, n: Node) -> bool:
         return False
     flat = t.ne[2] * t.ne[3] == 1 and ids.ne[1] * ids.ne[2] == 1
     store = {F16: steps.StoreHalves, F32: steps.StoreFloats, GGMLType.Q8_0: steps.StoreQ8}.get(GGMLType(t.type))
-    if store is None or not flat or t.nb[0] != TYPES[t.type].bytes or x.type != F32 or x.nb[0] != 4 or x.ne[2] * x.ne[3] != 1:
+    if store is None or not flat or t.nb[0] != TYPES[t.type].bytes:
+        return False
+    if x.type != F32 or x.nb[0] != 4 or x.ne[2] * x.ne[3] != 1:
         return False
     i, j = t.src[:2]
     step = store(x=b.address(i), x_row=x.nb[1], n_rows=x.ne[1], n=x.ne[0], ids=b.address(j), y=b.address(n.index),
