@@ -299,6 +299,8 @@ class Model:
             raise FormatError(f"context: no pages are left for {n} tokens; load the model for more sequences")
         self.runner.copy_pages(copies)
         slots = self.store.next_slot(held) if self.store.room.n_slots else (0, 0)
+        if slots is None:
+            raise FormatError("context: no state is free for another sequence; load the model for more of them")
         sent = self.runner.submit([Rows(tokens, n_past, held.pages, outputs, want, slots)])
         held.n_past = n_past + n
         return self.runner.wait(sent)[0]

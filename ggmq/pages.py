@@ -199,15 +199,20 @@ class Store:
                     self._forget(window, pages[i])
         return copies
 
-    def next_slot(self, held: Held) -> tuple[int, int]:
+    def next_slot(self, held: Held) -> tuple[int, int] | None:
         """Where the next batch reads a sequence's state, and where it writes it. A state that others hold stays as it is.
 
-        Errors: IndexError when there are more snapshots and sequences than slots.
+        Snapshots are given up where slots are short. Returns: None, and nothing has changed, when there is no room.
         """
         read = held.slot
         if read == ZERO_SLOT or self._slots.shared(read):
-            held.slot = self._slots.take()
-            self._let_go(read)
+            if not self._slots.n_free:
+                self._drop_snapshots()
+            if read == ZERO_SLOT or self._slots.shared(read):
+                if not self._slots.n_free:
+                    return None
+                held.slot = self._slots.take()
+                self._let_go(read)
         return read, held.slot
 
     def snap(self, held: Held) -> None:
@@ -267,6 +272,12 @@ class Store:
     def _let_go(self, slot: int) -> None:
         if slot != ZERO_SLOT:
             self._slots.release(slot)
+
+    def _drop_snapshots(self) -> None:
+        for held in self._held:
+            if held.snapshot is not None:
+                self._let_go(held.snapshot[0])
+                held.snapshot = None
 
     def _drop_states(self, held: Held) -> None:
         self._let_go(held.slot)

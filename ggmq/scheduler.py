@@ -206,13 +206,24 @@ class Scheduler:
             copies = self.store.grow(held, first + n)
         if copies is None:
             return False
-        slots = self.store.next_slot(held) if self._even else (0, 0)
+        slots = self._slots(s, make_room)
+        if slots is None:
+            return False
         last = first + n == len(s.tokens)
         step.pieces.append(Piece(s, first, n, n if s.all_logits else int(last), slots))
         step.copies += copies
         held.n_past = first + n
         s.n_under_way += 1
         return True
+
+    def _slots(self, s: Sequence, make_room: bool) -> tuple[int, int] | None:
+        """Where a sequence's state is read from and written to; None when there is no room for it."""
+        if not self._even or s.held is None:
+            return 0, 0
+        slots = self.store.next_slot(s.held)
+        while slots is None and make_room and self._preempt(s):
+            slots = self.store.next_slot(s.held)
+        return slots
 
     def _preempt(self, s: Sequence) -> bool:
         """Have the youngest of those that came later and are in no batch wait again; it will be read anew.
