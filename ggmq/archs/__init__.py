@@ -9,6 +9,7 @@ from ggmq.archs.gpt2 import GPT2
 from ggmq.archs.gpt_oss import GptOss
 from ggmq.archs.granite import Granite
 from ggmq.archs.llama import Llama
+from ggmq.archs.mamba2 import Mamba2
 from ggmq.archs.mistral3 import Mistral3
 from ggmq.archs.olmo2 import Olmo2
 from ggmq.archs.phi3 import Phi3
@@ -22,7 +23,7 @@ from protocol.errors import FormatError
 ARCHS: dict[str, type[Arch]] = {
     "llama": Llama, "mistral3": Mistral3, "qwen2": Qwen2, "qwen3": Qwen3, "qwen3moe": Qwen3MoE, "gemma2": Gemma2,
     "gemma3": Gemma3, "phi3": Phi3, "smollm3": SmolLM3, "olmo2": Olmo2, "granite": Granite, "gpt2": GPT2,
-    "gpt-oss": GptOss,
+    "gpt-oss": GptOss, "mamba2": Mamba2,
 }  # fmt: skip
 
 

@@ -181,6 +181,25 @@ class GraphBuilder:
         root, start = (t.view_src, t.view_offs) if t.view_src >= 0 else (target, 0)
         return self._add(Tensor(t.type, "SET_ROWS", t.ne, t.nb, src=(x, ids, target), view_src=root, view_offs=start))
 
+    def concat(self, a: T, b: T, dim: int) -> T:
+        """a, then b along a dimension."""
+        ne = [n + self.ne(b)[i] if i == dim else n for i, n in enumerate(self.ne(a))]
+        return self._node("CONCAT", self.tensors[a].type, ne, (a, b), (dim,))
+
+    def ssm_conv(self, x: T, w: T) -> T:
+        """x [d_conv - 1 + n_tokens, n_channels, n_seqs] and w [d_conv, n_channels] to [n_channels, n_tokens, n_seqs]."""
+        n, n_channels, n_seqs, _ = self.ne(x)
+        return self._node("SSM_CONV", GGMLType.F32, (n_channels, n - self.ne(w)[0] + 1, n_seqs), (x, w))
+
+    def ssm_scan(self, states: T, x: T, dt: T, a: T, b: T, c: T, ids: T) -> T:
+        """From states [d_state, d_head, n_head, n_slots] by `ids` [n_seqs] on.
+
+        One row: y, of x's shape [d_head, n_head, n_tokens, n_seqs], then the states [d_state, d_head, n_head, n_seqs].
+        """
+        d_head, n_head, n_tokens, n_seqs = self.ne(x)
+        n = d_head * n_head * n_seqs * (n_tokens + self.ne(states)[0])
+        return self._node("SSM_SCAN", GGMLType.F32, (n,), (states, x, dt, a, b, c, ids), (1,))
+
     def cont(self, x: T) -> T:
         return self._like("CONT", x)
 

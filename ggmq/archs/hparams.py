@@ -47,7 +47,7 @@ class HParams:
 
     Attributes:
         n_head, n_head_kv, n_ff: one number a layer.
-        d_k, d_v: width of a head's keys and values.
+        d_k, d_v: width of a head's keys and values; 0, as the number of heads, where nothing attends.
         n_ff_exp, n_ff_shexp: width of an expert, and of the shared ones together; 0 if the file does not say.
     """
 
@@ -74,6 +74,33 @@ class HParams:
     rope: Rope
 
 
+@dataclass(frozen=True, slots=True)
+class SSM:
+    """Sizes of layers with a selective state space. Source: Dao and Gu (Mamba-2).
+
+    Attributes:
+        n_head: GGUF's time_step_rank.
+        n_group: heads of a group share what is written to their states and read from them.
+        d_state: numbers that an element of a head keeps.
+        d_conv: tokens that the convolution sees.
+    """
+
+    d_inner: int
+    n_head: int
+    n_group: int
+    d_state: int
+    d_conv: int
+
+    @property
+    def d_head(self) -> int:
+        return self.d_inner // self.n_head
+
+    @property
+    def n_channels(self) -> int:
+        """What is convolved: the inner elements, and for each group what is written to states and read from them."""
+        return self.d_inner + 2 * self.n_group * self.d_state
+
+
 def read_hparams(g: GGUF) -> HParams:
     """Errors: FormatError names the key that is missing, out of range, or asks for what is not done here."""
     keys = Keys(g, g.text("general.architecture"))
@@ -88,17 +115,9 @@ def read_hparams(g: GGUF) -> HParams:
     n_vocab = embd.ne[1]
     if "tokenizer.ggml.tokens" not in g.metadata and keys.integer("vocab_size", 1, 1 << 31, n_vocab) != n_vocab:
         raise keys.wrong("vocab_size", f"the rows of token_embd.weight ({n_vocab})", keys.integer("vocab_size", 1, 1 << 31))
-    n_head = keys.per_layer("attention.head_count", n_layer, 1, MAX_HEADS)
-    n_head_kv = n_head
-    if "attention.head_count_kv" in keys:
-        n_head_kv = keys.per_layer("attention.head_count_kv", n_layer, 1, MAX_HEADS)
-    for h, hk in zip(n_head, n_head_kv, strict=True):
-        if h % hk:
-            raise keys.wrong("attention.head_count_kv", f"a divisor of {h} heads", hk)
-    d_k = keys.integer("attention.key_length", 1, 1 << 16, n_embd // n_head[0])
-    d_v = keys.integer("attention.value_length", 1, 1 << 16, n_embd // n_head[0])
-    if d_k != d_v or not d_k:
-        raise keys.wrong("attention.value_length", f"the width of keys ({d_k})", d_v)
+    n_head, n_head_kv, d_k, d_v = (0,) * n_layer, (0,) * n_layer, 0, 0
+    if keys.reads("attention.head_count"):
+        n_head, n_head_kv, d_k, d_v = _read_heads(keys, n_layer, n_embd)
     n_ctx_train = keys.integer("context_length", 1, 1 << 30)
     n_expert = keys.integer("expert_count", 0, 1 << 16)
     _refuse_what_is_not_done(keys)
@@ -118,6 +137,35 @@ def read_hparams(g: GGUF) -> HParams:
         n_swa=keys.integer("attention.sliding_window", 0, 1 << 30, 0),
         rope=_read_rope(keys, n_ctx_train, d_k),
     )  # fmt: skip
+
+
+def _read_heads(keys: Keys, n_layer: int, n_embd: int) -> tuple[tuple[int, ...], tuple[int, ...], int, int]:
+    """Heads of queries and of keys in each layer, and the width of a head's keys and values."""
+    n_head = keys.per_layer("attention.head_count", n_layer, 1, MAX_HEADS)
+    n_head_kv = n_head
+    if "attention.head_count_kv" in keys:
+        n_head_kv = keys.per_layer("attention.head_count_kv", n_layer, 1, MAX_HEADS)
+    for h, hk in zip(n_head, n_head_kv, strict=True):
+        if h % hk:
+            raise keys.wrong("attention.head_count_kv", f"a divisor of {h} heads", hk)
+    d_k = keys.integer("attention.key_length", 1, 1 << 16, n_embd // n_head[0])
+    d_v = keys.integer("attention.value_length", 1, 1 << 16, n_embd // n_head[0])
+    if d_k != d_v or not d_k:
+        raise keys.wrong("attention.value_length", f"the width of keys ({d_k})", d_v)
+    return n_head, n_head_kv, d_k, d_v
+
+
+def read_ssm(keys: Keys) -> SSM:
+    """Errors: FormatError names the key that is missing, out of range, or does not fit the others."""
+    d_inner = keys.integer("ssm.inner_size", 1, MAX_WIDTH)
+    n_head = keys.integer("ssm.time_step_rank", 1, MAX_HEADS)
+    n_group = keys.integer("ssm.group_count", 1, MAX_HEADS)
+    if d_inner % n_head:
+        raise keys.wrong("ssm.time_step_rank", f"heads that divide the inner size ({d_inner})", n_head)
+    if n_head % n_group or d_inner % n_group:
+        raise keys.wrong("ssm.group_count", f"a divisor of {n_head} heads", n_group)
+    d_state, d_conv = keys.integer("ssm.state_size", 1, 1 << 16), keys.integer("ssm.conv_kernel", 2, 1 << 10)
+    return SSM(d_inner, n_head, n_group, d_state, d_conv)
 
 
 def _refuse_what_is_not_done(keys: Keys) -> None:

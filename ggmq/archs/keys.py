@@ -18,13 +18,16 @@ REQUIRED = ...
 
 EVERY: dict[str, Any] = {
     "context_length": REQUIRED, "embedding_length": REQUIRED, "block_count": REQUIRED, "vocab_size": None,
-    "feed_forward_length": None, "attention.head_count": REQUIRED, "attention.head_count_kv": None,
-    "attention.key_length": None, "attention.value_length": None, "expert_count": 0, "expert_used_count": 0,
-    "rope.scaling.type": "linear",
+    "feed_forward_length": None, "expert_count": 0, "expert_used_count": 0, "rope.scaling.type": "linear",
     # read to be refused: what they ask for is not done here
     "attention.causal": True, "nextn_predict_layers": 0, "expert_group_count": 0,
 }  # fmt: skip
 """Read for every architecture, with what their absence means; None where it follows from other keys."""
+ATTENDING: dict[str, Any] = EVERY | {
+    "attention.head_count": REQUIRED, "attention.head_count_kv": None, "attention.key_length": None,
+    "attention.value_length": None,
+}  # fmt: skip
+"""Read for those that attend."""
 TURNED: dict[str, Any] = {
     "attention.layer_norm_rms_epsilon": REQUIRED, "rope.dimension_count": None, "rope.freq_base": 10000.0,
     "rope.scaling.factor": None, "rope.scale_linear": 0.0, "rope.scaling.attn_factor": 1.0,
@@ -38,29 +41,33 @@ WINDOWED: dict[str, Any] = {
 """Those in which some layers see a window only."""
 
 READ: dict[str, dict[str, Any]] = {
-    "llama": EVERY | TURNED,
-    "mistral3": EVERY | TURNED | {
+    "llama": ATTENDING | TURNED,
+    "mistral3": ATTENDING | TURNED | {
         "attention.temperature_scale": 0.0, "rope.scaling.yarn_beta_fast": 32.0, "rope.scaling.yarn_beta_slow": 1.0,
         "rope.scaling.yarn_log_multiplier": 0.0,
     },
-    "qwen2": EVERY | TURNED,
-    "qwen3": EVERY | TURNED,
-    "qwen3moe": EVERY | TURNED | {"expert_feed_forward_length": None},
-    "gemma2": EVERY | TURNED | WINDOWED | {
+    "qwen2": ATTENDING | TURNED,
+    "qwen3": ATTENDING | TURNED,
+    "qwen3moe": ATTENDING | TURNED | {"expert_feed_forward_length": None},
+    "gemma2": ATTENDING | TURNED | WINDOWED | {
         "attention.sliding_window": 4096, "rope.freq_base_swa": None, "attn_logit_softcapping": 50.0,
         "final_logit_softcapping": 30.0,
     },
-    "gemma3": EVERY | TURNED | WINDOWED | {"rope.freq_base_swa": 10000.0, "final_logit_softcapping": 0.0},
-    "phi3": EVERY | TURNED,
-    "smollm3": EVERY | TURNED,
-    "olmo2": EVERY | TURNED | WINDOWED,
-    "granite": EVERY | TURNED | {
+    "gemma3": ATTENDING | TURNED | WINDOWED | {"rope.freq_base_swa": 10000.0, "final_logit_softcapping": 0.0},
+    "phi3": ATTENDING | TURNED,
+    "smollm3": ATTENDING | TURNED,
+    "olmo2": ATTENDING | TURNED | WINDOWED,
+    "granite": ATTENDING | TURNED | {
         "logit_scale": REQUIRED, "residual_scale": 0.0, "embedding_scale": 0.0, "attention.scale": 0.0,
         "rope.scaling.finetuned": True, "expert_shared_feed_forward_length": 0,
     },
-    "gpt2": EVERY | {"attention.layer_norm_epsilon": REQUIRED},
-    "gpt-oss": EVERY | TURNED | WINDOWED | {
+    "gpt2": ATTENDING | {"attention.layer_norm_epsilon": REQUIRED},
+    "gpt-oss": ATTENDING | TURNED | WINDOWED | {
         "attention.sliding_window": REQUIRED, "rope.freq_base_swa": None, "expert_feed_forward_length": REQUIRED,
+    },
+    "mamba2": EVERY | {
+        "attention.layer_norm_rms_epsilon": REQUIRED, "ssm.conv_kernel": REQUIRED, "ssm.inner_size": REQUIRED,
+        "ssm.state_size": REQUIRED, "ssm.time_step_rank": REQUIRED, "ssm.group_count": REQUIRED,
     },
 }  # fmt: skip
 
@@ -81,6 +88,10 @@ class Keys:
     def name(self, key: str) -> str:
         """As the file spells it."""
         return f"{self.arch}.{key}"
+
+    def reads(self, key: str) -> bool:
+        """Whether the architecture reads such a key, be it in the file or not."""
+        return key in self._read
 
     def __contains__(self, key: str) -> bool:
         return key in self._read and self.name(key) in self.gguf.metadata

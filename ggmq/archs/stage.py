@@ -220,17 +220,19 @@ class StageGraph:
 
     def read_state(self, il: int, name: str) -> T:
         """The states of the batch's sequences, as they were before it: float32 [n, n_seqs]."""
-        return self.b.get_rows(self._states(il, name), self.b.input("state_from", GGMLType.I32, (self.batch.n_seqs,)))
+        return self.b.get_rows(*self.states(il, name))
 
     def write_state(self, il: int, name: str, new: T) -> T:
         """Keep their states as they are behind it: float32 [n, n_seqs]."""
         to = self.b.input("state_to", GGMLType.I64, (self.batch.n_seqs,))
-        return self.b.set_rows(self._states(il, name), new, to)
+        return self.b.set_rows(self.states(il, name)[0], new, to)
 
-    def _states(self, il: int, name: str) -> T:
+    def states(self, il: int, name: str) -> tuple[T, T]:
+        """The states in all slots, float32 [n, n_slots], and the slots of those that the batch's sequences go on from."""
         memory = self.memory[il]
         kind, n, n_slots, offset = memory.parts()[name]
-        return self.b.leaf(kind, (n, n_slots), memory.buffer, offset)
+        slots = self.b.input("state_from", GGMLType.I32, (self.batch.n_seqs,))
+        return self.b.leaf(kind, (n, n_slots), memory.buffer, offset), slots
 
 
 def _short(ne: tuple[int, ...]) -> list[int]:

@@ -242,7 +242,7 @@ def test_tensors_of_a_known_list_may_lie_idle(tmp_path: Path, arch: str, name: s
 
 NUMBERS = np.random.default_rng(8)
 SCALED = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down", "ffn_gate_exps", "ffn_up_exps",
-          "ffn_down_exps", "attn_qkv")  # fmt: skip
+          "ffn_down_exps", "attn_qkv", "ssm_in", "ssm_out")  # fmt: skip
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -265,7 +265,7 @@ def test_scales_where_none_can_be_are_refused(tmp_path: Path, name: str) -> None
     assert f"tensor {name}.scale" in refusal(tmp_path, m)
 
 
-@pytest.mark.parametrize("arch", [a for a in ARCHS if a != "gpt2"])
+@pytest.mark.parametrize("arch", [a for a in ARCHS if a not in ("gpt2", "mamba2")])
 @pytest.mark.parametrize("biases", ["separate", "fused", "none"])
 def test_fused_weights_are_as_separate_ones(one: Client, tmp_path: Path, arch: str, biases: str) -> None:
     m = made(arch, 4)

@@ -160,12 +160,14 @@ def by_choice(m: Model) -> str | None:
         dropped |= {"ffn_gate", "ffn_up", "ffn_down"}
     if m.arch not in ("llama", "mistral3", "qwen3moe"):
         dropped |= {"ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"}
+    if m.arch == "mamba2":
+        dropped |= {"ssm_in", "ssm_out"}
     if m.arch == "granite":
         dropped |= {"ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp"}
     return "folded" if kinds & dropped and kinds <= SCALED else None
 
 
-SCALED = {"attn_q", "attn_k", "attn_v", "attn_output", "attn_qkv",
+SCALED = {"attn_q", "attn_k", "attn_v", "attn_output", "attn_qkv", "ssm_in", "ssm_out",
           *(f"ffn_{x}{kind}" for x in ("gate", "up", "down") for kind in ("", "_exps", "_shexp"))}  # fmt: skip
 """Weights beside which a scale may stand."""
 

@@ -21,7 +21,7 @@ import numpy.typing as npt
 F32, F16, BF16 = gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.BF16
 Array = npt.NDArray[np.float32]
 ARCHS = ("llama", "mistral3", "qwen2", "qwen3", "qwen3moe", "gemma2", "gemma3", "phi3", "smollm3", "olmo2", "granite",
-         "gpt2", "gpt-oss")  # fmt: skip
+         "gpt2", "gpt-oss", "mamba2")  # fmt: skip
 EXPERTS = ("llama", "mistral3", "granite", "qwen3moe", "gpt-oss")
 """Those that may have experts; the last two always do."""
 NORMED_QK = ("qwen3", "qwen3moe", "gemma3", "olmo2")
@@ -121,8 +121,39 @@ class _Maker:
         self.tensors[name + ".bias"] = (0.1 * self.numbers.standard_normal(shape)).astype(np.float32)
 
 
+def _mamba2(rng: random.Random) -> Model:
+    n_embd, n_head, d_head = rng.choice([(32, 4, 16), (32, 8, 8), (32, 3, 16), (64, 2, 64), (64, 8, 16)])
+    n_group = rng.choice([1, 2]) if n_head * d_head == 2 * n_embd else 1
+    d_inner, d_state, d_conv = n_head * d_head, rng.choice([8, 16, 40]), rng.choice([3, 4])
+    n_layer, n_vocab, channels = rng.randint(1, 5), rng.choice([60, 100, 128]), d_inner + 2 * n_group * d_state
+    keys: dict[str, Any] = {
+        "context_length": 512, "embedding_length": n_embd, "block_count": n_layer, "feed_forward_length": 0,
+        "attention.head_count": 0, "ssm.conv_kernel": d_conv, "ssm.inner_size": d_inner, "ssm.state_size": d_state,
+        "ssm.time_step_rank": n_head, "ssm.group_count": n_group,
+        "attention.layer_norm_rms_epsilon": rng.choice([1e-5, 1e-2]),
+    }  # fmt: skip
+    m = _Maker(rng)
+    m.matrix("token_embd", n_vocab, n_embd)
+    m.norm("output_norm", n_embd)
+    for i in range(n_layer):
+        p = f"blk.{i}."
+        m.norm(p + "attn_norm", n_embd)
+        m.matrix(p + "ssm_in", d_inner + channels + n_head, n_embd)
+        m.matrix(p + "ssm_conv1d", channels, d_conv)
+        m.bias(p + "ssm_conv1d", channels)
+        m.tensors[p + "ssm_dt.bias"] = m.numbers.uniform(-4, 1, n_head).astype(np.float32)
+        m.tensors[p + "ssm_a"] = -np.exp(m.numbers.uniform(-1, 2, (n_head, 1))).astype(np.float32)
+        m.tensors[p + "ssm_d"] = m.numbers.standard_normal((n_head, 1)).astype(np.float32)
+        m.norm(p + "ssm_norm", d_inner)
+        m.tensors[p + "ssm_norm.weight"] = m.tensors[p + "ssm_norm.weight"].reshape(n_group, -1)
+        m.matrix(p + "ssm_out", n_embd, d_inner)
+    return Model("mamba2", keys, m.tensors, n_vocab=n_vocab)
+
+
 def base(arch: str, rng: random.Random, experts: bool | None = None) -> Model:
     """The keys and tensors that an architecture cannot do without, in random sizes."""
+    if arch == "mamba2":
+        return _mamba2(rng)
     n_head = rng.choice([1, 2, 4])
     n_kv = n_head if arch == "gpt2" else rng.choice([h for h in (1, 2, 4) if n_head % h == 0])
     n_embd = rng.choice([64, 96, 128])
@@ -273,8 +304,8 @@ def varied(arch: str, rng: random.Random) -> Model:
     """A random model: optional tensors and keys in most, something odd in some."""
     m = base(arch, rng)
     numbers = np.random.default_rng(rng.getrandbits(32))
-    n_layer, d = m.keys["block_count"], m.keys.get("attention.key_length") or m.keys["embedding_length"] // m.keys[
-        "attention.head_count"]  # fmt: skip
+    n_layer, n_head = m.keys["block_count"], max(1, m.keys["attention.head_count"])
+    d = m.keys.get("attention.key_length") or m.keys["embedding_length"] // n_head
     for key in rng.sample(sorted(KEYS), rng.choice([0, 1, 2, 4, 8])):
         if key == "expert_feed_forward_length" and arch in ("qwen3moe", "gpt-oss"):
             continue
@@ -323,7 +354,7 @@ def varied(arch: str, rng: random.Random) -> Model:
     if rng.random() < 0.12:
         _odd(m, rng, numbers)
     kind = rng.choice([F32, F32, F16, F16, F16, BF16])
-    if kind != F32:
+    if kind != F32 and arch != "mamba2":  # whose gates and states magnify what llama.cpp rounds before such products
         m.types = {t: kind for t, x in m.tensors.items() if x.ndim > 1 and x.shape[-1] % 32 == 0
                    and rng.random() < 0.7}  # fmt: skip
     return m
