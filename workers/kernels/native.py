@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from hashlib import blake2b
-from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -51,16 +51,30 @@ from workers.ticks import Job, Tick, nothing
 
 Native = Callable[..., None]
 """`team.call`: what, and eight int64; the interpreter's lock is released while it runs."""
+COMPILERS = ("numba", "llvmlite", "numpy")
 CLEAR = "\r\x1b[K"
 NOTED_S = 1.0
 """How often a compilation that is under way says how far it is, on a terminal."""
+
+
+def _versions() -> str:
+    """Versions of what compiles, as their folders of metadata are named: to read the metadata takes as long as to load the
+    kernels."""
+    found = find_spec("numba")
+    folder = Path(found.origin).parents[1] if found is not None and found.origin else Path()
+    names = sorted(p.name for p in folder.glob("*.dist-info") if p.name.split("-")[0] in COMPILERS)
+    if len(names) == len(COMPILERS):
+        return " ".join(names)
+    from importlib.metadata import version
+
+    return " ".join(version(package) for package in COMPILERS)
 
 
 def _cache_folder(cpu: str) -> Path:
     """The folder of this CPU, these versions and this source."""
     source = b"".join(p.read_bytes() for p in sorted(Path(__file__).parent.glob("*.py")))
     told = f"{os.environ.get('NUMBA_CPU_NAME')} {os.environ.get('NUMBA_CPU_FEATURES')}"
-    text = f"{cpu} {platform.machine()} {version('numba')} {version('llvmlite')} {version('numpy')} {sys.version} {told}"
+    text = f"{cpu} {platform.machine()} {_versions()} {sys.version} {told}"
     return cache_folder("ggmq-kernels") / blake2b(text.encode() + source, digest_size=8).hexdigest()
 
 
