@@ -215,6 +215,28 @@ def test_sequences_that_come_and_go_have_the_tokens_that_they_have_alone(
         two.drain()
 
 
+@pytest.mark.parametrize("n_steps", [1, 5, 14])
+def test_what_is_interrupted_is_read_again_and_has_the_same_tokens(two: Client, tmp_path: Path, n_steps: int) -> None:
+    """What was under way may or may not have changed a state in its place."""
+    model, greedy = deep(5), SamplingParams(temperature=0)
+    placed = loaded_model(two, write(tmp_path / "m.gguf", model), 256, [1, 1], n_seq=3, n_batch=16)
+    prompts = [text(model, 20 + 9 * i, i) for i in range(3)]
+    try:
+        engine, runs = Engine(placed), []
+        for n_interruptions in (0, 3):
+            sequences = [engine.add(prompt, greedy, 10) for prompt in prompts]
+            for _ in range(n_interruptions):
+                for _ in range(n_steps):
+                    engine.step()
+                engine.abandon()
+            while engine.busy:
+                engine.step()
+            runs.append([s.tokens[s.n_prompt :] for s in sequences])
+        assert runs[0] == runs[1]
+    finally:
+        two.drain()
+
+
 def test_more_sequences_than_there_are_states_for_take_turns(two: Client, tmp_path: Path) -> None:
     """A conversation that is kept, with a snapshot, and five others where there is room for one."""
     model, greedy = deep(4), SamplingParams(temperature=0)
