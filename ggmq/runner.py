@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -203,23 +204,30 @@ class Runner:
 
         def temperature() -> Frame:
             scale, length = self.arch.attn_temperature()
-            return (np.log(np.floor(x.positions / length) + 1) * scale + 1).astype(np.float32).tobytes()
+            return (np.log(np.floor(np.array(x.positions) / length) + 1) * scale + 1).astype(np.float32).tobytes()
 
-        feeds = {
-            "tokens": lambda: x.tokens.astype(np.int32).tobytes(),
-            "positions": lambda: x.positions.astype(np.int32).tobytes(),
-            "n_seen": lambda: x.n_seen.astype(np.int32).tobytes(),
-            "rows": lambda: x.rows.astype(np.int32).tobytes(),
+        feeds: dict[str, Callable[[], Frame]] = {
+            "tokens": lambda: np.array(x.tokens, np.int32).tobytes(),
+            "positions": lambda: np.array(x.positions, np.int32).tobytes(),
+            "n_seen": lambda: np.array(x.n_seen, np.int32).tobytes(),
+            "rows": lambda: np.array(x.rows, np.int32).tobytes(),
             "temperature": temperature,
-            "out_ids": lambda: x.out_ids.astype(np.int32).tobytes(),
-            "state_from": lambda: x.slots[:, 0].astype(np.int32).tobytes(),
-            "state_to": lambda: x.slots[:, 1].astype(np.int64).tobytes(),
+            "out_ids": lambda: np.array(x.out_ids, np.int32).tobytes(),
+            "state_from": lambda: np.array([read for read, _ in x.slots], np.int32).tobytes(),
+            "state_to": lambda: np.array([write for _, write in x.slots], np.int64).tobytes(),
         }
         for window in self.room.n_pages:
-            table = x.table(window)
-            feeds[f"pages.{window}"] = table.tobytes
-            feeds[f"cells.{window}"] = x.cells(table).tobytes
+            feeds[f"pages.{window}"] = partial(_table_bytes, x, window)
+            feeds[f"cells.{window}"] = partial(_cells_bytes, x, window)
         return feeds
+
+
+def _table_bytes(x: _Layout, window: int) -> Frame:
+    return x.table(window).tobytes()
+
+
+def _cells_bytes(x: _Layout, window: int) -> Frame:
+    return np.array(x.cells(window), np.int64).tobytes()
 
 
 class _Layout:
@@ -232,41 +240,41 @@ class _Layout:
         self.n_seqs = bucket(n_seqs)
         # with states every sequence has as many tokens, so whole sequences are added
         padding = (self.n_seqs - n_seqs) * lengths[0] if room.n_slots else bucket(self.n) - self.n
+        self.n_tokens = self.n + padding
         self.n_pages = MIN_PAGES
         while self.n_pages * PAGE < max(p.first + n for p, n in zip(parts, lengths, strict=True)):
             self.n_pages *= 2
-        pad = (0, padding)
-        self.tokens = np.pad(np.concatenate([np.asarray(p.tokens) for p in parts]), pad)
-        self.positions = np.pad(np.concatenate([p.first + np.arange(n) for p, n in zip(parts, lengths, strict=True)]), pad)
-        self.n_seen = self.positions + 1
-        self.n_seen[self.n :] = 0
-        self.rows = np.pad(np.repeat(np.arange(n_seqs), lengths), pad)
-        self.slots = np.array([p.slots for p in parts] + [(ZERO_SLOT, SCRAP_SLOT)] * (self.n_seqs - n_seqs))
+        rest = [0] * padding
+        self.tokens = [t for p in parts for t in p.tokens] + rest
+        self.positions = [at for p, n in zip(parts, lengths, strict=True) for at in range(p.first, p.first + n)] + rest
+        self.n_seen = [at + 1 for at in self.positions[: self.n]] + rest
+        self.rows = [row for row, n in enumerate(lengths) for _ in range(n)] + rest
+        self.slots = [p.slots for p in parts] + [(ZERO_SLOT, SCRAP_SLOT)] * (self.n_seqs - n_seqs)
         self._sort_outputs(lengths)
 
     def _sort_outputs(self, lengths: Sequence[int]) -> None:
         """Rows of one kind stand together: ARGMAX, then candidates, then all logits."""
-        starts = np.cumsum([0, *lengths])
         groups: dict[int, list[int]] = {ARGMAX: [], 1: [], ALL: []}
         self.wants = []
         self.top_k = max((p.want for p in self.parts if p.outputs), default=0)
-        for p, start in zip(self.parts, starts[:-1], strict=True):
+        start = 0
+        for p, n in zip(self.parts, lengths, strict=True):
             rows = groups[min(p.want, 1)]
             self.wants.append((p.want, range(len(rows), len(rows) + len(p.outputs))))
-            rows += [int(start) + i for i in p.outputs]
-        self.counts, ids = {}, list[int]()
+            rows += [start + i for i in p.outputs]
+            start += n
+        self.counts, self.out_ids = {}, list[int]()
         for kind, rows in groups.items():
             self.counts[kind] = bucket(len(rows)) if rows else 0
-            spare = max(rows, default=0) + 1 + np.arange(self.counts[kind] - len(rows))
-            ids += rows + np.minimum(spare, len(self.tokens) - 1).tolist()
-        self.out_ids = np.array(ids, np.int64)
+            first = max(rows, default=0) + 1
+            spare = range(first, first + self.counts[kind] - len(rows))
+            self.out_ids += rows + [min(i, self.n_tokens - 1) for i in spare]
 
     def batch(self, n_ctx: int, n_vocab: int, hidden: GGMLType) -> Batch:
-        n = len(self.tokens)
-        in_order = len(self.out_ids) == n and bool((self.out_ids == np.arange(n)).all())
+        in_order = self.out_ids == list(range(self.n_tokens))
         top_k = min(n_vocab, 1 << max(0, self.top_k - 1).bit_length())
-        return Batch(n, self.n_seqs, self.n_pages, self.counts[ARGMAX], self.counts[1], top_k if self.counts[1] else 0,
-                     self.counts[ALL], in_order, n_ctx, hidden)  # fmt: skip
+        return Batch(self.n_tokens, self.n_seqs, self.n_pages, self.counts[ARGMAX], self.counts[1],
+                     top_k if self.counts[1] else 0, self.counts[ALL], in_order, n_ctx, hidden)  # fmt: skip
 
     def table(self, window: int) -> npt.NDArray[np.int32]:
         """Each sequence's pages. Shapes: [n_seqs, n_pages]."""
@@ -276,8 +284,10 @@ class _Layout:
             row[: len(pages)] = pages
         return table
 
-    def cells(self, table: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+    def cells(self, window: int) -> list[int]:
         """The cell that each token's keys and values go to."""
-        pages = table[self.rows, self.positions // PAGE].astype(np.int64)
-        pages[self.n :] = SCRAP_PAGE
-        return pages * PAGE + self.positions % PAGE
+        cells = []
+        for p in self.parts:
+            pages = p.pages[window]
+            cells += [PAGE * pages[at // PAGE] + at % PAGE for at in range(p.first, p.first + len(p.tokens))]
+        return cells + [PAGE * SCRAP_PAGE] * (self.n_tokens - self.n)
