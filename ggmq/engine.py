@@ -120,6 +120,8 @@ class Engine:
                 self._set_turn()
             step = self.scheduler.next()
             if step is None and self.busy and not self._under_way:
+                if self._forget_conversation():
+                    continue
                 raise OutOfMemory(f"the memory of the sequences is full: {self.model.store.n_free} pages are free, by "
                                   "window; load the model for more sequences, or end some", 1, 0)  # fmt: skip
             if step is None:
@@ -236,6 +238,15 @@ class Engine:
                 n = next((i for i in range(most) if old.tokens[i] != tokens[i]), most)
                 new.held, old.held, new.n_read = held, None, self.model.store.rewind(held, n)
         self._conversation = new
+
+    def _forget_conversation(self) -> bool:
+        """Give up what one that has ended holds for the next. Returns: whether it held anything."""
+        s = self._conversation
+        if s is None or not s.finished or s.held is None:
+            return False
+        self.model.store.release(s.held)
+        s.held = None
+        return True
 
     def generate(self, n_predict: int) -> Iterator[int]:
         """Tokens of the conversation until `n_predict` (negative: no bound), an end token, or a full context; `cut` tells

@@ -7,9 +7,8 @@ first. That is how the pieces of a prompt and several sequences keep every stage
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -147,8 +146,13 @@ class Runner:
         n_ctx = -(-self.n_ctx // CTX_STEP) * CTX_STEP  # as llama.cpp counts it when it chooses between LongRoPE's factors
         batch = layout.batch(n_ctx, n_vocab, self.activations)
         compiled = self._compile(batch)
-        feeds = self._feeds(layout)
-        payloads: list[list[Frame]] = [[feeds[name]() for name in names if name != "hidden"] for names in compiled.inputs]
+        feeds: dict[str, Frame] = {}
+        payloads: list[list[Frame]] = []
+        for names in compiled.inputs:
+            for name in names:
+                if name not in feeds and name != "hidden":
+                    feeds[name] = self._feed(name, layout, batch)
+            payloads.append([feeds[name] for name in names if name != "hidden"])
         route = [m.RouteStep(s.assignment.device, digest, len(payload))
                  for s, digest, payload in list(zip(self.stages, compiled.digests, payloads, strict=True))[1:]]  # fmt: skip
         header = m.GraphCompute(self.client.session, compiled.digests[0], len(payloads[0]), route)
@@ -199,42 +203,19 @@ class Runner:
         compiled = self._graphs[batch] = Compiled(tuple(digests), tuple(inputs))
         return compiled
 
-    def _feeds(self, x: _Layout) -> dict[str, Callable[[], Frame]]:
-        """The bytes of each input, made only when a stage wants it."""
-
-        def temperature() -> Frame:
-            scale, length = self.arch.attn_temperature()
-            return (np.log(np.floor(np.array(x.positions) / length) + 1) * scale + 1).astype(np.float32).tobytes()
-
-        feeds: dict[str, Callable[[], Frame]] = {
-            "tokens": lambda: np.array(x.tokens, np.int32).tobytes(),
-            "positions": lambda: np.array(x.positions, np.int32).tobytes(),
-            "n_seen": lambda: np.array(x.n_seen, np.int32).tobytes(),
-            "rows": lambda: np.array(x.rows, np.int32).tobytes(),
-            "temperature": temperature,
-            "out_ids": lambda: np.array(x.out_ids, np.int32).tobytes(),
-            "state_from": lambda: np.array([read for read, _ in x.slots], np.int32).tobytes(),
-            "state_to": lambda: np.array([write for _, write in x.slots], np.int64).tobytes(),
-        }
-        for window in self.room.n_pages:
-            feeds[f"pages.{window}"] = partial(_table_bytes, x, window)
-            feeds[f"cells.{window}"] = partial(_cells_bytes, x, window)
-        return feeds
-
-
-def _table_bytes(x: _Layout, window: int) -> Frame:
-    return x.table(window).tobytes()
-
-
-def _cells_bytes(x: _Layout, window: int) -> Frame:
-    return np.array(x.cells(window), np.int64).tobytes()
+    def _feed(self, name: str, x: _Layout, batch: Batch) -> Frame:
+        """The bytes of an input."""
+        if name == "numbers":
+            return np.array([number for part in batch.numbers() for number in x.part(part)], np.int32).tobytes()
+        scale, length = self.arch.attn_temperature()
+        return (np.log(np.floor(np.array(x.positions) / length) + 1) * scale + 1).astype(np.float32).tobytes()
 
 
 class _Layout:
     """Where the tokens of a batch stand, padded to sizes that many share. Padding sees nothing and writes to scrap."""
 
     def __init__(self, parts: Sequence[Rows], room: Room) -> None:
-        self.parts = parts
+        self.parts, self.room = parts, room
         lengths = [len(p.tokens) for p in parts]
         self.n, n_seqs = sum(lengths), len(parts)
         self.n_seqs = bucket(n_seqs)
@@ -274,15 +255,30 @@ class _Layout:
         in_order = self.out_ids == list(range(self.n_tokens))
         top_k = min(n_vocab, 1 << max(0, self.top_k - 1).bit_length())
         return Batch(self.n_tokens, self.n_seqs, self.n_pages, self.counts[ARGMAX], self.counts[1],
-                     top_k if self.counts[1] else 0, self.counts[ALL], in_order, n_ctx, hidden)  # fmt: skip
+                     top_k if self.counts[1] else 0, self.counts[ALL], in_order, self.room.windows,
+                     self.room.has_states, n_ctx, hidden)  # fmt: skip
 
-    def table(self, window: int) -> npt.NDArray[np.int32]:
+    def part(self, name: str) -> Sequence[int]:
+        """Numbers of the batch by their name in the graphs."""
+        name, _, window = name.partition(".")
+        match name:
+            case "pages":
+                return self.table(int(window))
+            case "cells":
+                return self.cells(int(window))
+            case "state_from" | "state_to":
+                return [slots[name == "state_to"] for slots in self.slots]
+        numbers: Sequence[int] = getattr(self, name)
+        return numbers
+
+    def table(self, window: int) -> list[int]:
         """Each sequence's pages. Shapes: [n_seqs, n_pages]."""
-        table = np.full((self.n_seqs, self.n_pages), SCRAP_PAGE, np.int32)
-        for row, p in zip(table, self.parts, strict=False):
+        out: list[int] = []
+        for p in self.parts:
             pages = p.pages[window][: self.n_pages]
-            row[: len(pages)] = pages
-        return table
+            out += pages
+            out += [SCRAP_PAGE] * (self.n_pages - len(pages))
+        return out + [SCRAP_PAGE] * (self.n_pages * (self.n_seqs - len(self.parts)))
 
     def cells(self, window: int) -> list[int]:
         """The cell that each token's keys and values go to."""

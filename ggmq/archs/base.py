@@ -244,11 +244,13 @@ class Arch:
         for t in self.gguf:
             placed[t.name] = Placed(t, 1, at)
             at += t.n_bytes
-        memory = self.layer_memory(stage.layers, self.room(1), 2)
+        room = self.room(1)
+        memory = self.layer_memory(stage.layers, room, 2)
         used: set[str] = set()
         contexts = (0, 1 << 31) if LONG_ROPE & placed.keys() else (1,)
         for n_ctx in contexts:
-            s = StageGraph(self, placed, memory, Batch(1, n_logits=1, n_ctx=n_ctx))
+            batch = Batch(1, n_logits=1, in_order=True, windows=room.windows, has_states=room.has_states, n_ctx=n_ctx)
+            s = StageGraph(self, placed, memory, batch)
             graph = self._graph(s, stage)
             used |= s.used
         try:
@@ -336,7 +338,7 @@ class Arch:
     def _graph(self, s: StageGraph, stage: Stage) -> Graph:
         batch = s.batch
         if stage.first:
-            x = self.embed(s, s.b.input("tokens", GGMLType.I32, (batch.n_tokens,)))
+            x = self.embed(s, s.numbers("tokens", batch.n_tokens))
         else:
             x = s.b.input("hidden", batch.hidden, (self.hp.n_embd, batch.n_tokens))
             x = x if batch.hidden == GGMLType.F32 else s.b.dup(x, GGMLType.F32)
@@ -346,7 +348,7 @@ class Arch:
             return s.b.graph([])
         if stage.last:
             if not batch.in_order:
-                x = s.b.get_rows(x, s.b.input("out_ids", GGMLType.I32, (batch.n_outputs,)))
+                x = s.b.get_rows(x, s.numbers("out_ids", batch.n_outputs))
             return s.b.graph(self._outputs(s, self.head(s, x)))
         if batch.hidden != GGMLType.F32:
             x = s.b.dup(x, batch.hidden)

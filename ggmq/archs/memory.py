@@ -67,6 +67,14 @@ class Room:
     k_type: GGMLType = GGMLType.F16
     v_type: GGMLType = GGMLType.F16
 
+    @property
+    def windows(self) -> tuple[int, ...]:
+        return tuple(self.n_pages)
+
+    @property
+    def has_states(self) -> bool:
+        return self.n_slots > 0
+
 
 @dataclass(frozen=True, slots=True)
 class LayerMemory:

@@ -53,6 +53,7 @@ class Batch:
         n_top, top_k: the rows behind them: ids and logits of the top_k tokens with the largest.
         n_logits: the rows behind those: all logits. Without any rows only the memory is filled.
         in_order: the rows are those of all tokens, in their order.
+        windows, has_states: what the layers keep.
         n_ctx: context of a sequence, in tokens.
         hidden: type of the activations that cross from stage to stage, F32 or F16.
     """
@@ -65,12 +66,28 @@ class Batch:
     top_k: int = 0
     n_logits: int = 0
     in_order: bool = False
+    windows: tuple[int, ...] = (0,)
+    has_states: bool = False
     n_ctx: int = 0
     hidden: GGMLType = GGMLType.F32
 
     @property
     def n_outputs(self) -> int:
         return self.n_argmax + self.n_top + self.n_logits
+
+    def numbers(self) -> dict[str, int]:
+        """The whole numbers that come with a step, in their order: how many by name. They are one input, of one frame."""
+        n, n_seqs = self.n_tokens, self.n_seqs
+        out = {"tokens": n, "positions": n, "n_seen": n}
+        if n_seqs > 1:
+            out["rows"] = n
+        if not self.in_order:
+            out["out_ids"] = self.n_outputs
+        for window in self.windows:
+            out |= {f"cells.{window}": n, f"pages.{window}": n_seqs * self.n_pages}
+        if self.has_states:
+            out |= {"state_from": n_seqs, "state_to": n_seqs}
+        return out
 
 
 class Traits(Protocol):
@@ -97,6 +114,7 @@ class StageGraph:
         self.b = GraphBuilder()
         self.used: set[str] = set()
         self.idle: set[str] = set()
+        self._numbers: dict[str, T] = {}
 
     def has(self, name: str) -> bool:
         return name in self.placed
@@ -175,8 +193,19 @@ class StageGraph:
         y = self.b.norm(x, self.arch.hp.norm_eps)
         return self.biased(name, self.b.mul(y, self.w(name + ".weight", self.b.ne(x)[0])))
 
+    def numbers(self, name: str, *ne: int) -> T:
+        """Whole numbers that come with the step, int32 of shape `ne`: a part of the one input that has them all."""
+        known = self._numbers.get(name)
+        if known is None:
+            counts = self.batch.numbers()
+            whole = self.b.input("numbers", GGMLType.I32, (sum(counts.values()),))
+            before = list(counts)[: list(counts).index(name)]
+            strides = [4 * ne[0]] * (len(ne) - 1)
+            known = self._numbers[name] = self.b.view(whole, ne, strides, 4 * sum(counts[x] for x in before))
+        return known
+
     def positions(self) -> T:
-        return self.b.input("positions", GGMLType.I32, (self.batch.n_tokens,))
+        return self.numbers("positions", self.batch.n_tokens)
 
     def temperature(self) -> T | None:
         if not self.arch.attn_temperature()[0]:
@@ -196,11 +225,11 @@ class StageGraph:
         b, memory, batch = self.b, self.memory[il], self.batch
         keeps = memory.keeps
         assert isinstance(keeps, Cells)  # layers that attend have cells
-        cells = b.input(f"cells.{keeps.window}", GGMLType.I64, (batch.n_tokens,))
+        cells = self.numbers(f"cells.{keeps.window}", batch.n_tokens)
         stored = [self._store(memory, name, x, cells) for name, x in (("k", k), ("v", v)) if x is not None]
-        pages = b.input(f"pages.{keeps.window}", GGMLType.I32, (batch.n_pages, batch.n_seqs))
-        n_seen = b.input("n_seen", GGMLType.I32, (batch.n_tokens,))
-        rows = b.input("rows", GGMLType.I32, (batch.n_tokens,)) if batch.n_seqs > 1 else None
+        pages = self.numbers(f"pages.{keeps.window}", batch.n_pages, batch.n_seqs)
+        n_seen = self.numbers("n_seen", batch.n_tokens)
+        rows = self.numbers("rows", batch.n_tokens) if batch.n_seqs > 1 else None
         keys, values = stored[0], stored[-1]
         if d_v:
             t = b.tensors[keys]
@@ -224,14 +253,13 @@ class StageGraph:
 
     def write_state(self, il: int, name: str, new: T) -> T:
         """Keep their states as they are behind it: float32 [n, n_seqs]."""
-        to = self.b.input("state_to", GGMLType.I64, (self.batch.n_seqs,))
-        return self.b.set_rows(self.states(il, name)[0], new, to)
+        return self.b.set_rows(self.states(il, name)[0], new, self.numbers("state_to", self.batch.n_seqs))
 
     def states(self, il: int, name: str) -> tuple[T, T]:
         """The states in all slots, float32 [n, n_slots], and the slots of those that the batch's sequences go on from."""
         memory = self.memory[il]
         kind, n, n_slots, offset = memory.parts()[name]
-        slots = self.b.input("state_from", GGMLType.I32, (self.batch.n_seqs,))
+        slots = self.numbers("state_from", self.batch.n_seqs)
         return self.b.leaf(kind, (n, n_slots), memory.buffer, offset), slots
 
 

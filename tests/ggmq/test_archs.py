@@ -49,8 +49,9 @@ def graph(folder: Path, m: Model, n_ctx: int = 256) -> Graph:
         placed[t.name] = Placed(t, 1, at)
         at += t.n_bytes
     layers = range(arch.hp.n_layer)
-    batch = Batch(2, n_pages=4, n_logits=2, in_order=True, n_ctx=n_ctx)
-    return arch.build(Stage(0, layers, True, True), placed, arch.layer_memory(layers, arch.room(256), 2), batch)[0]
+    room = arch.room(256)
+    batch = Batch(2, n_pages=4, n_logits=2, in_order=True, windows=room.windows, has_states=room.has_states, n_ctx=n_ctx)
+    return arch.build(Stage(0, layers, True, True), placed, arch.layer_memory(layers, room, 2), batch)[0]
 
 
 def refusal(folder: Path, m: Model) -> str:

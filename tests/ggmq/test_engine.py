@@ -156,6 +156,22 @@ def test_where_pages_run_short_the_youngest_wait_and_all_have_their_tokens(three
         three.drain()
 
 
+def test_a_conversation_that_has_ended_makes_way_for_others(three: Client, tmp_path: Path) -> None:
+    model = loaded(three, tiny_model(tmp_path / "m.gguf", "llama"), 128)
+    engine = Engine(model)
+    try:
+        engine.start(list(range(40)), GREEDY)
+        text = list(engine.generate(80))
+        other = engine.add(list(range(40)), GREEDY, 80)
+        while engine.busy:
+            engine.step()
+        assert other.tokens[40:] == text and model.store.n_free == {0: 2}
+        engine.start(list(range(40)), GREEDY)
+        assert list(engine.generate(80)) == text
+    finally:
+        three.drain()
+
+
 def test_a_forked_sequence_goes_its_own_way(three: Client, tmp_path: Path) -> None:
     model = loaded(three, tiny_model(tmp_path / "m.gguf", "llama"), 256, [1, 1], n_seq=2)
     prompt = [7 * i % 50 for i in range(100)]

@@ -61,13 +61,15 @@ class Loaded:
         Shapes: (n_seqs, n, n_vocab).
         """
         n_seqs, n = len(tokens), len(tokens[0])
-        graph, names = self.arch.build(self.stage, self.placed, self.memory, Batch(n_seqs * n, n_seqs, n_logits=n_seqs * n))
+        batch = Batch(n_seqs * n, n_seqs, n_logits=n_seqs * n, in_order=True, windows=(), has_states=True)
+        graph, names = self.arch.build(self.stage, self.placed, self.memory, batch)
+        assert names == ["numbers"]
         frame = encode_graph(graph)
-        feeds = {"tokens": np.array(tokens, np.int32), "state_from": np.array(read, np.int32),
-                 "state_to": np.array(written, np.int64), "out_ids": np.arange(n_seqs * n, dtype=np.int32)}  # fmt: skip
+        given = {"tokens": [t for s in tokens for t in s], "state_from": read, "state_to": written}
+        numbers = [x for name, count in batch.numbers().items() for x in given.get(name, [0] * count)]
         self.client.request(m.GraphPut(self.client.session, graph_digest(frame)), [frame])
-        reply = self.client.request(m.GraphCompute(self.client.session, graph_digest(frame), len(names)),
-                                    [feeds[name].tobytes() for name in names])  # fmt: skip
+        reply = self.client.request(m.GraphCompute(self.client.session, graph_digest(frame), 1),
+                                    [np.array(numbers, np.int32).tobytes()])  # fmt: skip
         return np.frombuffer(reply.payload[0], np.float32).reshape(n_seqs, n, -1)
 
 

@@ -340,30 +340,35 @@ def widen(x, x_row, y, y_row, n_rows, n, t, n_threads):  # type: ignore[no-untyp
 
 
 @njit(nogil=True)
-def store_halves(x, x_row, n_rows, n, ids, y, y_row, n_y, t, n_threads):  # type: ignore[no-untyped-def]
+def _id(ids, id_bytes, r):  # type: ignore[no-untyped-def]
+    return load64(ids + 8 * r) if id_bytes == 8 else np.int64(load32(ids + 4 * r))
+
+
+@njit(nogil=True)
+def store_halves(x, x_row, n_rows, n, ids, id_bytes, y, y_row, n_y, t, n_threads):  # type: ignore[no-untyped-def]
     """False: an id points outside; nothing is stored then, whatever the others do."""
     for r in range(n_rows):
-        row = load64(ids + 8 * r)
+        row = _id(ids, id_bytes, r)
         if row < 0 or row >= n_y:
             return False
     for r in range(n_rows * t // n_threads, n_rows * (t + 1) // n_threads):
         a = carray(as_floats(x + r * x_row), n)
-        d = carray(as_halves(y + load64(ids + 8 * r) * y_row), n)
+        d = carray(as_halves(y + _id(ids, id_bytes, r) * y_row), n)
         for i in range(n):
             d[i] = float_to_half(a[i])
     return True
 
 
 @njit(nogil=True)
-def store_floats(x, x_row, n_rows, n, ids, y, y_row, n_y, t, n_threads):  # type: ignore[no-untyped-def]
+def store_floats(x, x_row, n_rows, n, ids, id_bytes, y, y_row, n_y, t, n_threads):  # type: ignore[no-untyped-def]
     """As `store_halves`."""
     for r in range(n_rows):
-        row = load64(ids + 8 * r)
+        row = _id(ids, id_bytes, r)
         if row < 0 or row >= n_y:
             return False
     for r in range(n_rows * t // n_threads, n_rows * (t + 1) // n_threads):
         a = carray(as_floats(x + r * x_row), n)
-        d = carray(as_floats(y + load64(ids + 8 * r) * y_row), n)
+        d = carray(as_floats(y + _id(ids, id_bytes, r) * y_row), n)
         for i in range(n):
             d[i] = a[i]
     return True
@@ -382,14 +387,14 @@ def argmax(x, x_row, n_rows, n, y, t, n_threads):  # type: ignore[no-untyped-def
 
 
 @njit(nogil=True)
-def store_q8(x, x_row, n_rows, n, ids, y, y_row, n_y, t, n_threads):  # type: ignore[no-untyped-def]
+def store_q8(x, x_row, n_rows, n, ids, id_bytes, y, y_row, n_y, t, n_threads):  # type: ignore[no-untyped-def]
     """Blocks as ggml makes them. False: an id points outside; nothing is stored then, whatever the others do."""
     for r in range(n_rows):
-        row = load64(ids + 8 * r)
+        row = _id(ids, id_bytes, r)
         if row < 0 or row >= n_y:
             return False
     for r in range(n_rows * t // n_threads, n_rows * (t + 1) // n_threads):
-        a, to = carray(as_floats(x + r * x_row), n), y + load64(ids + 8 * r) * y_row
+        a, to = carray(as_floats(x + r * x_row), n), y + _id(ids, id_bytes, r) * y_row
         for j in range(n // 32):
             peak = np.float32(0)
             for i in range(32 * j, 32 * j + 32):

@@ -159,13 +159,14 @@ class GetRows(Step, frozen=True, kw_only=True):
 
 
 class StoreRows(Step, frozen=True, kw_only=True):
-    """Rows of float32 into rows `ids` (int64) of y, which has `n_y`."""
+    """Rows of float32 into rows `ids` of y, which has `n_y`. `id_bytes`: 4 or 8."""
 
     x: Address
     x_row: Bytes
     n_rows: Count
     n: Count
     ids: Address
+    id_bytes: Bytes
     y: Address
     y_row: Bytes
     n_y: Count

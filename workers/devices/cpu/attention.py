@@ -67,7 +67,7 @@ def _rope_table(b: Binder, n: Node, key: RopeKey) -> tuple[Span, Span]:
 @BINDINGS.of("SET_ROWS")
 def set_rows(b: Binder, n: Node) -> bool:
     t, x, ids = n.tensor, n.req(0), n.req(1)
-    if ids.type != GGMLType.I64 or not ids.contiguous:
+    if not ids.contiguous:
         return False
     flat = t.ne[2] * t.ne[3] == 1 and ids.ne[1] * ids.ne[2] == 1
     store = {F16: steps.StoreHalves, F32: steps.StoreFloats, GGMLType.Q8_0: steps.StoreQ8}.get(GGMLType(t.type))
@@ -76,8 +76,8 @@ def set_rows(b: Binder, n: Node) -> bool:
     if x.type != F32 or x.nb[0] != 4 or x.ne[2] * x.ne[3] != 1:
         return False
     i, j = t.src[:2]
-    step = store(x=b.address(i), x_row=x.nb[1], n_rows=x.ne[1], n=x.ne[0], ids=b.address(j), y=b.address(n.index),
-                 y_row=t.nb[1], n_y=t.ne[1], node=n.index)  # fmt: skip
+    step = store(x=b.address(i), x_row=x.nb[1], n_rows=x.ne[1], n=x.ne[0], ids=b.address(j), id_bytes=ids.nb[0],
+                 y=b.address(n.index), y_row=t.nb[1], n_y=t.ne[1], node=n.index)  # fmt: skip
     b.program.add(n, step, [b.place(i), b.place(j)], [b.place(n.index)])
     return True
 
