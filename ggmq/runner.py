@@ -216,47 +216,43 @@ class _Layout:
 
     def __init__(self, parts: Sequence[Rows], room: Room) -> None:
         self.parts, self.room = parts, room
-        lengths = [len(p.tokens) for p in parts]
-        self.n, n_seqs = sum(lengths), len(parts)
-        self.n_seqs = bucket(n_seqs)
+        self.tokens, self.positions, self.rows = list[int](), list[int](), list[int]()
+        groups: dict[int, list[int]] = {}
+        self.wants, self.top_k, longest = [], 0, 0
+        for row, p in enumerate(parts):
+            start, n = len(self.tokens), len(p.tokens)
+            self.tokens += p.tokens
+            self.positions += range(p.first, p.first + n)
+            self.rows += [row] * n
+            longest = max(longest, p.first + n)
+            known = groups.setdefault(min(p.want, 1), [])
+            self.wants.append((p.want, range(len(known), len(known) + len(p.outputs))))
+            known += [start + i for i in p.outputs]
+            if p.want > self.top_k and p.outputs:
+                self.top_k = p.want
+        self.n, self.n_seqs = len(self.tokens), bucket(len(parts))
+        self.n_pages = max(MIN_PAGES, 1 << ((longest - 1) // PAGE).bit_length())
+        self.n_seen = [at + 1 for at in self.positions]
+        self.slots = [p.slots for p in parts] + [(ZERO_SLOT, SCRAP_SLOT)] * (self.n_seqs - len(parts))
         # with states every sequence has as many tokens, so whole sequences are added
-        padding = (self.n_seqs - n_seqs) * lengths[0] if room.n_slots else bucket(self.n) - self.n
-        self.n_tokens = self.n + padding
-        self.n_pages = MIN_PAGES
-        while self.n_pages * PAGE < max(p.first + n for p, n in zip(parts, lengths, strict=True)):
-            self.n_pages *= 2
-        rest = [0] * padding
-        self.tokens = [t for p in parts for t in p.tokens] + rest
-        self.positions = [at for p, n in zip(parts, lengths, strict=True) for at in range(p.first, p.first + n)] + rest
-        self.n_seen = [at + 1 for at in self.positions[: self.n]] + rest
-        self.rows = [row for row, n in enumerate(lengths) for _ in range(n)] + rest
-        self.slots = [p.slots for p in parts] + [(ZERO_SLOT, SCRAP_SLOT)] * (self.n_seqs - n_seqs)
-        self._sort_outputs(lengths)
-
-    def _sort_outputs(self, lengths: Sequence[int]) -> None:
-        """Rows of one kind stand together: ARGMAX, then candidates, then all logits."""
-        groups: dict[int, list[int]] = {ARGMAX: [], 1: [], ALL: []}
-        self.wants = []
-        self.top_k = max((p.want for p in self.parts if p.outputs), default=0)
-        start = 0
-        for p, n in zip(self.parts, lengths, strict=True):
-            rows = groups[min(p.want, 1)]
-            self.wants.append((p.want, range(len(rows), len(rows) + len(p.outputs))))
-            rows += [start + i for i in p.outputs]
-            start += n
-        self.counts, self.out_ids = {}, list[int]()
-        for kind, rows in groups.items():
-            self.counts[kind] = bucket(len(rows)) if rows else 0
-            first = max(rows, default=0) + 1
-            spare = range(first, first + self.counts[kind] - len(rows))
-            self.out_ids += rows + [min(i, self.n_tokens - 1) for i in spare]
+        padding = (self.n_seqs - len(parts)) * len(parts[0].tokens) if room.has_states else bucket(self.n) - self.n
+        if padding:
+            for numbers in (self.tokens, self.positions, self.rows, self.n_seen):
+                numbers += [0] * padding
+        # rows of one kind stand together: ARGMAX, then candidates, then all logits
+        self.counts, self.out_ids = dict.fromkeys((ARGMAX, 1, ALL), 0), list[int]()
+        for kind in self.counts:
+            if ids := groups.get(kind):
+                n = self.counts[kind] = bucket(len(ids))
+                self.out_ids += ids
+                self.out_ids += [min(ids[-1] + i, len(self.tokens) - 1) for i in range(1, 1 + n - len(ids))]
 
     def batch(self, n_ctx: int, n_vocab: int, hidden: GGMLType) -> Batch:
-        in_order = self.out_ids == list(range(self.n_tokens))
-        top_k = min(n_vocab, 1 << max(0, self.top_k - 1).bit_length())
-        return Batch(self.n_tokens, self.n_seqs, self.n_pages, self.counts[ARGMAX], self.counts[1],
-                     top_k if self.counts[1] else 0, self.counts[ALL], in_order, self.room.windows,
-                     self.room.has_states, n_ctx, hidden)  # fmt: skip
+        n, top_k = len(self.tokens), 0
+        if self.counts[1]:
+            top_k = min(n_vocab, 1 << max(0, self.top_k - 1).bit_length())
+        return Batch(n, self.n_seqs, self.n_pages, self.counts[ARGMAX], self.counts[1], top_k, self.counts[ALL],
+                     self.out_ids == list(range(n)), self.room.windows, self.room.has_states, n_ctx, hidden)  # fmt: skip
 
     def part(self, name: str) -> Sequence[int]:
         """Numbers of the batch by their name in the graphs."""
@@ -286,4 +282,4 @@ class _Layout:
         for p in self.parts:
             pages = p.pages[window]
             cells += [PAGE * pages[at // PAGE] + at % PAGE for at in range(p.first, p.first + len(p.tokens))]
-        return cells + [PAGE * SCRAP_PAGE] * (self.n_tokens - self.n)
+        return cells + [PAGE * SCRAP_PAGE] * (len(self.tokens) - self.n)

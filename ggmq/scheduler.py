@@ -104,6 +104,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self._even = store.room.n_slots > 0  # layers with states take as many tokens of each sequence
         self._decoded = False
+        self._n_decoding = 0
 
     def add(self, sequence: Sequence) -> None:
         """Errors: FormatError for a prompt that is empty or does not fit."""
@@ -133,17 +134,21 @@ class Scheduler:
         decode = [s for s in self.running if s.n_pending == 1 and not s.all_logits and s.n_read >= s.n_prompt - 1]
         prompts = [s for s in self.running if s.n_pending and s not in decode]
         step = None
-        if decode and (not prompts or not self._decoded):
+        free = self._n_decoding < self.n_stages  # one for each stage: with more, they would never fill up
+        if decode and free and (not prompts or not self._decoded):
             step = self._decode(decode)
         if step is None and prompts:
             step = self._prompts(prompts)
-        if step is None and decode and self._decoded:
+        if step is None and decode and free and self._decoded:
             step = self._decode(decode)
-        self._decoded = step is not None and step.pieces[0].sequence in decode
+        if step is not None:
+            self._decoded = step.decodes
+            self._n_decoding += step.decodes
         return step
 
     def read(self, step: Step) -> None:
         """A batch has been computed."""
+        self._n_decoding -= step.decodes
         for p in step.pieces:
             p.sequence.n_under_way -= 1
             if p.sequence.held is not None:
@@ -152,6 +157,7 @@ class Scheduler:
 
     def begin_again(self, held: bool) -> None:
         """What was under way is lost. held: the stages still have what was read before."""
+        self._n_decoding = 0
         for s in self.running:
             s.n_under_way = 0
             if s.held is not None:

@@ -90,7 +90,7 @@ def test_sequences_that_join_and_leave_at_random_have_the_tokens_that_they_have_
                 if to_come:
                     i = to_come.pop()
                     running[engine.add(wanted[i].tokens, wanted[i].params, wanted[i].n)] = i
-            if running and rng.random() < 0.02:  # somebody goes away
+            if running and rng.random() < 0.06:  # somebody goes away
                 gone = rng.choice(list(running))
                 if not gone.finished:
                     engine.leave(gone)
