@@ -69,7 +69,8 @@ class Held:
     """What one sequence holds.
 
     Attributes:
-        n_past: tokens before the next that it will read; what windowed layers see is counted from it.
+        n_past: tokens before the next that it will read.
+        reads_from: where the batch begins that is being made; what windowed layers see is counted from there.
         pages: by window, the page of each 64 tokens.
         slot: where its state is read from; ZERO_SLOT before the first token.
         snapshot: a slot with an older state, and the tokens that had been read when it was made.
@@ -77,6 +78,7 @@ class Held:
     """
 
     n_past: int = 0
+    reads_from: int = 0
     pages: dict[int, list[int]] = field(default_factory=dict)
     slot: int = ZERO_SLOT
     snapshot: tuple[int, int] | None = None
@@ -114,6 +116,7 @@ class Store:
             first = self._first_seen(window, PAGE * len(keys))
             held.pages[window] = [GIVEN_BACK] * first + [pool.share(self._page_of[window, k]) for k in keys[first:]]
         held.keys, held.n_past = keys, PAGE * len(keys)
+        held.reads_from = held.n_past
         return held
 
     def n_shared(self, tokens: Sequence[int]) -> int:
@@ -122,7 +125,7 @@ class Store:
 
     def fork(self, held: Held) -> Held:
         """Another sequence with the same past. Pages are copied when one of the two writes to them."""
-        twin = Held(held.n_past, {}, held.slot, None, list(held.keys))
+        twin = Held(held.n_past, held.n_past, {}, held.slot, None, list(held.keys))
         for window, pages in held.pages.items():
             twin.pages[window] = [p if p == GIVEN_BACK else self._pools[window].share(p) for p in pages]
         if held.slot != ZERO_SLOT:
@@ -156,7 +159,7 @@ class Store:
             self._give_back(window, pages[keep:])
             del pages[keep:]
         del held.keys[n // PAGE :]
-        held.n_past = n
+        held.n_past = held.reads_from = n
         return n
 
     def note_read(self, held: Held, tokens: Sequence[int], n_tokens: int) -> None:
@@ -176,6 +179,7 @@ class Store:
 
         Returns: what must be copied first; None, and nothing has changed, when there is no room.
         """
+        held.reads_from = held.n_past
         if self._pools and n_tokens <= held.n_past:
             return []
         writes = range(held.n_past // PAGE, -(-n_tokens // PAGE))
@@ -239,7 +243,9 @@ class Store:
             keys.append(_key(keys[-1] if keys else b"", tokens[PAGE * i : PAGE * (i + 1)]))
             if not any((window, keys[-1]) in self._page_of for window in self._pools):
                 break
-            seen = ((w, k) for w in self._pools for k in keys[self._first_seen(w, PAGE * len(keys)) :])
+            if 0 in self._pools and (0, keys[-1]) not in self._page_of:
+                break
+            seen = ((w, k) for w in self._pools if w for k in keys[self._first_seen(w, PAGE * len(keys)) :])
             if all(place in self._page_of for place in seen):
                 good = len(keys)
         return keys[:good]
@@ -251,7 +257,7 @@ class Store:
         pool = self._pools[window]
         for held in self._held:
             pages = held.pages[window]
-            for i in range(min(len(pages), self._first_seen(window, held.n_past))):
+            for i in range(min(len(pages), self._first_seen(window, held.reads_from))):
                 if pool.n_free >= wanted:
                     return
                 if pages[i] != GIVEN_BACK:

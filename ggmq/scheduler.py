@@ -130,6 +130,9 @@ class Scheduler:
 
     def next(self) -> Step | None:
         """The next batch, or None while there is nothing that could be computed."""
+        for s in self.running:
+            if s.held is not None:  # what was sent is computed before what comes now
+                s.held.reads_from = s.held.n_past
         self._admit()
         decode = [s for s in self.running if s.n_pending == 1 and not s.all_logits and s.n_read >= s.n_prompt - 1]
         prompts = [s for s in self.running if s.n_pending and s not in decode]
