@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import random
+import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +25,11 @@ from ggmq.scheduler import Sequence
 from ggmq.tokenizer import Vocabulary
 from protocol.dtypes import GGMLType
 from protocol.errors import ConfigError, FormatError, HandleError, OutOfMemory
-from tests.support.fixtures import nmse
+from tests.support.fixtures import free_port, nmse
 from tests.support.gguf_factory import tiny_model
 from tests.support.loaded import loaded
+from tests.support.processes import WORKER, started
+from tests.support.random_models import base, write
 
 GREEDY = SamplingParams(temperature=0)
 OPENINGS = ("Once upon a time", "One day", "The dog", "Tom and Lily", "A cat", "In a small village", "It was", "Ben saw")
@@ -154,6 +160,58 @@ def test_where_pages_run_short_the_youngest_wait_and_all_have_their_tokens(three
         assert model.store.n_free == {0: 10}
     finally:
         three.drain()
+
+
+@pytest.mark.parametrize("arch", ["gemma2", "gemma3", "gpt-oss"])
+def test_windowed_layers_give_pages_away_and_every_token_is_right(three: Client, tmp_path: Path, arch: str) -> None:
+    m = base(arch, random.Random(f"{arch} 5"), arch == "gpt-oss").having(attention__sliding_window=40)
+    path, rng = write(tmp_path / "m.gguf", m), random.Random(2)
+    prompts = [[rng.randrange(m.n_vocab) for _ in range(rng.choice([1, 30, 90, 300]))] for _ in range(10)]
+    model = loaded(three, path, 448, [1])
+    engine, alone = Engine(model), []
+    for p in prompts:
+        engine.start(p, GREEDY)
+        alone.append(list(engine.generate(90)))
+    three.drain()
+    model = loaded(three, path, 448, [1, 1] if m.keys["block_count"] > 1 else [1], n_seq=8, n_batch=64)
+    assert model.store.room.n_pages[40] < 8 * 448 // PAGE
+    engine, free = Engine(model), dict(model.store.n_free)
+    try:
+        sequences = [engine.add(p, GREEDY, 90) for p in prompts]
+        while engine.busy:
+            engine.step()
+        assert [s.tokens[s.n_prompt :] for s in sequences] == alone
+        assert model.store.n_free == free
+    finally:
+        three.drain()
+
+
+def test_when_a_worker_was_silent_all_sequences_go_on_with_their_tokens(tmp_path: Path) -> None:
+    path, rng = tiny_model(tmp_path / "m.gguf", "llama"), random.Random(4)
+    prompts = [[rng.randrange(50) for _ in range(rng.randrange(1, 120))] for _ in range(8)]
+    bus, port = LocalBus(), free_port()
+    worker = [*WORKER, "-d", "CPU", "-t", "1", "--insecure", "-p", str(port)]
+    with contextlib.ExitStack() as stack:
+        stack.callback(bus.close)
+        listening = stack.enter_context(started(worker))
+        bus.spawn("CPU", 1)
+        bus.add_remote(f"127.0.0.1:{port}")
+        client = bus.start()
+        model = loaded(client, path, 256, [1, 1], bus.names, n_seq=8)
+        engine = Engine(model)
+        alone = []
+        for p in prompts:
+            engine.start(p, GREEDY)
+            alone.append(list(engine.generate(60)))
+        sequences = [engine.add(p, GREEDY, 60) for p in prompts]
+        while sum(s.n_made for s in sequences) < 100:
+            engine.step()
+        os.kill(listening.pid, signal.SIGSTOP)
+        threading.Timer(3.0, os.kill, (listening.pid, signal.SIGCONT)).start()
+        while engine.busy:
+            engine.step()
+        assert [s.tokens[s.n_prompt :] for s in sequences] == alone
+        client.drain()
 
 
 def test_a_conversation_that_has_ended_makes_way_for_others(three: Client, tmp_path: Path) -> None:
