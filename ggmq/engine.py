@@ -60,6 +60,7 @@ class Engine:
     _logits: dict[int, list[npt.NDArray[np.float32]]] = field(default_factory=dict)
     _conversation: Sequence | None = None
     _interrupted: bool = False
+    _error: BaseException | None = None
 
     def __post_init__(self) -> None:
         self.n_batch = min(self.n_batch, self.model.n_batch)
@@ -92,6 +93,9 @@ class Engine:
         """
         start = time.perf_counter()
         try:
+            if self._error is not None:
+                error, self._error = self._error, None
+                raise error
             if self._interrupted:
                 self.abandon()
             self._schedule()
@@ -108,9 +112,17 @@ class Engine:
         self._under_way.popleft()
         self.n_failed = 0
         self.scheduler.read(step)
+        made = [self._sample(piece, rows) for piece, rows in zip(step.pieces, out, strict=True)]
+        self._go_on()
         self._count(step, time.perf_counter() - start)
-        made = (self._sample(piece, rows) for piece, rows in zip(step.pieces, out, strict=True))
         return [token for token in made if token is not None]
+
+    def _go_on(self) -> None:
+        """Send what comes next before these tokens are told, so that the stages compute meanwhile."""
+        try:
+            self._schedule()
+        except BaseException as e:  # these tokens are told first
+            self._error, self._interrupted = e, True
 
     def _schedule(self) -> None:
         """Send batches until every stage has one and one is waiting behind it."""
@@ -216,7 +228,7 @@ class Engine:
         self.model.client.settle()
         self._under_way.clear()
         self.scheduler.begin_again(True)
-        self._interrupted = False
+        self._interrupted, self._error = False, None
 
     # -- one conversation ----------------------------------------------------------------------------------------------
 
