@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from msgspec import Struct, field
 
 from broker.events import Link
 from protocol import messages as m
@@ -14,8 +14,7 @@ PendingKey = tuple[Link, bool, int]
 """Where a request went: a worker's control or bulk channel, and the seq there."""
 
 
-@dataclass(slots=True)
-class Client:
+class Client(Struct):
     """Attributes:
     drains: replies that a DRAIN still waits for, by its seq.
     linking: what a LINK still waits for, by its seq.
@@ -29,8 +28,7 @@ class Client:
     linked: set[Pair] = field(default_factory=set)
 
 
-@dataclass(slots=True)
-class Linking:
+class Linking(Struct):
     """A LINK under way: its pairs, and how many of them are not known yet."""
 
     pairs: list[Pair]
@@ -38,8 +36,7 @@ class Linking:
     found: bool = True
 
 
-@dataclass(slots=True)
-class Worker:
+class Worker(Struct):
     """Attributes:
     ready: has said HELLO under the current epoch, on both channels when it dialled in.
     silent: why it was asked to say HELLO again, over a connection that is there.
@@ -64,8 +61,7 @@ class Worker:
     hello: m.Hello | None = None
 
 
-@dataclass(slots=True)
-class Pending:
+class Pending(Struct):
     """A request under way at the worker of one device. The base of all kinds.
 
     Attributes:
@@ -79,12 +75,10 @@ class Pending:
     deadline_s: float
 
 
-@dataclass(slots=True)
 class Forwarded(Pending):
     """The worker's reply is the client's."""
 
 
-@dataclass(slots=True)
 class PassedCompute(Pending):
     """A stage of a compute whose activations pass through the broker. `route` and `frames`: what is still to come."""
 
@@ -92,29 +86,25 @@ class PassedCompute(Pending):
     frames: list[Frame]
 
 
-@dataclass(slots=True)
 class RelayedCompute(Pending):
     """A stage of a compute whose stages hand on to each other."""
 
     relay: Relay
 
 
-@dataclass(slots=True)
 class LinkStep(Pending):
     """Of a LINK, what one of its pairs waits for."""
 
     pair: Pair
 
 
-@dataclass(slots=True)
 class Drained(Pending):
     """A session ends on one device."""
 
     session: int
 
 
-@dataclass(slots=True)
-class Relay:
+class Relay(Struct):
     """A compute whose stages hand on to each other. The last one's reply, or the first error, is the client's."""
 
     pairs: list[Pair]

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 from ggmq.archs.base import Arch
 from ggmq.archs.memory import LayerMemory, Room
@@ -29,8 +30,7 @@ Progress = Callable[[str, int, int], None]
 """Called with a phase, units done and units in all."""
 
 
-@dataclass(slots=True)
-class LoadReport:
+class LoadReport(Struct):
     """Units: bytes; `sent_bytes` went over the bus, `cached_bytes` were found by hash where they were needed: in a cache, or
     in a copy of the file; `kept_bytes` were in the workers' memory, from a run before."""
 
@@ -40,8 +40,7 @@ class LoadReport:
     n_tensors: int = 0
 
 
-@dataclass(slots=True)
-class Part:
+class Part(Struct):
     """What is loaded and freed together: a layer, or what a stage holds besides its layers.
 
     Attributes:
@@ -63,8 +62,7 @@ class Part:
         return [self.buffer, *([self.memory.buffer] if self.memory is not None and self.memory.n_bytes else [])]
 
 
-@dataclass(slots=True)
-class PlacedStage:
+class PlacedStage(Struct):
     """A stage and where everything of it lies.
 
     Attributes:

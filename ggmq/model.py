@@ -71,16 +71,17 @@ class ModelConfig:
 @contextlib.contextmanager
 def load(
     config: ModelConfig, progress: Callable[[], AbstractContextManager[Progress | None]] = contextlib.nullcontext,
-    note: Callable[[str], None] = lambda text: None,
+    note: Callable[[str], None] = lambda text: None, file: GGUF | None = None,
 ) -> Iterator[Model]:  # fmt: skip
     """Bring up the bus that a config describes, and load the model. Everything ends with the block.
 
+    file: the config's, where it has been read already.
     progress: gives what is told how far loading is, while it lasts; note: told what a user should know while something is
     waited for.
     Errors: FormatError, ConfigError, OutOfMemory, and what the workers report.
     """
     start = time.perf_counter()
-    g = GGUF(config.path)
+    g = file or GGUF(config.path)
     arch = open_arch(g)
     with open_bus(config.bus, arch.hp.n_layer, g.path.absolute(), config.ngl, note) as (client, order, host):
         client.note = note

@@ -9,10 +9,10 @@ Threads: use from one.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from hashlib import blake2b
 
 import numpy as np
+from msgspec import Struct, field
 
 from ggmq.archs.memory import N_RESERVED_SLOTS, PAGE, SCRAP_PAGE, ZERO_SLOT, Room
 
@@ -55,8 +55,7 @@ class Pool:
         return True
 
 
-@dataclass(frozen=True, slots=True)
-class PageCopy:
+class PageCopy(Struct, frozen=True):
     """A page that must be copied before a sequence writes to it, in all layers with this window."""
 
     window: int
@@ -64,8 +63,7 @@ class PageCopy:
     target: int
 
 
-@dataclass(slots=True, eq=False)
-class Held:
+class Held(Struct, eq=False):
     """What one sequence holds.
 
     Attributes:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from ggmq.archs.base import Arch
 from ggmq.archs.memory import LayerMemory, Room
@@ -20,8 +21,7 @@ SCRATCH_BYTES = 32 << 20
 """Room kept on each device for a graph's intermediate results."""
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceMemory:
+class DeviceMemory(Struct, frozen=True):
     """A device as placement sees it. `host`: devices of one host with `shared` have one memory between them."""
 
     index: int
@@ -31,8 +31,7 @@ class DeviceMemory:
     shared: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Assignment:
+class Assignment(Struct, frozen=True):
     """Consecutive layers on a device. Units: bytes of weights and of KV cache, ends included."""
 
     device: int
@@ -43,8 +42,7 @@ class Assignment:
     kv_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class ModelSizes:
+class ModelSizes(Struct, frozen=True):
     """Units: bytes. `layers` and `kv` have one entry a layer; `tied` is what is in both embedding and output, and is held
     once by a device that has both ends."""
 

@@ -8,11 +8,11 @@ first. That is how the pieces of a prompt and several sequences keep every stage
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
 
 from ggmq.archs.base import Arch
 from ggmq.archs.memory import PAGE, SCRAP_PAGE, SCRAP_SLOT, ZERO_SLOT, Room
@@ -42,8 +42,7 @@ CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32)])
 """A token that may be taken."""
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
+class Rows(Struct, frozen=True):
     """Consecutive tokens of one sequence in a batch.
 
     Attributes:
@@ -71,8 +70,7 @@ class UnderWay(NamedTuple):
     wants: list[tuple[int, range]]
 
 
-@dataclass(frozen=True, slots=True)
-class Compiled:
+class Compiled(Struct, frozen=True):
     """The graphs of one batch: digest and input names, a stage each."""
 
     digests: tuple[bytes, ...]

@@ -12,7 +12,8 @@ Threads: use from one.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 from ggmq.archs.memory import PAGE
 from ggmq.pages import Held, PageCopy, Store
@@ -20,8 +21,7 @@ from ggmq.sampling import Sampler
 from protocol.errors import FormatError
 
 
-@dataclass(slots=True, eq=False)
-class Sequence:
+class Sequence(Struct, eq=False):
     """One conversation's tokens, and what it holds in the memory of the stages.
 
     Attributes:
@@ -57,8 +57,7 @@ class Sequence:
         return len(self.tokens) - (self.held.n_past if self.held is not None else 0)
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(Struct, frozen=True):
     """Consecutive tokens of a sequence in a batch.
 
     Attributes:
@@ -74,8 +73,7 @@ class Piece:
     slots: tuple[int, int] = (0, 0)
 
 
-@dataclass(slots=True)
-class Step:
+class Step(Struct):
     """A batch: pieces, and the pages that must be copied before it is computed."""
 
     pieces: list[Piece]

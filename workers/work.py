@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 from protocol import messages as m
 from protocol.frames import Message
@@ -12,16 +12,14 @@ Key = tuple[bytes, int]
 """A session: the peer's token and the session's number."""
 
 
-@dataclass(frozen=True, slots=True)
-class Send:
+class Send(Struct, frozen=True):
     """Send a message to a routing id."""
 
     rid: bytes
     message: Message
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(Struct, frozen=True):
     """Something for the device to do, for the request that it answers. The base of all kinds; `h` is its header."""
 
     rid: bytes
@@ -29,70 +27,58 @@ class Work:
     request: Message
 
 
-@dataclass(frozen=True, slots=True)
-class Alloc(Work):
+class Alloc(Work, frozen=True):
     h: m.AllocBuffer
 
 
-@dataclass(frozen=True, slots=True)
-class Free(Work):
+class Free(Work, frozen=True):
     h: m.FreeBuffer
 
 
-@dataclass(frozen=True, slots=True)
-class Write(Work):
+class Write(Work, frozen=True):
     """`last`: the tensor is complete; verify it by its hash, store it, let the device repack it."""
 
     h: m.SetTensor
     last: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Fetch(Work):
+class Fetch(Work, frozen=True):
     """Fill a tensor from what is here already."""
 
     h: m.SetTensorHash
 
 
-@dataclass(frozen=True, slots=True)
-class Read(Work):
+class Read(Work, frozen=True):
     h: m.GetTensor
 
 
-@dataclass(frozen=True, slots=True)
-class Copy(Work):
+class Copy(Work, frozen=True):
     h: m.CopyTensor
 
 
-@dataclass(frozen=True, slots=True)
-class Compile(Work):
+class Compile(Work, frozen=True):
     h: m.GraphPut
     graph: Graph
 
 
-@dataclass(frozen=True, slots=True)
-class Compute(Work):
+class Compute(Work, frozen=True):
     h: m.StageCompute
     graph: Graph
 
 
-@dataclass(frozen=True, slots=True)
-class EndSession(Work):
+class EndSession(Work, frozen=True):
     """DRAIN: free all that the session holds."""
 
 
-@dataclass(frozen=True, slots=True)
-class GiveUp(Work):
+class GiveUp(Work, frozen=True):
     """RELEASE: free what ended sessions have left."""
 
 
-@dataclass(frozen=True, slots=True)
-class Count(Work):
+class Count(Work, frozen=True):
     """STATS."""
 
 
-@dataclass(frozen=True, slots=True)
-class Describe(Work):
+class Describe(Work, frozen=True):
     """DEVICE_INFO: what the device can run."""
 
 

@@ -8,7 +8,8 @@ Source: Kwon et al. (PagedAttention) for the pages.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 from protocol.dtypes import TYPES, GGMLType, row_bytes
 
@@ -22,8 +23,7 @@ N_RESERVED_SLOTS = 2
 ALIGN = 64
 
 
-@dataclass(frozen=True, slots=True)
-class Cells:
+class Cells(Struct, frozen=True):
     """A row of keys and one of values for each token.
 
     Attributes:
@@ -38,8 +38,7 @@ class Cells:
     window: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class States:
+class States(Struct, frozen=True):
     """Float32 arrays whose size does not depend on how many tokens were read; they cannot be rewound.
 
     Attributes:
@@ -52,8 +51,7 @@ class States:
 Keeps = Cells | States | None
 
 
-@dataclass(frozen=True, slots=True)
-class Room:
+class Room(Struct, frozen=True):
     """What the memory of a loaded model has room for, the same in all layers.
 
     Attributes:
@@ -76,8 +74,7 @@ class Room:
         return self.n_slots > 0
 
 
-@dataclass(frozen=True, slots=True)
-class LayerMemory:
+class LayerMemory(Struct, frozen=True):
     """A layer's memory on a device, in a buffer of its own."""
 
     keeps: Keeps

@@ -113,9 +113,10 @@ def _run(args: argparse.Namespace) -> int:
             raise ConfigError("-sys and -sysf both give the system message; leave one of them out")
         args.system_prompt = text_of("-sysf", args.system_prompt_file)
     config = model_config(args, n_batch=args.batch_size)
-    vocabulary = Vocabulary(GGUF(config.path))
+    file = GGUF(config.path)
+    vocabulary = Vocabulary(file)
     template = _template(args, vocabulary)
-    with open_session(config) as model:
+    with open_session(config, file) as model:
         hp = model.arch.hp
         if len(vocabulary.tokens) != hp.n_vocab:
             raise FormatError(f"{config.path.name}: {len(vocabulary.tokens)} tokens in the vocabulary, "

@@ -11,6 +11,7 @@ from config.terminal import print_line
 from ggmq.bus import BusConfig
 from ggmq.cli.options import keys_of, model_path
 from ggmq.cli.progress import progress_bars
+from ggmq.gguf import GGUF
 from ggmq.model import Model, ModelConfig, load
 from ggmq.placement import Assignment
 from protocol import messages as m
@@ -38,9 +39,9 @@ def model_config(args: argparse.Namespace, n_ctx: int = 0, n_seq: int = 1, n_bat
 
 
 @contextlib.contextmanager
-def open_session(config: ModelConfig) -> Iterator[Model]:
-    """The model, loaded, with bars while it is. Everything ends with the block."""
-    with load(config, progress_bars, note) as model:
+def open_session(config: ModelConfig, file: GGUF | None = None) -> Iterator[Model]:
+    """The model, loaded, with bars while it is. Everything ends with the block. file: as `load`'s."""
+    with load(config, progress_bars, note, file) as model:
         yield model
 
 
