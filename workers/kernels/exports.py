@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -36,9 +37,10 @@ def _add(dispatcher: Any, returns: Any, arguments: tuple[Any, ...]) -> str:
     return name
 
 
-def exported(dispatcher: Any) -> Any:
-    """What to call instead of a compiled function of int64 of another module."""
-    arguments = (types.int64,) * len(inspect.signature(dispatcher.py_func).parameters)
+def exported(dispatcher: Any, floats: Sequence[str] = ()) -> Any:
+    """What to call instead of a compiled function of another module: of int64, but for the parameters that are float32."""
+    names = inspect.signature(dispatcher.py_func).parameters
+    arguments = tuple(types.float32 if name in floats else types.int64 for name in names)
     return types.ExternalFunction(_add(dispatcher, types.void, arguments), types.void(*arguments))
 
 

@@ -81,10 +81,10 @@ LEAD, HELP, WAKE, PACK_ROWS, UNPACK_ROWS = range(5)
 N_WORDS = 9
 """int64 arguments of the one compiled function: what it is called for, and eight more."""
 TEAM = "team"
-KERNEL_UNITS = ("attention", "paged", "products", "rows0", "rows1", "packing", "scans")
+KERNEL_UNITS = ("attention", "products", "rows0", "rows1", "packing", "scans")
 PIECE_UNITS = (*(t.name for t in KINDS[:N_QUANTIZED]), "tiles", "floats")
-COLUMNS = "columns"
-UNITS = (*KERNEL_UNITS, TEAM, *PIECE_UNITS, COLUMNS)
+LATER_UNITS = ("flash", "paged", "columns")
+UNITS = (*KERNEL_UNITS, TEAM, *PIECE_UNITS, *LATER_UNITS)
 """What is compiled by itself, the longest first."""
-STAGES = (PIECE_UNITS, KERNEL_UNITS, (COLUMNS,), (TEAM,))
+STAGES = (PIECE_UNITS, KERNEL_UNITS, LATER_UNITS, (TEAM,))
 """The same in the order in which it is linked: a unit calls those of earlier stages."""

@@ -10,11 +10,15 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from workers.kernels.attention import clear, finish, merge, sink, state_bytes, tile_block
+from workers.kernels import attention
+from workers.kernels.attention import HIDDEN, sink, state_bytes
+from workers.kernels.exports import exported
 from workers.kernels.layout import BLOCK, CHUNK, TILE, TOGETHER
 from workers.kernels.simd import float_to_half, half_to_float, load8, load16, load32, load64, store16, store64
 
-HIDDEN = 0xFC00
+_clear, _merge = exported(attention.clear), exported(attention.merge)
+_finish = exported(attention.finish, floats=("sink",))
+_tile_block = exported(attention.tile_block, floats=("scale", "softcap"))
 Q8_BYTES = 34
 """Of a block of 32 elements of Q8_0: its scale as float16, then int8."""
 
@@ -79,7 +83,7 @@ def _tile(  # type: ignore[no-untyped-def]
     keys = written + 2 * BLOCK * TILE
     values = keys + 2 * BLOCK * d
     for i in range(n):
-        clear(load64(states + 8 * i), d_v)
+        _clear(load64(states + 8 * i), d_v)
     for cell in range(chunk * CHUNK, (chunk + 1) * CHUNK, BLOCK):
         n_found, known, mask, seen = 0, -1, 0, False
         for i in range(n):
@@ -105,7 +109,7 @@ def _tile(  # type: ignore[no-untyped-def]
         if v_q8 != 0:
             _halves(values_at, v_row, d_v, values)
             values_at, values_row = values, 2 * d_v
-        tile_block(n_found, queries, masks, d, keys_at, keys_row, values_at, values_row, d_v, BLOCK, scale, softcap, states,
+        _tile_block(n_found, queries, masks, d, keys_at, keys_row, values_at, values_row, d_v, BLOCK, scale, softcap, states,
                    scratch)  # fmt: skip
 
 
@@ -149,7 +153,7 @@ def paged_attend(  # type: ignore[no-untyped-def]
                     last = max(last, load32(n_seen + 4 * token))
                     if parts == 0:
                         store64(states + 8 * i, fresh + i * size)
-                        clear(totals + i * size, d_v)
+                        _clear(totals + i * size, d_v)
                 for chunk in range(n_chunks if parts != 0 else (last + CHUNK - 1) // CHUNK):
                     mine = low <= task < high
                     if parts != 0:
@@ -163,11 +167,11 @@ def paged_attend(  # type: ignore[no-untyped-def]
                           table, chunk, n_seen, window, scale, softcap, states, scratch, masks)  # fmt: skip
                     if parts == 0:
                         for i in range(n):
-                            merge(totals + i * size, fresh + i * size, d_v)
+                            _merge(totals + i * size, fresh + i * size, d_v)
                 if parts == 0:
                     task += 1
                     for i in range(n):
                         token, head = start + (first + i) // group, kv_head * group + (first + i) % group
-                        finish(totals + i * size, sink(sinks, head), d_v, y + 4 * d_v * (token * n_head + head))
+                        _finish(totals + i * size, sink(sinks, head), d_v, y + 4 * d_v * (token * n_head + head))
             start = end
     return True

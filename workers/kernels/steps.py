@@ -314,7 +314,7 @@ class SsmScan(Step, frozen=True, kw_only=True):
 # -- attention ---------------------------------------------------------------------------------------------------------
 
 
-@step("attention.attend", "FLASH_ATTN_EXT")
+@step("flash.attend", "FLASH_ATTN_EXT")
 class Attend(Step, frozen=True, kw_only=True):
     """FLASH_ATTN_EXT; of `mask`, `sinks` and `parts` 0 means none. With `parts` a `MergeParts` must follow."""
 
@@ -347,7 +347,7 @@ class Attend(Step, frozen=True, kw_only=True):
     parts: Address
 
 
-@step("attention.merge_parts", "FLASH_ATTN_EXT merge")
+@step("flash.merge_parts", "FLASH_ATTN_EXT merge")
 class MergeParts(Step, frozen=True, kw_only=True):
     """The second half of an attention that was split over the context."""
 
