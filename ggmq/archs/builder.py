@@ -147,15 +147,8 @@ class GraphBuilder:
     def top_k(self, x: T, k: int) -> T:
         return self._node("TOP_K", GGMLType.I32, (k, *self.ne(x)[1:]), (x,))
 
-    def arange(self, n: int) -> T:
-        """0, 1, ... n - 1 as float32."""
-        return self._node("ARANGE", GGMLType.F32, (n,), (), (f32_bits(0.0), f32_bits(float(n)), f32_bits(1.0)))
-
     def repeat(self, x: T, *ne: int) -> T:
         return self._node("REPEAT", self.tensors[x].type, ne, (x,))
-
-    def sub(self, a: T, b: T) -> T:
-        return self._like("SUB", a, b)
 
     def dup(self, x: T, type_id: int) -> T:
         """x converted to another type."""

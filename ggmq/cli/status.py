@@ -91,7 +91,7 @@ def _devices(client: Client, planned: dict[int, dict[str, Any]]) -> list[dict[st
             s = client.stats(i)
             entry |= {"total_bytes": d.total_bytes, "free_bytes": s.free_bytes, "buffer_bytes": s.buffer_bytes,
                       "kept_bytes": s.kept_bytes, "n_buffers": s.n_buffers, "n_sessions": s.n_sessions,
-                      "n_graphs_run": s.n_computes, "planned": planned.get(i)}  # fmt: skip
+                      "n_graphs_run": s.n_computes, "n_fallbacks": s.n_fallbacks, "planned": planned.get(i)}  # fmt: skip
         out.append(entry)
     return out
 
@@ -122,5 +122,6 @@ def _print(c: dict[str, Any]) -> None:
         kept = f", {d['kept_bytes'] // MIB} MiB kept for the next run" if d["kept_bytes"] else ""
         p = d["planned"]
         planned = f", planned: layers {p['first_layer']}-{p['last_layer']} of {p['model']}" if p else ""
+        slow = f", {d['n_fallbacks']} nodes of them in NumPy" if d["n_fallbacks"] else ""
         print_line(f"{begin}{d['total_bytes'] // MIB} MiB, {d['free_bytes'] // MIB} MiB free, {loaded}{kept}, "
-                   f"{d['n_graphs_run']} graphs run{planned}")  # fmt: skip
+                   f"{d['n_graphs_run']} graphs run{slow}{planned}")  # fmt: skip
