@@ -179,7 +179,12 @@ class Runner:
             candidates["logit"] = np.frombuffer(raw.pop(0), np.float32).reshape(candidates.shape)
         if b.n_logits:
             given[ALL] = np.frombuffer(raw.pop(0), np.float32).reshape(b.n_logits, self.arch.hp.n_vocab)
-        return [given[min(want, 1)][rows.start : rows.stop] if rows else np.empty(0, np.int32) for want, rows in sent.wants]
+        out = []
+        for want, rows in sent.wants:
+            kind = 1 if want == ARGMAX and b.n_top else min(want, 1)
+            taken = given[kind][rows.start : rows.stop] if rows else np.empty(0, np.int32)
+            out.append(_greedy(taken) if want == ARGMAX and kind == 1 and rows else taken)
+        return out
 
     def _compile(self, batch: Batch) -> Compiled:
         known = self._graphs.get(batch)
@@ -209,6 +214,13 @@ class Runner:
         return (np.log(np.floor(np.array(x.positions) / length) + 1) * scale + 1).astype(np.float32).tobytes()
 
 
+def _greedy(candidates: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
+    """The token with the largest logit of each row, of several the first, as ARGMAX takes it."""
+    logits = np.where(np.isnan(candidates["logit"]), -np.inf, candidates["logit"])
+    largest = logits == logits.max(1, keepdims=True)
+    return np.where(largest, candidates["id"], np.iinfo(np.int32).max).min(1).astype(np.int32)
+
+
 class _Layout:
     """Where the tokens of a batch stand, padded to sizes that many share. Padding sees nothing and writes to scrap."""
 
@@ -216,18 +228,18 @@ class _Layout:
         self.parts, self.room = parts, room
         self.tokens, self.positions, self.rows = list[int](), list[int](), list[int]()
         groups: dict[int, list[int]] = {}
-        self.wants, self.top_k, longest = [], 0, 0
+        self.wants, longest = [], 0
+        self.top_k = max((p.want for p in parts if p.outputs), default=0)
+        greedy = 1 if self.top_k > 0 else ARGMAX  # beside candidates it is one of them: fewer shapes
         for row, p in enumerate(parts):
             start, n = len(self.tokens), len(p.tokens)
-            self.tokens += p.tokens
-            self.positions += range(p.first, p.first + n)
+            self.tokens.extend(p.tokens)
+            self.positions.extend(range(p.first, p.first + n))
             self.rows += [row] * n
             longest = max(longest, p.first + n)
-            known = groups.setdefault(min(p.want, 1), [])
+            known = groups.setdefault(greedy if p.want == ARGMAX else min(p.want, 1), [])
             self.wants.append((p.want, range(len(known), len(known) + len(p.outputs))))
             known += [start + i for i in p.outputs]
-            if p.want > self.top_k and p.outputs:
-                self.top_k = p.want
         self.n, self.n_seqs = len(self.tokens), bucket(len(parts))
         self.n_pages = max(MIN_PAGES, 1 << ((longest - 1) // PAGE).bit_length())
         self.n_seen = [at + 1 for at in self.positions]
