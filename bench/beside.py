@@ -15,8 +15,10 @@ from pathlib import Path
 
 from ggmq.archs import open_arch
 from ggmq.cluster import Client, LocalBus
+from ggmq.engine import Engine
 from ggmq.gguf import GGUF
 from ggmq.model import Model, ModelConfig, place_model
+from ggmq.sampling import SamplingParams
 
 N_PAST = 16
 """Tokens of the one who generates."""
@@ -54,6 +56,7 @@ def main() -> None:
         decode, prompt = (loaded(client, gguf, 4096) for client in (first, second))
         for model in (decode, prompt):
             model.greedy([1] * N_PAST, 0)
+        engine = Engine(prompt)
         over = threading.Event()
         over.set()
         alone = gaps_s(decode, N_PAST, over, N_ALONE)
@@ -62,8 +65,9 @@ def main() -> None:
 
         def read() -> None:
             start = time.perf_counter()
-            for at in range(0, args.prompt, 512):
-                prompt.greedy([1] * min(512, args.prompt - at), N_PAST + at)
+            engine.add([1] * args.prompt, SamplingParams(temperature=0), 1)
+            while engine.busy:
+                engine.step()
             took.append(time.perf_counter() - start)
             over.set()
 
