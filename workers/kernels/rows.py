@@ -345,12 +345,20 @@ def _id(ids, id_bytes, r):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True)
+def _inside(ids, id_bytes, n_ids, n):  # type: ignore[no-untyped-def]
+    """Whether all ids are of 0..n - 1."""
+    for i in range(n_ids):
+        which = _id(ids, id_bytes, i)
+        if which < 0 or which >= n:
+            return False
+    return True
+
+
+@njit(nogil=True)
 def store_halves(x, x_row, n_rows, n, ids, id_bytes, y, y_row, n_y, t, n_threads):  # type: ignore[no-untyped-def]
     """False: an id points outside; nothing is stored then, whatever the others do."""
-    for r in range(n_rows):
-        row = _id(ids, id_bytes, r)
-        if row < 0 or row >= n_y:
-            return False
+    if not _inside(ids, id_bytes, n_rows, n_y):
+        return False
     for r in range(n_rows * t // n_threads, n_rows * (t + 1) // n_threads):
         a = carray(as_floats(x + r * x_row), n)
         d = carray(as_halves(y + _id(ids, id_bytes, r) * y_row), n)
@@ -362,10 +370,8 @@ def store_halves(x, x_row, n_rows, n, ids, id_bytes, y, y_row, n_y, t, n_threads
 @njit(nogil=True)
 def store_floats(x, x_row, n_rows, n, ids, id_bytes, y, y_row, n_y, t, n_threads):  # type: ignore[no-untyped-def]
     """As `store_halves`."""
-    for r in range(n_rows):
-        row = _id(ids, id_bytes, r)
-        if row < 0 or row >= n_y:
-            return False
+    if not _inside(ids, id_bytes, n_rows, n_y):
+        return False
     for r in range(n_rows * t // n_threads, n_rows * (t + 1) // n_threads):
         a = carray(as_floats(x + r * x_row), n)
         d = carray(as_floats(y + _id(ids, id_bytes, r) * y_row), n)
@@ -389,10 +395,8 @@ def argmax(x, x_row, n_rows, n, y, t, n_threads):  # type: ignore[no-untyped-def
 @njit(nogil=True)
 def store_q8(x, x_row, n_rows, n, ids, id_bytes, y, y_row, n_y, t, n_threads):  # type: ignore[no-untyped-def]
     """Blocks as ggml makes them. False: an id points outside; nothing is stored then, whatever the others do."""
-    for r in range(n_rows):
-        row = _id(ids, id_bytes, r)
-        if row < 0 or row >= n_y:
-            return False
+    if not _inside(ids, id_bytes, n_rows, n_y):
+        return False
     for r in range(n_rows * t // n_threads, n_rows * (t + 1) // n_threads):
         a, to = carray(as_floats(x + r * x_row), n), y + _id(ids, id_bytes, r) * y_row
         for j in range(n // 32):

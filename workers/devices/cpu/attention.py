@@ -82,6 +82,23 @@ def set_rows(b: Binder, n: Node) -> bool:
     return True
 
 
+def _parts(b: Binder, n_queries: int, n_kv: int, d_v: int) -> Span:
+    """Where the halves of an attention that is divided over the context meet."""
+    n_bytes = layout.parts_bytes(n_queries, n_kv, d_v)
+    return b.scratch.shared(("parts", n_bytes), n_bytes)[0]
+
+
+def _add(
+    b: Binder, n: Node, attend: steps.Attend | steps.PagedAttend, merge: steps.MergeParts, between: Span | None
+) -> None:
+    """An attention in one step, or in two with `between` them."""
+    if between is None:
+        b.add(n, attend)
+        return
+    b.program.add(n, attend, [b.place(j) for j in n.tensor.src if j >= 0], [between])
+    b.program.add(n, merge, [between], [b.place(n.index)])
+
+
 @BINDINGS.of("FLASH_ATTN_EXT")
 def flash_attn_ext(b: Binder, n: Node) -> bool:
     q, k, v, mask = n.req(0), n.req(1), n.req(2), n.opt(3)
@@ -95,11 +112,8 @@ def flash_attn_ext(b: Binder, n: Node) -> bool:
     src = n.tensor.src
     d, d_v, n_tokens, n_head, n_seq, n_kv = q.ne[0], v.ne[0], q.ne[1], q.ne[2], q.ne[3], k.ne[1]
     split = n_tokens * n_seq * k.ne[2] < SPLIT_QUERIES
-    between: list[Span] = []
-    if split:
-        n_bytes = layout.parts_bytes(n_tokens * n_head * n_seq, n_kv, d_v)
-        between = [b.scratch.shared(("parts", n_bytes), n_bytes)[0]]
-    parts = b.memory.address(between[0]) if split else 0
+    between = _parts(b, n_tokens * n_head * n_seq, n_kv, d_v) if split else None
+    parts = b.memory.address(between) if between is not None else 0
     sinks = b.address(src[4]) if len(src) > 4 and src[4] >= 0 else 0
     y = b.address(n.index)
     attend = steps.Attend(
@@ -111,13 +125,9 @@ def flash_attn_ext(b: Binder, n: Node) -> bool:
         softcap=n.params["logit_softcap"], sinks=sinks, y=y, parts=parts,
     )  # fmt: skip
     b.need(layout.attention_scratch_bytes(d, d_v))
-    if not split:
-        b.add(n, attend)
-        return True
-    b.program.add(n, attend, [b.place(j) for j in src if j >= 0], between)
     merge = steps.MergeParts(d_v=d_v, n_tokens=n_tokens, n_head=n_head, n_seq=n_seq, n_kv=n_kv, sinks=sinks, y=y,
                              parts=parts)  # fmt: skip
-    b.program.add(n, merge, between, [b.place(n.index)])
+    _add(b, n, attend, merge, between)
     return True
 
 
@@ -131,11 +141,8 @@ def paged_attn(b: Binder, n: Node) -> bool:
         return False
     src, (d, n_tokens, n_head, _), d_v, n_kv = n.tensor.src, q.ne, v.ne[0], layout.BLOCK * pages.ne[0]
     split = n_tokens * k.ne[2] < SPLIT_QUERIES
-    between: list[Span] = []
-    if split:
-        n_bytes = layout.parts_bytes(n_tokens * n_head, n_kv, d_v)
-        between = [b.scratch.shared(("parts", n_bytes), n_bytes)[0]]
-    parts = b.memory.address(between[0]) if split else 0
+    between = _parts(b, n_tokens * n_head, n_kv, d_v) if split else None
+    parts = b.memory.address(between) if between is not None else 0
     sinks_at, y = b.address(src[6]) if sinks is not None else 0, b.address(n.index)
     attend = steps.PagedAttend(
         q=b.address(src[0]), q_row=q.nb[1], q_head=q.nb[2], d=d, n_tokens=n_tokens, n_head=n_head, k=b.address(src[1]),
@@ -146,11 +153,7 @@ def paged_attn(b: Binder, n: Node) -> bool:
         softcap=n.params["logit_softcap"], sinks=sinks_at, y=y, parts=parts, node=n.index,
     )  # fmt: skip
     b.need(layout.paged_scratch_bytes(d, d_v))
-    if not split:
-        b.add(n, attend)
-        return True
-    b.program.add(n, attend, [b.place(j) for j in src if j >= 0], between)
     merge = steps.MergeParts(d_v=d_v, n_tokens=n_tokens, n_head=n_head, n_seq=1, n_kv=n_kv, sinks=sinks_at, y=y,
                              parts=parts)  # fmt: skip
-    b.program.add(n, merge, between, [b.place(n.index)])
+    _add(b, n, attend, merge, between)
     return True
