@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterable, Sequence
 from msgspec import Struct, field
 
 from ggmq.archs.base import Arch
-from ggmq.archs.memory import LayerMemory, Room
+from ggmq.archs.memory import LayerMemory, Room, aligned
 from ggmq.archs.stage import Placed, Stage
 from ggmq.cluster import Client
 from ggmq.gguf import TensorInfo
-from ggmq.placement import ALIGN, Assignment
+from ggmq.placement import Assignment
 from protocol import limits
 from protocol import messages as m
 from protocol.content import content_name
@@ -108,7 +108,7 @@ class Loader:
             part = Part(assignment.device, self.client.new_buffer(), [], 0)
             for t in tensors:
                 part.placed.append(Placed(t, part.buffer, part.n_bytes))
-                part.n_bytes += -(-t.n_bytes // ALIGN) * ALIGN
+                part.n_bytes += aligned(t.n_bytes)
             if il >= 0:
                 part.memory = LayerMemory(self.arch.memory(il), self.room, self.client.new_buffer())
             placed.parts[il] = part

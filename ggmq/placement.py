@@ -8,14 +8,11 @@ from collections.abc import Sequence
 from msgspec import Struct
 
 from ggmq.archs.base import Arch
-from ggmq.archs.memory import LayerMemory, Room
+from ggmq.archs.memory import LayerMemory, Room, aligned
 from ggmq.archs.stage import Stage
 from ggmq.gguf import TensorInfo
 from protocol import messages as m
 from protocol.errors import ConfigError, OutOfMemory
-
-ALIGN = 64
-"""Weights in a buffer begin at multiples of this."""
 
 SCRATCH_BYTES = 32 << 20
 """Room kept on each device for a graph's intermediate results."""
@@ -178,7 +175,7 @@ def model_sizes(arch: Arch, room: Room) -> ModelSizes:
 
 
 def _aligned(tensors: Sequence[TensorInfo]) -> int:
-    return sum(-(-t.n_bytes // ALIGN) * ALIGN for t in tensors)
+    return sum(aligned(t.n_bytes) for t in tensors)
 
 
 def device_memory(infos: Sequence[m.ListedDevice]) -> list[DeviceMemory]:

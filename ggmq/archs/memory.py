@@ -21,6 +21,12 @@ ZERO_SLOT, SCRAP_SLOT = 0, 1
 """Slots that no sequence has: one holds zeros, where a sequence that begins reads from, and padding writes to the other."""
 N_RESERVED_SLOTS = 2
 ALIGN = 64
+"""Weights, and parts of a layer's memory, begin in a buffer at multiples of this."""
+
+
+def aligned(n_bytes: int) -> int:
+    """Where what comes behind so many bytes begins."""
+    return -(-n_bytes // ALIGN) * ALIGN
 
 
 class Cells(Struct, frozen=True):
@@ -99,12 +105,12 @@ class LayerMemory(Struct, frozen=True):
         out, at = {}, 0
         for name, (kind, n, n_rows) in rows.items():
             out[name] = (kind, n, n_rows, at)
-            at += -(-row_bytes(kind, n) * n_rows // ALIGN) * ALIGN
+            at += aligned(row_bytes(kind, n) * n_rows)
         return out
 
     @property
     def n_bytes(self) -> int:
-        return sum(-(-row_bytes(kind, n) * n_rows // ALIGN) * ALIGN for kind, n, n_rows, _ in self.parts().values())
+        return sum(aligned(row_bytes(kind, n) * n_rows) for kind, n, n_rows, _ in self.parts().values())
 
     def has_window(self, window: int) -> bool:
         return isinstance(self.keeps, Cells) and self.keeps.window == window

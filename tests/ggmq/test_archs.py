@@ -12,14 +12,14 @@ import pytest
 from ggmq.archs import ARCHS, open_arch
 from ggmq.archs.keys import EVERY, READ
 from ggmq.archs.stage import Batch, Placed, Stage
-from ggmq.cluster import Client, LocalBus
+from ggmq.cluster import Client
 from ggmq.engine import Engine
 from ggmq.gguf import GGUF
 from protocol.errors import FormatError
 from protocol.graph import Graph
 from protocol.ops import op_of
 from tests.support.fixtures import ROOT, nmse
-from tests.support.loaded import loaded
+from tests.support.loaded import cpu_workers, loaded
 from tests.support.random_models import (
     KEYS,
     NORMED_QK,
@@ -62,12 +62,8 @@ def refusal(folder: Path, m: Model) -> str:
 
 @pytest.fixture(scope="module")
 def one() -> Iterator[Client]:
-    started = LocalBus()
-    try:
-        started.spawn("CPU", 1)
-        yield started.start()
-    finally:
-        started.close()
+    with cpu_workers(1) as client:
+        yield client
 
 
 def logits(client: Client, folder: Path, m: Model, n_ctx: int = 256, tokens: int = 20, n_seq: int = 1) -> np.ndarray:

@@ -27,7 +27,7 @@ from protocol.dtypes import GGMLType
 from protocol.errors import ConfigError, FormatError, HandleError, OutOfMemory
 from tests.support.fixtures import free_port, nmse
 from tests.support.gguf_factory import tiny_model
-from tests.support.loaded import loaded
+from tests.support.loaded import cpu_workers, loaded
 from tests.support.processes import WORKER, started
 from tests.support.random_models import base, write
 
@@ -38,13 +38,8 @@ SPLITS = {"1 worker": [1], "2 workers": [1, 1], "3 workers": [1, 1, 1]}
 
 @pytest.fixture(scope="module")
 def three() -> Iterator[Client]:
-    started = LocalBus()
-    try:
-        for _ in range(3):
-            started.spawn("CPU", 1)
-        yield started.start()
-    finally:
-        started.close()
+    with cpu_workers(3) as client:
+        yield client
 
 
 @dataclass(frozen=True)

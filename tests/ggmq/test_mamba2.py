@@ -12,7 +12,7 @@ import pytest
 from ggmq.archs.mamba2 import Mamba2
 from ggmq.archs.memory import N_RESERVED_SLOTS, SCRAP_SLOT, ZERO_SLOT, Room
 from ggmq.archs.stage import Batch, Placed, Stage
-from ggmq.cluster import Client, LocalBus
+from ggmq.cluster import Client
 from ggmq.engine import Engine
 from ggmq.gguf import GGUF
 from ggmq.sampling import SamplingParams
@@ -21,6 +21,7 @@ from protocol.encoding import encode_graph, graph_digest
 from protocol.errors import FormatError
 from tests.support import mamba2
 from tests.support.fixtures import nmse
+from tests.support.loaded import cpu_workers
 from tests.support.loaded import loaded as loaded_model
 from tests.support.random_models import Model, base, write
 
@@ -160,13 +161,8 @@ def test_a_file_without_its_sizes_is_refused(tmp_path: Path, key: str) -> None:
 
 @pytest.fixture(scope="module")
 def two() -> Iterator[Client]:
-    started = LocalBus()
-    try:
-        for _ in range(2):
-            started.spawn("CPU", 1)
-        yield started.start()
-    finally:
-        started.close()
+    with cpu_workers(2) as client:
+        yield client
 
 
 SPLITS = pytest.mark.parametrize("split", [[1], [1, 1]], ids=["1 worker", "2 workers"])

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from ggmq.archs import ARCHS
-from ggmq.cluster import Client, LocalBus
+from ggmq.cluster import Client
 from ggmq.engine import Engine
 from ggmq.gguf import GGUF
 from ggmq.runner import ALL, Rows
 from tests.support.fixtures import MODELS, nmse
 from tests.support.gguf_factory import tiny_model
-from tests.support.loaded import loaded
+from tests.support.loaded import cpu_workers, loaded
 from workers.kernels.layout import KIND_OF
 
 EXACT_TYPES = ("f32", "f16", "bf16")
@@ -54,13 +54,8 @@ def test_every_architecture_has_a_recorded_model(shared: Path) -> None:
 
 @pytest.fixture(scope="module")
 def three() -> Iterator[Client]:
-    started = LocalBus()
-    try:
-        for _ in range(3):
-            started.spawn("CPU", 1)
-        yield started.start()
-    finally:
-        started.close()
+    with cpu_workers(3) as client:
+        yield client
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 30])

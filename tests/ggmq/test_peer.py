@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ggmq.cluster import Client, LocalBus
+from ggmq.cluster import Client
 from ggmq.engine import Engine
 from ggmq.gguf import GGUF
 from ggmq.sampling import SamplingParams
 from ggmq.tokenizer import Vocabulary
 from tests.support.architectures import N_VOCAB, VARIANTS, Variant, write
 from tests.support.fixtures import BUNDLED, nmse
-from tests.support.loaded import loaded
+from tests.support.loaded import cpu_workers, loaded
 
 pytestmark = [pytest.mark.peer, pytest.mark.skipif(find_spec("xllamacpp") is None, reason="xllamacpp is not installed")]
 
@@ -46,13 +46,8 @@ def peer(model: Path, requests: list[dict[str, object]], *more: str) -> list[dic
 
 @pytest.fixture(scope="module")
 def two() -> Iterator[Client]:
-    started = LocalBus()
-    try:
-        for _ in range(2):
-            started.spawn("CPU", 1)
-        yield started.start()
-    finally:
-        started.close()
+    with cpu_workers(2) as client:
+        yield client
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ggmq.archs import open_arch
-from ggmq.cluster import Client
+from ggmq.cluster import Client, LocalBus
 from ggmq.gguf import GGUF
 from ggmq.model import Model, ModelConfig, place_model
+
+
+@contextlib.contextmanager
+def cpu_workers(n: int) -> Iterator[Client]:
+    """A client of a bus of its own with so many workers, each a CPU device of one thread."""
+    bus = LocalBus()
+    try:
+        for _ in range(n):
+            bus.spawn("CPU", 1)
+        yield bus.start()
+    finally:
+        bus.close()
 
 
 def loaded(client: Client, file: GGUF | Path, n_ctx: int, split: Sequence[float] | None = None, order: Sequence[str] = (),
