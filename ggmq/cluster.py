@@ -65,6 +65,7 @@ class Client:
     ) -> None:  # fmt: skip
         """`cluster`: the id of the one whose broker is meant. Errors: ForeignCluster when another one answers."""
         self.endpoint, self.note = endpoint, note
+        self._context, self._keys, self._cluster = context, keys, cluster
         self._token = tokens.token(secrets.token_bytes(tokens.NAME_BYTES), "client", cluster) if cluster else b""
         self._socket = new_socket(context, zmq.DEALER, keys if endpoint.startswith("tcp") else None, server=False)
         self._poller = zmq.Poller()
@@ -102,6 +103,10 @@ class Client:
         if self._monitor is not None:
             close_monitored(self._socket, self._monitor)
         self._socket.close(linger=0)
+
+    def another(self) -> Client:
+        """A session of its own with the same broker, for another thread or another model. Errors: as for a new client."""
+        return Client(self._context, self.endpoint, self._keys, self.note, self._cluster)
 
     def new_buffer(self) -> int:
         """A number for a buffer of this session that no other has."""

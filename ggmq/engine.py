@@ -30,10 +30,15 @@ class Timings:
 
 
 class Made(NamedTuple):
-    """A token of a sequence. The last of them may be the one that ended it: see `sequence.finished`."""
+    """A token of a sequence. The last of them may be the one that ended it: see `sequence.finished`.
+
+    `logprob`: log-probability of the token, and `top` those of the most likely ones, where the sequence asks for them.
+    """
 
     sequence: Sequence
     token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(slots=True)
@@ -68,14 +73,20 @@ class Engine:
 
     # -- many sequences ------------------------------------------------------------------------------------------------
 
-    def add(self, tokens: Tokens[int], params: SamplingParams, n_predict: int = -1) -> Sequence:
+    def add(self, tokens: Tokens[int], params: SamplingParams, n_predict: int = -1, *, n_probs: int = -1) -> Sequence:
         """Have a sequence wait for its turn. It shares what others have read of the same beginning.
 
+        n_probs: as `Sequence.n_probs`.
         Errors: FormatError for a prompt that is empty or does not fit.
         """
-        sequence = Sequence(list(tokens), Sampler(params), n_predict)
+        sequence = Sequence(list(tokens), Sampler(params), n_predict, n_probs=n_probs)
         self.scheduler.add(sequence)
         return sequence
+
+    def adopt(self, sequence: Sequence) -> None:
+        """Go on with a sequence of an engine whose model is gone: what it has made stays, all of it is read again."""
+        sequence.held, sequence.n_read, sequence.n_under_way = None, 0, 0
+        self.scheduler.waiting.append(sequence)
 
     def leave(self, sequence: Sequence) -> None:
         """A sequence is not wanted any more: its memory is free for others."""

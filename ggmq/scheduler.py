@@ -29,6 +29,8 @@ class Sequence(Struct, eq=False):
         n_prompt: tokens of the prompt.
         n_predict: tokens to make at most; negative: no bound.
         all_logits: the logits of every token are wanted, and nothing is made.
+        n_probs: the log-probability of each token that is made is wanted, with so many of the most likely; negative: not.
+        n_cached: tokens that were there already when it first ran.
         n_read: tokens whose keys and values are there for certain; those up to `held.n_past` are on their way.
         held: what it holds while it runs.
         finished: why it has ended: `end` (of its own), `limit`, `context` (it is full), `left`; empty while it has not.
@@ -38,7 +40,9 @@ class Sequence(Struct, eq=False):
     sampler: Sampler
     n_predict: int = -1
     all_logits: bool = False
+    n_probs: int = -1
     n_prompt: int = 0
+    n_cached: int = 0
     n_read: int = 0
     held: Held | None = None
     finished: str = ""
@@ -179,6 +183,8 @@ class Scheduler:
                     return
                 s.held = self.store.begin(s.tokens)
                 s.n_read = s.held.n_past
+                if not s.n_made:
+                    s.n_cached = s.n_read
             self.running.append(self.waiting.popleft())
 
     def _decode(self, sequences: list[Sequence]) -> Step | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -176,14 +176,14 @@ class Vocabulary:
 
 
 class StreamDecoder:
-    """Turns tokens into text as they come and never gives half a character."""
+    """Turns tokens into text as they come and never gives half a character. `shown`: control tokens that are shown."""
 
-    def __init__(self, vocabulary: Vocabulary, special: bool = False) -> None:
-        self._vocabulary, self._special = vocabulary, special
+    def __init__(self, vocabulary: Vocabulary, special: bool = False, shown: Collection[int] = ()) -> None:
+        self._vocabulary, self._special, self._shown = vocabulary, special, shown
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, token: int) -> str:
-        return self._decoder.decode(self._vocabulary.piece(token, self._special))
+        return self._decoder.decode(self._vocabulary.piece(token, self._special or token in self._shown))
 
     def finish(self) -> str:
         """What was left of an unfinished character."""
