@@ -11,7 +11,7 @@ from pathlib import Path
 
 from config.cores import n_cores
 from config.keys import KeyPair
-from ggmq.cluster import Client, connect, local_bus
+from ggmq.cluster import Client, LocalBus, connect, local_bus
 from protocol import limits
 from protocol import messages as m
 from protocol.errors import ConfigError
@@ -50,18 +50,36 @@ class BusConfig:
     keys: KeyPair | None = None
 
 
+@dataclass(slots=True)
+class Bus:
+    """Attributes:
+    client: of the bus.
+    order: names of its workers, as devices are to be taken.
+    host: the worker that keeps the layers that `ngl` leaves here; empty for none.
+    """
+
+    client: Client
+    order: Sequence[str] = ()
+    host: str = ""
+    _local: LocalBus | None = None
+
+    def revive(self) -> bool:
+        """Have new workers for those of this host that have ended. Returns: whether any were started; they come by
+        themselves, under new names."""
+        replaced = self._local.replace_ended() if self._local is not None else {}
+        self.host = replaced.get(self.host, self.host)
+        return bool(replaced)
+
+
 @contextlib.contextmanager
 def open_bus(
     config: BusConfig, n_layers: int, model: Path, ngl: int | None, note: Callable[[str], None]
-) -> Iterator[tuple[Client, Sequence[str], str]]:
-    """A client of the bus, the order of its workers, and the worker that keeps the layers that `ngl` leaves here.
-
-    Errors: ConfigError, Unavailable, WorkerLost.
-    """
+) -> Iterator[Bus]:
+    """The bus, until the block ends. Errors: ConfigError, Unavailable, WorkerLost."""
     if config.broker:
         client = connect(config.broker, config.keys, note, config.cluster_id)
         try:
-            yield client, config.worker_order, ""
+            yield Bus(client, config.worker_order)
         finally:
             client.close()
         return
@@ -88,7 +106,7 @@ def open_bus(
         for endpoint in config.rpc:
             bus.add_remote(endpoint)
         host = bus.spawn(config.device, threads[n_local], [*extra, *pinned(n_local)]) if keep_here else ""
-        yield bus.start(), bus.names, host
+        yield Bus(bus.start(), bus.names, host, bus)
 
 
 def settled(client: Client, note: Callable[[str], None]) -> list[m.ListedDevice]:

@@ -283,6 +283,8 @@ class LocalBus:
         if listen is not None:
             self.broker.listen(listen)
         self.workers: list[subprocess.Popen[bytes]] = []
+        self._local: dict[str, tuple[subprocess.Popen[bytes], str, int, Sequence[str]]] = {}
+        self._n_spawned = 0
         self.remote: list[str] = []
         self.names: list[str] = []
         self._clients: list[Client] = []
@@ -296,7 +298,8 @@ class LocalBus:
 
     def spawn(self, device: str, threads: int, extra: Sequence[str] = ()) -> str:
         """Start a worker of this host; it dials in. Returns the name that its devices have on the bus."""
-        name = f"local{len(self.workers)}"
+        name = f"local{self._n_spawned}"
+        self._n_spawned += 1
         # the bus is a path of this host, but other workers that this one connects to may be anywhere
         security = ["--keys", self.keys.path] if self.keys is not None and self.keys.path else ["--insecure"]
         command = [*module_command("workers"), "--quiet", "-d", device, "-t", str(threads), *security,
@@ -304,8 +307,21 @@ class LocalBus:
         # a session of its own: Ctrl-C in the terminal reaches this process, which ends its workers itself
         self.workers.append(subprocess.Popen(command, env=module_environment(), start_new_session=True))
         self.broker.children[name] = self.workers[-1].poll
+        self._local[name] = (self.workers[-1], device, threads, extra)
         self.names.append(name)
         return name
+
+    def replace_ended(self) -> dict[str, str]:
+        """Start a worker for each of this host that has ended. Returns: the names of the ended with those of the new, which
+        have their places in `names`."""
+        replaced = {}
+        for name, (process, device, threads, extra) in list(self._local.items()):
+            if process.poll() is not None:
+                del self._local[name]
+                self.workers.remove(process)
+                replaced[name] = self.spawn(device, threads, extra)
+                self.names[self.names.index(name)] = self.names.pop()
+        return replaced
 
     def start(self, on_wait: Callable[[], None] | None = None) -> Client:
         """Run the broker and wait for every worker. Errors: WorkerLost names the one that did not come."""

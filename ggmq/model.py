@@ -83,9 +83,10 @@ def load(
     start = time.perf_counter()
     g = file or GGUF(config.path)
     arch = open_arch(g)
-    with open_bus(config.bus, arch.hp.n_layer, g.path.absolute(), config.ngl, note) as (client, order, host):
+    with open_bus(config.bus, arch.hp.n_layer, g.path.absolute(), config.ngl, note) as bus:
+        client = bus.client
         client.note = note
-        model = place_model(config, arch, client, order, host, note)
+        model = place_model(config, arch, client, bus.order, bus.host, note)
         try:
             with progress() as show:
                 model.load(show)

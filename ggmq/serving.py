@@ -23,6 +23,8 @@ from ggmq.tokenizer import Vocabulary
 from ggmq.watching import BusWatch, Watched
 from protocol.errors import FormatError, GgmqError
 
+REVIVE_S = 5.0
+
 
 class Served(NamedTuple):
     """Services by name, and the bus beneath them."""
@@ -48,7 +50,8 @@ def serving(
     first = configs[0]
     files = [GGUF(c.path) for c in configs]
     archs = [open_arch(g) for g in files]
-    with open_bus(first.bus, archs[0].hp.n_layer, files[0].path.absolute(), first.ngl, note) as (client, order, host):
+    with open_bus(first.bus, archs[0].hp.n_layer, files[0].path.absolute(), first.ngl, note) as bus:
+        client = bus.client
         services: dict[str, Service] = {}
         clients: list[Client] = []
 
@@ -67,7 +70,9 @@ def serving(
 
                 def place(config: ModelConfig = config, arch=arch, own: Client = own) -> Model:  # type: ignore[no-untyped-def]
                     start = time.perf_counter()
-                    model = place_model(config, arch, own, order, host, note)
+                    if bus.revive():
+                        _await_all(own, bus.order)
+                    model = place_model(config, arch, own, bus.order, bus.host, note)
                     with progress() as show:
                         model.load(show)
                     model.ready_s = time.perf_counter() - start
@@ -89,6 +94,13 @@ def serving(
                     own.drain(DRAIN_S)
             for own in clients[1:]:
                 own.close()
+
+
+def _await_all(client: Client, names: Sequence[str]) -> None:
+    """Until the workers of these names are ready, or for REVIVE_S: what is missing then is done without."""
+    due = time.monotonic() + REVIVE_S
+    while not set(names) <= {d.worker for d in client.devices() if d.state == "ready"} and time.monotonic() < due:
+        time.sleep(0.05)
 
 
 def _free_name(stem: str, taken: dict[str, Service]) -> str:

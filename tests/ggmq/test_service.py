@@ -140,11 +140,13 @@ def test_a_worker_is_killed_and_the_text_goes_on() -> None:
             a.done()
         assert [a.text for a in again] == [a.text for a in alone]
         until(lambda: any(d.info.state == "lost" for d in watch.picture.devices.values()), 2)
-        assert "recovered" in [event for event, _ in seen] and len(service.model.stages) == 1
+        assert "recovered" in [event for event, _ in seen]
+        assert len(service.model.stages) == 2  # another worker was started in its place
 
 
 def test_nobody_is_left_and_requests_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ggmq.service.MEND_S", 1.0)
+    monkeypatch.setattr("ggmq.bus.Bus.revive", lambda bus: False)
     with serving([ModelConfig(BUNDLED, bus=BusConfig(workers=1))]) as (services, _):
         service = services["stories"]
         asked = Asked(service, "Once upon a time", n=-1, params=SamplingParams(banned=service.vocabulary.end_ids))
