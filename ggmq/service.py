@@ -28,6 +28,7 @@ IDLE_S = 0.25
 MEND_S = 60.0
 """So long requests wait for workers that can hold the model; then they fail, and may be asked again."""
 MEND_EVERY_S = 0.5
+CLOSING = "the server is shutting down"
 LATELY_S = 5
 """Seconds over which rates are told."""
 
@@ -161,9 +162,12 @@ class Job:
         self._service.left(self)
 
     def emit(self, event: Event) -> None:
-        if not self.cancelled:
-            with contextlib.suppress(RuntimeError):  # a loop that was closed
-                self._emit(event)
+        if self.cancelled:
+            return
+        try:
+            self._emit(event)
+        except Exception:  # whoever asked cannot be told, which is no fault of the others
+            self.cancel()
 
     def take(self, made: Made, vocabulary: Vocabulary, is_end: bool) -> bool:
         """A token was made. Returns: whether a stop text has come."""
@@ -229,6 +233,7 @@ class Service:
         self._place, self._told = place, told
         self._engine_of = engine or (lambda model: Engine(model, vocabulary.end_ids))
         self._engine = self._engine_of(model)
+        model.client.on_wait = self._look
         self._queue: FairQueue[Job] = FairQueue(n_queue)
         self._lock = threading.Condition()
         self._running: dict[int, Job] = {}
@@ -266,7 +271,7 @@ class Service:
         job = Job(self, request, emit)
         with self._lock:
             if self._closing:
-                raise Unavailable("the server is shutting down")
+                raise Unavailable(CLOSING)
             if self.error:
                 raise Unavailable(self.error)
             self._queue.put(request.key, job)
@@ -334,7 +339,13 @@ class Service:
             except Exception as e:
                 self._fail(InternalError(f"{type(e).__name__}: {e}; this is a bug of ggmq, please report it"))
                 self._told("bug", error=e)
-        self._fail(Unavailable("the server is shutting down"))
+        self._engine.model.client.on_wait = None
+        self._fail(Unavailable(CLOSING))
+
+    def _look(self) -> None:
+        """Nothing is waited for when it is closing, whatever a worker does."""
+        if self._closing:
+            raise Unavailable(CLOSING)
 
     def _idle(self) -> None:
         with self._lock:
@@ -424,8 +435,9 @@ class Service:
         for job in jobs:
             if job.sequence is not None:
                 self._engine.leave(job.sequence)
-        with contextlib.suppress(GgmqError):
-            self._engine.abandon()
+        if not self._closing:
+            with contextlib.suppress(GgmqError):
+                self._engine.abandon()
         with self._lock:
             while self._queue and (self._closing or self.error):
                 jobs.append(self._queue.take())

@@ -144,6 +144,30 @@ def test_a_worker_is_killed_and_the_text_goes_on() -> None:
         assert len(service.model.stages) == 2  # another worker was started in its place
 
 
+def test_an_asker_that_fails_harms_nobody(service: Service) -> None:
+    def broken(event: Event) -> None:
+        raise ValueError("no")
+
+    tokens = service.vocabulary.encode("Once upon a time")
+    service.submit(Request(tokens, GREEDY, 200), broken)
+    asked = Asked(service, "Once upon a time")
+    assert asked.done().reason == "length"
+    until(lambda: idle(service), 5)
+
+
+def test_it_closes_though_a_worker_sleeps() -> None:
+    with serving([ModelConfig(BUNDLED, bus=BusConfig(workers=1))]) as (services, _):
+        service = services["stories"]
+        asked = Asked(service, "Once upon a time", n=-1, params=SamplingParams(banned=service.vocabulary.end_ids))
+        asked.until_text()
+        for pid in children_of(os.getpid()):
+            if _is_worker(pid):
+                os.kill(pid, signal.SIGSTOP)
+        service.close()
+        with pytest.raises(GgmqError, match="shutting down"):
+            asked.done()
+
+
 def test_nobody_is_left_and_requests_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ggmq.service.MEND_S", 1.0)
     monkeypatch.setattr("ggmq.bus.Bus.revive", lambda bus: False)
