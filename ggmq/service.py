@@ -144,7 +144,7 @@ class Job:
     """A request on its way. `cancel` may be called from any thread; nothing is emitted after it."""
 
     def __init__(self, service: Service, request: Request, emit: Emit) -> None:
-        self.request, self.number = request, 0
+        self.request, self.number, self.model = request, 0, service.name
         self._service, self._emit = service, emit
         self.cancelled = False
         self.slot = -1
