@@ -69,7 +69,8 @@ class Engine:
 
     def __post_init__(self) -> None:
         self.n_batch = min(self.n_batch, self.model.n_batch)
-        self.scheduler = Scheduler(self.model.store, self.model.n_ctx, len(self.model.stages), self.n_batch)
+        self.scheduler = Scheduler(self.model.store, self.model.n_ctx, len(self.model.stages), self.n_batch,
+                                   self.model.n_seq)  # fmt: skip
 
     # -- many sequences ------------------------------------------------------------------------------------------------
 

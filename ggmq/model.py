@@ -47,7 +47,9 @@ class ModelConfig:
     Attributes:
         path: the GGUF file.
         ctx_size: context of a sequence in tokens; 0: the model's, at most 4096.
-        n_seq: sequences that there is room for at once, each with a whole context.
+        n_seq: sequences that run at once, at most.
+        n_tokens: tokens of all sequences together that the KV cache has room for, at least one whole context; where it is
+            short the youngest wait. 0: a whole context for each.
         n_batch: tokens of prompts that are read at once, at most.
         tensor_split: shares of the layers, a device each; None: by free memory.
         ngl: layers on the lent devices, the first others stay on this host; None: all.
@@ -59,6 +61,7 @@ class ModelConfig:
     path: Path
     ctx_size: int = 0
     n_seq: int = 1
+    n_tokens: int = 0
     n_batch: int = 512
     tensor_split: Sequence[float] | None = None
     ngl: int | None = None
@@ -107,7 +110,8 @@ def place_model(
     Errors: OutOfMemory, ConfigError.
     """
     n_ctx = default_n_ctx(arch, config.ctx_size)
-    room = arch.room(n_ctx, config.n_seq, config.n_batch, config.cache_type_k, config.cache_type_v)
+    room = arch.room(n_ctx, config.n_seq, config.n_batch, config.cache_type_k, config.cache_type_v,
+                     config.n_tokens)  # fmt: skip
     infos = settled(client, note)
     placed = partial(plan, arch, room=room, split=config.tensor_split, ngl=config.ngl, host=host, order=order)
     try:
@@ -118,7 +122,7 @@ def place_model(
         infos = [msgspec.structs.replace(d, free_bytes=client.stats(i).free_bytes) if d.state == "ready" else d
                  for i, d in enumerate(infos)]  # fmt: skip
         assignments = placed(infos)
-    model = Model(client, arch, n_ctx, room, assignments, config.activations, config.n_batch)
+    model = Model(client, arch, n_ctx, room, assignments, config.activations, config.n_batch, config.n_seq)
     model.infos, model.note = infos, note
     return model
 
@@ -129,6 +133,7 @@ class Model:
     Attributes:
         n_ctx: the longest context of a sequence, in tokens.
         n_batch: tokens of prompts that there is room for at once.
+        n_seq: sequences that run at once, at most.
         stages: what lies where.
         store: who holds which pages of its memory.
         direct: activations go from worker to worker; otherwise they pass through the broker.
@@ -140,9 +145,9 @@ class Model:
 
     def __init__(
         self, client: Client, arch: Arch, n_ctx: int, room: Room, assignments: Sequence[Assignment],
-        activations: GGMLType = GGMLType.F32, n_batch: int = 512,
+        activations: GGMLType = GGMLType.F32, n_batch: int = 512, n_seq: int = 1,
     ) -> None:  # fmt: skip
-        self.client, self.arch, self.n_ctx, self.n_batch = client, arch, n_ctx, n_batch
+        self.client, self.arch, self.n_ctx, self.n_batch, self.n_seq = client, arch, n_ctx, n_batch, n_seq
         self.store = Store(room)
         self._loader = Loader(client, arch, room)
         self.stages = [PlacedStage(a) for a in assignments]

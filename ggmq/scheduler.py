@@ -96,11 +96,12 @@ class Step(Struct):
 class Scheduler:
     """Attributes:
     n_batch: tokens of prompts in a batch, at most.
+    n_seq: sequences that run at once, at most.
     n_turn: the same while others wait for the stages, or their tokens would come late.
     """
 
-    def __init__(self, store: Store, n_ctx: int, n_stages: int, n_batch: int) -> None:
-        self.store, self.n_ctx, self.n_stages = store, n_ctx, n_stages
+    def __init__(self, store: Store, n_ctx: int, n_stages: int, n_batch: int, n_seq: int) -> None:
+        self.store, self.n_ctx, self.n_stages, self.n_seq = store, n_ctx, n_stages, n_seq
         self.n_batch = self.n_turn = n_batch
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -172,7 +173,7 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Let those run that wait, in order, while there is room for the beginning of each."""
-        while self.waiting:
+        while self.waiting and len(self.running) < self.n_seq:
             s = self.waiting[0]
             if s.held is None:
                 n_shared = self.store.n_shared(s.tokens)

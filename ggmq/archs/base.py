@@ -311,9 +311,9 @@ class Arch:
 
     def room(
         self, n_ctx: int, n_seq: int = 1, n_batch: int = 512, k_type: GGMLType = GGMLType.F16,
-        v_type: GGMLType = GGMLType.F16,
+        v_type: GGMLType = GGMLType.F16, n_tokens: int = 0,
     ) -> Room:  # fmt: skip
-        """Room for so many sequences of `n_ctx` tokens.
+        """Room for so many sequences of `n_ctx` tokens; n_tokens: as `room_for`'s.
 
         Errors: ConfigError for a type that heads of this width cannot be held in.
         """
@@ -322,7 +322,7 @@ class Arch:
             if not all(fits(kind, keeps) for keeps in layers):
                 raise ConfigError(f"{self.gguf.path.name}: heads of {self.hp.d_k} elements: expected a multiple of "
                                   f"{TYPES[kind].block} for a KV cache of type {kind.name}; use f16")  # fmt: skip
-        return room_for(layers, n_ctx, n_seq, n_batch, k_type, v_type)
+        return room_for(layers, n_ctx, n_seq, n_batch, k_type, v_type, n_tokens)
 
     def layer_memory(self, layers: range, room: Room, buffer: int) -> dict[int, LayerMemory]:
         """The memory of each layer, in buffers that are numbered from `buffer` on."""

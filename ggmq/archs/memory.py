@@ -137,14 +137,19 @@ REWIND = 1024
 
 def room_for(
     layers: list[Keeps], n_ctx: int, n_seq: int, n_batch: int, k_type: GGMLType = GGMLType.F16,
-    v_type: GGMLType = GGMLType.F16,
+    v_type: GGMLType = GGMLType.F16, n_tokens: int = 0,
 ) -> Room:  # fmt: skip
-    """Room for so many sequences of `n_ctx` tokens, of which `n_batch` are read at once."""
+    """Room for so many sequences of `n_ctx` tokens, of which `n_batch` are read at once.
+
+    n_tokens: cells for all of them together, at least for one whole; 0: for all whole.
+    """
     whole = -(-n_ctx // PAGE)
+    in_all = max(whole, -(-n_tokens // PAGE)) if n_tokens else n_seq * whole
+    n_wholes = max(n_seq, in_all // whole)
     pages = {}
     for window in windows(layers):
         seen = min(whole, -(-(window + n_batch) // PAGE) + 1) if window else whole
-        behind = min(n_seq * (whole - seen), REWIND // PAGE)
-        pages[window] = n_seq * seen + behind + 1
+        behind = min(n_wholes * (whole - seen), REWIND // PAGE)
+        pages[window] = min(n_wholes * seen + behind, in_all) + 1
     has_states = any(isinstance(k, States) for k in layers)
     return Room(pages, N_RESERVED_SLOTS + 2 * n_seq if has_states else 0, k_type, v_type)

@@ -145,7 +145,7 @@ def test_where_pages_run_short_the_youngest_wait_and_all_have_their_tokens(three
         engine.start(p, GREEDY)
         alone.append(list(engine.generate(100)))
     three.drain()
-    model = loaded(three, path, 320, [1, 1], n_seq=2)  # ten pages, and the nine want up to five each
+    model = loaded(three, path, 320, [1, 1], n_seq=9, n_tokens=640)  # ten pages, and the nine want up to five each
     try:
         engine = Engine(model)
         sequences = [engine.add(p, GREEDY, 100) for p in prompts]

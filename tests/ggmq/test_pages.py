@@ -196,6 +196,10 @@ def test_the_room_of_a_window_does_not_grow_with_the_context() -> None:
     assert small.n_pages[0] * 8 > large.n_pages[0] > small.n_pages[0] * 7
     assert small.n_pages[1000] == large.n_pages[1000] < 200
     assert small.n_slots == N_RESERVED_SLOTS + 8
+    shared = room_for(layers, 8192, 4, 512, n_tokens=10_000)
+    assert shared.n_pages == {0: 1 + 157, 1000: min(small.n_pages[1000], 1 + 157)} and shared.n_slots == small.n_slots
+    assert room_for(layers, 8192, 4, 512, n_tokens=1).n_pages == {0: 129, 1000: small.n_pages[1000]}
+    assert room_for(layers, 8192, 1, 512, n_tokens=4 * 8192) == small.__class__(small.n_pages, N_RESERVED_SLOTS + 2)
     memory = LayerMemory(layers[3], small, 1)
     assert [(n, at) for _, n, _, at in memory.parts().values()] == [(3, 0), (5, 128)] and memory.n_bytes == 128 + 256
     assert LayerMemory(None, small, 1).n_bytes == 0

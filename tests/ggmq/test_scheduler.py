@@ -21,6 +21,7 @@ from ggmq.scheduler import Scheduler, Sequence, Step
 
 WINDOW = 90
 N_CTX = 640
+N_SEQ = 12
 GREEDY = SamplingParams(temperature=0)
 
 
@@ -50,7 +51,7 @@ class Ground:
     most_running: int = 0
 
     def __post_init__(self) -> None:
-        self.scheduler = Scheduler(Store(self.room), N_CTX, self.n_stages, 128)
+        self.scheduler = Scheduler(Store(self.room), N_CTX, self.n_stages, 128, N_SEQ)
 
     def join(self, prompt: list[int], n: int) -> None:
         s = Sequence(prompt, Sampler(GREEDY), n)
@@ -77,6 +78,7 @@ class Ground:
             return False
         if step.copies:
             assert not self.under_way, "nobody forks here"
+        assert len(self.scheduler.running) <= N_SEQ
         assert 0 < step.n_tokens <= 128 and len({id(p.sequence) for p in step.pieces}) == len(step.pieces)
         for p in step.pieces:
             s = p.sequence
