@@ -179,9 +179,9 @@ def _aligned(tensors: Sequence[TensorInfo]) -> int:
 
 
 def device_memory(infos: Sequence[m.ListedDevice]) -> list[DeviceMemory]:
-    """Devices as placement sees them; lost ones are left out."""
+    """Devices as placement sees them; lost and silent ones are left out."""
     return [DeviceMemory(i, f"{d.worker} {d.name}".strip(), d.free_bytes, d.host, d.shares_memory)
-            for i, d in enumerate(infos) if d.total_bytes]  # fmt: skip
+            for i, d in enumerate(infos) if d.total_bytes and d.state == "ready"]  # fmt: skip
 
 
 def plan(

@@ -144,6 +144,20 @@ def test_a_worker_is_killed_and_the_text_goes_on() -> None:
         assert len(service.model.stages) == 2  # another worker was started in its place
 
 
+def test_a_worker_sleeps_too_long_and_the_text_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("protocol.limits.RETURN_S", 2.0)
+    monkeypatch.setattr("protocol.limits.COMPUTE_STALL_S", 1.5)
+    with serving([ModelConfig(BUNDLED, bus=BusConfig(workers=2))]) as (services, _):
+        service = services["stories"]
+        alone = Asked(service, "Once upon a time", n=200)
+        alone.done()
+        again = Asked(service, "Once upon a time", n=200)
+        again.until_text()
+        os.kill(next(pid for pid in children_of(os.getpid()) if _is_worker(pid)), signal.SIGSTOP)
+        again.done()
+        assert again.text == alone.text and len(service.model.stages) == 1
+
+
 def test_an_asker_that_fails_harms_nobody(service: Service) -> None:
     def broken(event: Event) -> None:
         raise ValueError("no")
