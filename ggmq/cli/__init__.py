@@ -84,7 +84,7 @@ def _terminated(signum: int, frame: FrameType | None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from ggmq.cli import bench, clusters, inspect, logits, models, run
+    from ggmq.cli import bench, clusters, inspect, logits, models, run, serve
 
     p = Parser(
         prog="ggmq",
@@ -96,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--version", action="version", version=f"ggmq {__version__}")
     commands = p.add_subparsers(metavar="COMMAND", required=True)
     run.add(commands)
+    serve.add(commands)
     commands.add_parser("worker", help="lend devices of this host (the same as the command `worker`)", add_help=False)
     models.add(commands)
     clusters.add(commands)

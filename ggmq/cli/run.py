@@ -60,6 +60,29 @@ def add_bus(p: argparse.ArgumentParser) -> None:
                    help="context in tokens (default: the model's, at most 4096)")  # fmt: skip
 
 
+def add_sampling(p: argparse.ArgumentParser) -> None:
+    """Options that say how tokens are taken, and how many."""
+    p.add_argument("-rea", "--reasoning", choices=["on", "off", "auto"], default="auto",
+                   help="have the model think first in a chat, if its template can choose (default auto: on)")  # fmt: skip
+    p.add_argument("-n", "--predict", "--n-predict", dest="n_predict", type=whole(-1), default=-1,
+                   help="tokens to make (default: until the model ends)")  # fmt: skip
+    p.add_argument("-b", "--batch-size", type=whole(1, 4096), default=512, help="prompt tokens at once (default 512)")
+    p.add_argument("--temp", "--temperature", type=real(0, 100), default=0.8, help="temperature, 0 is greedy (default 0.8)")
+    p.add_argument("--top-k", type=whole(0), default=40, help="0 for all (default 40)")
+    p.add_argument("--top-p", type=real(0, 1), default=0.95, help="(default 0.95)")
+    p.add_argument("--min-p", type=real(0, 1), default=0.05, help="(default 0.05)")
+    p.add_argument("--repeat-penalty", type=real(0.01, 100), default=1.0, help="1 for none (default 1)")
+    p.add_argument("--repeat-last-n", type=whole(-1), default=64, help="tokens it looks back at, -1 for all (default 64)")
+    p.add_argument("-s", "--seed", type=whole(-1, (1 << 63) - 1), default=-1, help="the same seed, the same text")
+    p.add_argument("--ignore-eos", action="store_true", help="never let the model end: its end tokens are not taken")
+
+
+def sampling_params(args: argparse.Namespace, banned: frozenset[int] = frozenset()) -> SamplingParams:
+    """What `add_sampling`'s options say."""
+    return SamplingParams(args.temp, args.top_k, args.top_p, args.min_p, args.repeat_penalty, args.repeat_last_n,
+                          chosen_seed(args.seed), banned)  # fmt: skip
+
+
 def add(commands: Any) -> None:
     p = commands.add_parser("run", help="answer a prompt, or chat", description="""Answer a prompt (-p, -f, or what comes
         through a pipe); without one, chat in the terminal. A model with a chat template is asked as its template has it, and
@@ -84,19 +107,7 @@ def add(commands: Any) -> None:
     p.add_argument("-sys", "--system-prompt", default="", help="system message, taken as it is")
     p.add_argument("-sysf", "--system-prompt-file", metavar="FILE",
                    help="take the system message from a file, without the newline at its end")  # fmt: skip
-    p.add_argument("-rea", "--reasoning", choices=["on", "off", "auto"], default="auto",
-                   help="have the model think first in a chat, if its template can choose (default auto: on)")  # fmt: skip
-    p.add_argument("-n", "--predict", "--n-predict", dest="n_predict", type=whole(-1), default=-1,
-                   help="tokens to make (default: until the model ends)")  # fmt: skip
-    p.add_argument("-b", "--batch-size", type=whole(1, 4096), default=512, help="prompt tokens at once (default 512)")
-    p.add_argument("--temp", "--temperature", type=real(0, 100), default=0.8, help="temperature, 0 is greedy (default 0.8)")
-    p.add_argument("--top-k", type=whole(0), default=40, help="0 for all (default 40)")
-    p.add_argument("--top-p", type=real(0, 1), default=0.95, help="(default 0.95)")
-    p.add_argument("--min-p", type=real(0, 1), default=0.05, help="(default 0.05)")
-    p.add_argument("--repeat-penalty", type=real(0.01, 100), default=1.0, help="1 for none (default 1)")
-    p.add_argument("--repeat-last-n", type=whole(-1), default=64, help="tokens it looks back at, -1 for all (default 64)")
-    p.add_argument("-s", "--seed", type=whole(-1, (1 << 63) - 1), default=-1, help="the same seed, the same text")
-    p.add_argument("--ignore-eos", action="store_true", help="never let the model end: its end tokens are not taken")
+    add_sampling(p)
     p.add_argument("--no-display-prompt", action="store_true",
                    help="print only what the model makes; as it is with a chat template")  # fmt: skip
     add_bus(p)
@@ -124,10 +135,7 @@ def _run(args: argparse.Namespace) -> int:
         if args.ctx_size > hp.n_ctx_train:
             note(f"-c {args.ctx_size}: {config.path.name} was trained with a context of {hp.n_ctx_train} tokens; "
                  "beyond that its text may make no sense")  # fmt: skip
-        params = SamplingParams(
-            args.temp, args.top_k, args.top_p, args.min_p, args.repeat_penalty, args.repeat_last_n,
-            chosen_seed(args.seed), vocabulary.suppressed | (vocabulary.end_ids if args.ignore_eos else frozenset()),
-        )  # fmt: skip
+        params = sampling_params(args, vocabulary.suppressed | (vocabulary.end_ids if args.ignore_eos else frozenset()))
         engine = Engine(model, vocabulary.end_ids, args.batch_size)
         terminal = sys.stdin.isatty() and sys.stdout.isatty() and args.file != "-"
         goes_on = template is not None and terminal and not args.single_turn

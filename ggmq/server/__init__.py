@@ -1,0 +1,1 @@
+"""`ggmq serve`: HTTP in front of services; Starlette is imported here and below only."""

@@ -1,0 +1,80 @@
+"""Conversations as a chat template takes them, from what OpenAI's messages say; and how a model is to think."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from ggmq.chat import Message
+from ggmq.server.errors import bad
+from ggmq.server.schema import ChatMessage, Part
+from ggmq.tokenizer import well_formed
+
+TEXTS = ("text", "input_text", "output_text")
+
+
+def text_of(content: str | list[Part] | None, path: str) -> str:
+    """Content as one text. Errors: ApiError 400 for parts that are no text."""
+    if content is None or isinstance(content, str):
+        return well_formed(content or "")
+    texts = []
+    for i, part in enumerate(content):
+        if part.type == "refusal":
+            texts.append(part.refusal or "")
+        elif part.type not in TEXTS:
+            raise bad(f"{path}[{i}].type", f"expected text, got {part.type[:64]}: models here read text only",
+                      "unsupported_content")  # fmt: skip
+        elif part.text is None:
+            raise bad(f"{path}[{i}].text", "expected a text")
+        else:
+            texts.append(part.text)
+    return well_formed("\n".join(texts))
+
+
+def messages_of(messages: Sequence[ChatMessage], path: str = "messages") -> list[Message]:
+    """Errors: ApiError 400."""
+    out: list[Message] = []
+    for i, m in enumerate(messages):
+        here = f"{path}[{i}]"
+        role = "tool" if m.role == "function" else m.role
+        message: Message = {"role": role, "content": text_of(m.content, f"{here}.content")}
+        if m.role == "assistant":
+            if m.tool_calls:
+                message["tool_calls"] = [
+                    {"id": c.id or f"call_{j}", "type": "function", "function": {"name": c.function.name,
+                     "arguments": _arguments(c.function.arguments)}} for j, c in enumerate(m.tool_calls)]  # fmt: skip
+            elif m.content is None:
+                raise bad(f"{here}.content", "expected a text where there are no tool_calls")
+            if thought := m.reasoning_content or m.reasoning:
+                message["reasoning_content"] = well_formed(thought)
+        elif m.content is None:
+            raise bad(f"{here}.content", "expected a text, got null")
+        if m.name:
+            message["name"] = m.name
+        if m.tool_call_id:
+            message["tool_call_id"] = m.tool_call_id
+        out.append(message)
+    return out
+
+
+def _arguments(arguments: str | dict[str, Any] | None) -> str:
+    if isinstance(arguments, str):
+        return arguments
+    return msgspec.json.encode(arguments or {}).decode()
+
+
+def thinking_of(
+    kwargs: dict[str, Any] | None, effort: str | None, said: bool | None, default: bool
+) -> tuple[bool, dict[str, Any]]:
+    """Whether a model is to think first, and what else the template is told."""
+    extra = dict(kwargs or {})
+    if effort is not None:
+        extra.setdefault("reasoning_effort", effort)
+    thinking = extra.pop("enable_thinking", None)
+    if thinking is None:
+        thinking = said
+    if thinking is None and effort is not None:
+        thinking = effort != "none"
+    return (default if thinking is None else bool(thinking)), extra

@@ -1,0 +1,51 @@
+"""From what a request says to how its tokens are taken; what it leaves open the server's options say."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from ggmq.sampling import SamplingParams
+from ggmq.server.errors import ApiError, bad
+from ggmq.server.options import ServerOptions
+from ggmq.server.schema import Sampling
+from ggmq.tokenizer import Vocabulary
+
+
+def params_of(body: Sampling, options: ServerOptions, vocabulary: Vocabulary) -> SamplingParams:
+    """Errors: ApiError 400 for what cannot be had."""
+    banned = vocabulary.suppressed
+    if options.ignore_eos if body.ignore_eos is None else body.ignore_eos:
+        banned |= vocabulary.end_ids
+    penalty = body.repeat_penalty if body.repeat_penalty is not None else body.repetition_penalty
+    said: dict[str, Any] = {
+        "temperature": body.temperature, "top_k": None if body.top_k is None else max(0, body.top_k), "top_p": body.top_p,
+        "min_p": body.min_p, "repeat_penalty": penalty, "repeat_last_n": body.repeat_last_n,
+        "seed": None if body.seed is None or body.seed == -1 else body.seed & 0xFFFFFFFF,
+    }  # fmt: skip
+    for name in ("presence_penalty", "frequency_penalty"):
+        if getattr(body, name):
+            raise ApiError(501, f"{name} is not supported", "not_supported", name)
+    if body.logit_bias:
+        raise ApiError(501, "logit_bias is not supported", "not_supported", "logit_bias")
+    return dataclasses.replace(options.params, banned=banned, **{k: v for k, v in said.items() if v is not None})
+
+
+def for_choice(params: SamplingParams, number: int) -> SamplingParams:
+    """Choices of one request differ: each has a seed of its own."""
+    return params if params.seed is None else dataclasses.replace(params, seed=(params.seed + number) & 0xFFFFFFFF)
+
+
+def stops_of(stop: str | list[str] | None) -> tuple[str, ...]:
+    if stop is None:
+        return ()
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    for i, text in enumerate(stops):
+        if not text:
+            raise bad("stop" if isinstance(stop, str) else f"stop[{i}]", "expected a text that is not empty")
+    return stops
+
+
+def limit_of(*said: int | None) -> int:
+    """How many tokens to make: what is said first; negative for no bound."""
+    return next((n for n in said if n is not None), -1)
