@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from ggmq.log import Log
-from ggmq.server import chat, native
+from ggmq.server import chat, native, page
 from ggmq.server.access import Access, is_anthropic
 from ggmq.server.bodies import ClientGone
 from ggmq.server.context import Context
@@ -47,7 +47,10 @@ def make_app(
     """
     context = Context(services, options, picture, log)
     app = Starlette(
-        routes=[Route(path, _endpoint(context, handler), methods=[method]) for path, (method, handler) in ROUTES.items()],
+        routes=[
+            *page.routes(),
+            *(Route(path, _endpoint(context, handler), methods=[method]) for path, (method, handler) in ROUTES.items()),
+        ],
         middleware=[Middleware(Access, options=options)],
         exception_handlers={HTTPException: _refused},
     )
