@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +52,28 @@ class ChatTemplate:
         self._unread = bytearray()
         self._start()
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, enable_thinking: bool = True) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        enable_thinking: bool = True,
+        tools: Sequence[dict[str, Any]] | None = None,
+        extra: Mapping[str, Any] | None = None,
+        continue_final: bool = False,
+    ) -> str:
         """The prompt for a conversation, without the tokens that the vocabulary puts around a text itself.
 
-        Messages have `role` and `content`: a text, a list of parts such as {"type": "text", "text": ...}, or None.
+        `messages`: as OpenAI has them. `content` is a text, a list of parts such as {"type": "text", "text": ...}, or
+        None; an answer may have `reasoning_content` and `tool_calls`, and a message with role tool is a call's result.
+        `tools`: what may be called, as OpenAI has it; a template that knows of none gets them in the system message.
+        `extra`: more variables for the template; those of its own names take the place of ours.
+        `continue_final`: the prompt ends within the last message, so that the model goes on with that answer.
         """
         if self._process is None:
             self._start()
         request = {"messages": list(messages), "add_generation_prompt": add_generation_prompt,
-                   "enable_thinking": enable_thinking}  # fmt: skip
+                   "enable_thinking": enable_thinking, "tools": list(tools or ()), "extra": dict(extra or {}),
+                   "continue_final": continue_final}  # fmt: skip
         return self._ask(request, "refuses the conversation")
 
     def _start(self) -> None:
@@ -70,7 +83,8 @@ class ChatTemplate:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                                    bufsize=0, start_new_session=True)  # fmt: skip
         self._process, self._end, self._unread = process, weakref.finalize(self, _end, process), bytearray()
-        setup = {"path": [p for p in sys.path if p], "template": self._source, "max_output_chars": MAX_OUTPUT_CHARS,
+        path = [str(Path(__file__).parents[1]), *(p for p in sys.path if p)]
+        setup = {"path": path, "template": self._source, "max_output_chars": MAX_OUTPUT_CHARS,
                  "max_memory_bytes": MAX_MEMORY_BYTES, "max_cpu_s": int(MAX_RENDER_S) + 1,
                  **self._tokens, **self._added}  # fmt: skip
         try:

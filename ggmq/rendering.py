@@ -1,8 +1,8 @@
 """The process that renders a chat template: `python -I -S rendering.py`, started and ended by `ggmq.chat`.
 
 A template is a program of whoever made the model, so it runs where it can be stopped: memory and processor time are
-bounded here, output as it comes, and whoever started the process kills it when it is late. It imports neither the rest of
-ggmq nor `site`, so that it is there within a few hundredths of a second.
+bounded here, output as it comes, and whoever started the process kills it when it is late. Of ggmq it imports `messages`
+alone, and no `site`, so that it is there within a few hundredths of a second.
 
 Standard input and output carry one JSON object a line. The first says the limits, the template and where to import from;
 `{"ready": true}` answers it as soon as Jinja is there. Then comes an answer for the template and one for each conversation:
@@ -73,6 +73,12 @@ def _environment() -> Any:
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import SandboxedEnvironment
 
+    from ggmq.messages import SPACES, WatchedParts, WatchedText
+
+    strips = {"strip": lambda s, chars=None: str(s).strip(SPACES if chars is None else chars),
+              "lstrip": lambda s, chars=None: str(s).lstrip(SPACES if chars is None else chars),
+              "rstrip": lambda s, chars=None: str(s).rstrip(SPACES if chars is None else chars)}  # fmt: skip
+
     class Generation(Extension):
         """`{% generation %}`: what a model is trained on. It means nothing here, and opens no scope."""
 
@@ -96,8 +102,10 @@ def _environment() -> Any:
         joined = staticmethod(_joined)
 
         def getattr(self, obj: Any, attribute: str) -> Any:
-            if isinstance(obj, str) and attribute in _STRIPS:
-                return partial(_STRIPS[attribute], str(obj))
+            if isinstance(obj, str) and attribute in strips:
+                return partial(strips[attribute], str(obj))
+            if isinstance(obj, jinja2.Undefined) and attribute == "items":
+                return tuple
             return super().getattr(obj, attribute)
 
         def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
@@ -121,7 +129,7 @@ def _environment() -> Any:
         return left + right
 
     def is_string(value: Any) -> bool:
-        if isinstance(value, (_WatchedText, _WatchedParts)):
+        if isinstance(value, (WatchedText, WatchedParts)):
             value.tested = True
         return isinstance(value, str)
 
@@ -129,18 +137,11 @@ def _environment() -> Any:
                               undefined=jinja2.ChainableUndefined, finalize=_printed)  # fmt: skip
     environment.binop_table = environment.binop_table | {"+": plus}
     environment.globals |= {"raise_exception": refuse, "strftime_now": lambda f: time.strftime(f, time.localtime())}
-    environment.filters |= {"tojson": _to_json, "default": default, "d": default, "trim": _STRIPS["strip"],
+    environment.filters |= {"tojson": _to_json, "default": default, "d": default, "trim": strips["strip"],
                             "items": items, "safe": lambda value: value}  # fmt: skip
     # Jinja's own test would begin to iterate, which in a trial says that a text is taken for a list
     environment.tests |= {"string": is_string, "iterable": lambda value: hasattr(value, "__iter__")}
     return environment
-
-
-_SPACES = " \t\n\v\f\r"
-"""Python takes Unicode's spaces off too; llama.cpp leaves them."""
-_STRIPS = {"strip": lambda s, chars=None: str(s).strip(_SPACES if chars is None else chars),
-           "lstrip": lambda s, chars=None: str(s).lstrip(_SPACES if chars is None else chars),
-           "rstrip": lambda s, chars=None: str(s).rstrip(_SPACES if chars is None else chars)}  # fmt: skip
 
 
 def _printed(value: Any) -> str:
@@ -186,144 +187,99 @@ def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, 
     return write(value, "")
 
 
-# -- a conversation as a template takes it -----------------------------------------------------------------------------
-
-
-class _WatchedText(str):
-    """A message's text in a trial: whether it was asked if it is a text, and whether it was taken for a list."""
-
-    tested = listed = False
-
-    def __iter__(self) -> NoReturn:
-        self.listed = True
-        raise TypeError("a text is no list")
-
-    def __getitem__(self, at: Any) -> str:
-        self.listed = self.listed or isinstance(at, int)
-        return super().__getitem__(at)
-
-
-class _WatchedParts(list[Any]):
-    """A message's parts in a trial: as `_WatchedText`."""
-
-    tested = listed = False
-
-    def __iter__(self) -> Any:
-        self.listed = True
-        return super().__iter__()
-
-    def __getitem__(self, at: Any) -> Any:
-        self.listed = self.listed or isinstance(at, int)
-        return super().__getitem__(at)
-
-
-class _WatchedMessage(dict[str, Any]):
-    """A message in a trial: whether its content was looked at."""
-
-    looked_at = False
-
-    def __getitem__(self, key: str) -> Any:
-        self.looked_at = self.looked_at or key == "content"
-        return super().__getitem__(key)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        self.looked_at = self.looked_at or key == "content"
-        return super().get(key, default)
-
-    def items(self) -> Any:
-        self.looked_at = True
-        return super().items()
-
-
-def _as_text(content: Any) -> str:
-    return content if isinstance(content, str) else "\n".join(p["text"] for p in content if p["type"] == "text")
-
-
-def _stripped(content: Any) -> Any:
-    if isinstance(content, str):
-        return content.strip(_SPACES)
-    return [part | {"text": part["text"].strip(_SPACES)} for part in content]
+# -- a template --------------------------------------------------------------------------------------------------------
 
 
 class _Model:
     """A template with what is known of it: the tokens around a prompt, and after the first trials what it takes."""
 
     def __init__(self, environment: Any, setup: dict[str, Any]) -> None:
-        source = setup["template"]
+        self.source = source = setup["template"]
         self.max_chars = setup["max_output_chars"]
         self.bos, self.eos = setup["bos_token"], setup["eos_token"]
         self.adds_bos, self.adds_eos = setup["add_bos"], setup["add_eos"]
-        # families of models for which llama.cpp prepares messages, or mends a prompt, in a way of their own
-        self.channels = "<|channel|>" in source
-        self.strips = "You have access to the following functions in JSONSchema format" in source
-        self.blocks = all(x in source for x in ("[SYSTEM_PROMPT]", "[TOOL_CALLS]", "[ARGS]")) and "[CALL_ID]" not in source
         self.opens_turn = "'<|tool_call>call:'" in source
         for marker, check in _CHECKS:
             if marker in source:
                 source = re.sub(check, "{%- if false %}", source)
         self.template = environment.from_string(source)
-        self.takes: dict[str, bool] | None = None
+        self.forms: Any = None
+        self.thoughts: tuple[str, str] | None = None
 
     def render(self, request: dict[str, Any]) -> str:
-        if self.takes is None:
-            self.takes = self._try_out()
-        prompt = request["add_generation_prompt"]
+        from ggmq.messages import Forms, tools_as_given
+
+        if self.forms is None:
+            self.forms = Forms(self.source, self._trial)
+        tools = tools_as_given(request["tools"])
+        messages, extra = request["messages"], request["extra"]
+        final = messages[-1] if request["continue_final"] and messages else None
+        messages = self.forms.prepared(messages[:-1] if final else messages, tools)
         now = time.localtime()
-        text = self._generate({
-            "messages": self._prepared(request["messages"]), "bos_token": self.bos, "eos_token": self.eos,
-            "enable_thinking": request["enable_thinking"], "preserve_reasoning": True, "preserve_thinking": True,
-            "clear_thinking": False, "truncate_history_thinking": False, "drop_thinking": False,
+        variables = {
+            "bos_token": self.bos, "eos_token": self.eos,
+            "enable_thinking": request["enable_thinking"], "preserve_reasoning": True,
             "datetime": time.strftime("%b %d %Y", now), "date_string": time.strftime("%d %b %Y", now),
-        } | ({"add_generation_prompt": True} if prompt else {}))  # fmt: skip
+        } | extra  # fmt: skip
+        keeps = variables["preserve_reasoning"]
+        if isinstance(keeps, bool):
+            variables = {"preserve_thinking": keeps, "clear_thinking": not keeps, "truncate_history_thinking": not keeps,
+                         "drop_thinking": not keeps} | variables  # fmt: skip
+        if variables.get("reasoning_effort"):
+            variables = {"reasoning_strength": variables["reasoning_effort"]} | variables
+        if tools:
+            variables["tools"] = tools
+        if final is None:
+            return self._prompt(messages, variables, request["add_generation_prompt"])
+        return self._continued(messages, variables, final)
+
+    def _prompt(self, messages: list[dict[str, Any]], variables: dict[str, Any], prompt: bool) -> str:
+        text = self._generate({"messages": messages} | variables | ({"add_generation_prompt": True} if prompt else {}))
         if self.adds_bos:
             text = text.removeprefix(self.bos)
         if self.adds_eos:
             text = text.removesuffix(self.eos)
-        if self.channels and not prompt:
+        if self.forms.channels and not prompt:
             text = "<|end|>".join(text.rsplit("<|return|>", 1))
         if self.opens_turn and prompt and text.endswith("<turn|>\n"):
             text += "<|turn>model\n"
         return text
 
-    def _prepared(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The messages in a form that the template takes: content as a text or as a list of parts, or either."""
-        takes = self.takes
-        assert takes is not None  # render tries out first
-        out = []
-        for message in messages:
-            role, content = message["role"], message.get("content") or ""
-            if role == "developer" and not self.channels:
-                role = "system"
-            if self.strips:
-                content = _stripped(content)
-            out.append({"role": role, "content": content if takes["parts"] else _as_text(content)})
-        if out and out[0]["role"] == "system" and not takes["system"]:
-            first = out.pop(0)
-            if out:
-                out[0]["content"] = _as_text(first["content"]) + "\n" + _as_text(out[0]["content"])
-        for message in out:
-            needed = not takes["text"] and takes["parts"]
-            if isinstance(message["content"], str) and (needed or (self.blocks and message["role"] in _BLOCK_ROLES)):
-                message["content"] = [{"type": "text", "text": message["content"]}]
-        return out
+    def _continued(self, messages: list[dict[str, Any]], variables: dict[str, Any], final: dict[str, Any]) -> str:
+        """A prompt that ends within the last answer: after its content, or after its thoughts where there is no content."""
+        from ggmq.messages import as_text
 
-    def _try_out(self) -> dict[str, bool]:
-        """What content the template takes, and whether it shows a system message, from how it treats three trials."""
-        text, parts = _WatchedText("STRING_MARKER"), _WatchedParts()
-        system = _WatchedMessage(role="system", content="System message")
-        shown = self._trial({"role": "user", "content": text})
-        takes_parts = text.listed
-        if text.tested and self._trial({"role": "user", "content": parts}) is not None:
-            takes_parts = takes_parts or parts.listed
-        self._trial(system, {"role": "user", "content": "User message"})
-        return {"text": shown is not None and (not text.listed or text in shown), "parts": takes_parts,
-                "system": system.looked_at}  # fmt: skip
+        text, opened = (self._prompt(messages, variables, prompt) for prompt in (False, True))
+        same = next((i for i, (a, b) in enumerate(zip(text, opened, strict=False)) if a != b), min(len(text), len(opened)))
+        opening = opened[same:]
+        thoughts, content = final.get("reasoning_content") or "", as_text(final.get("content") or "", "\n\n")
+        begin, end = self._markers_of_thoughts()
+        if begin:
+            opening = opening.partition(begin)[0] + begin + thoughts
+        if content or not thoughts:
+            opening += end + content
+        return text + opening
 
-    def _trial(self, *messages: dict[str, Any]) -> str | None:
+    def _markers_of_thoughts(self) -> tuple[str, str]:
+        """What stands before and after the thoughts of an answer; nothing where the template shows none."""
+        if self.thoughts is None and self.forms.channels:
+            opened = "<|start|>assistant<|channel|>"
+            self.thoughts = (f"{opened}analysis<|message|>", f"<|end|>{opened}final<|message|>")
+        elif self.thoughts is None:
+            talk = [{"role": "user", "content": "Hi"},
+                    {"role": "assistant", "content": "SAID", "reasoning_content": "THOUGHT"}]  # fmt: skip
+            before, _, after = (self._trial(self.forms.prepared(talk, []), [], prompt=False) or "").partition("THOUGHT")
+            begin = re.search(r"(<[^<>]+>|\[[^\[\]]+\])\s*$", before)
+            end = re.match(r"\s*(<[^<>]+>|\[[^\[\]]+\])\s*(?=SAID)", after)
+            known = next((pair for pair in _THOUGHTS if all(x in self.source for x in pair)), ("", ""))
+            self.thoughts = (begin[0], end[0]) if begin and end else known
+        return self.thoughts
+
+    def _trial(self, messages: list[dict[str, Any]], tools: list[Any], prompt: bool = True) -> str | None:
         """What comes of messages; None when the template refuses them."""
         try:
-            return self._generate({"messages": list(messages), "tools": [], "bos_token": "", "eos_token": "",
-                                   "add_generation_prompt": True})  # fmt: skip
+            variables = {"messages": messages, "tools": tools, "bos_token": "", "eos_token": ""}
+            return self._generate(variables | ({"add_generation_prompt": True} if prompt else {}))
         except MemoryError:
             raise
         except Exception:
@@ -339,7 +295,8 @@ class _Model:
         return "".join(pieces)
 
 
-_BLOCK_ROLES = ("system", "assistant")
+_THOUGHTS = (("<think>", "</think>"), ("<|START_THINKING|>", "<|END_THINKING|>"), ("[THINK]", "[/THINK]"))
+"""What stands around thoughts in templates that leave out those of earlier answers."""
 _CHECKS = (
     ("<|channel|>", r"\{%-? if [^%]* in message\.content or [^%]* in message\.content -?%\}"),
     ("[TOOL_CALLS]", r"\{%-? if \(message\['content'\] is none or [^%]*message\['tool_calls'\]\|length == 0\) -?%\}"),

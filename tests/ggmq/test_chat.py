@@ -122,6 +122,57 @@ def test_without_tools_there_are_none_and_json_of_nothing_is_null() -> None:
     assert template("{{ tools|tojson }}{{ functions|tojson }}{{ functions.first.name }}").render(HI) == "nullnull"
 
 
+WEATHER = {"type": "function", "function": {"name": "weather", "description": "Of a place", "parameters": {
+    "type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]}}}  # fmt: skip
+CALLED: list[chat.Message] = [
+    {"role": "user", "content": "Weather?"},
+    {"role": "assistant", "content": None, "reasoning_content": "Look.", "tool_calls": [
+        {"id": "a1", "type": "function", "function": {"name": "weather", "arguments": '{"place": "Ulm"}'}}]},
+    {"role": "tool", "tool_call_id": "a1", "content": "sunny"}]  # fmt: skip
+AS_OBJECT = (
+    "{% for t in tools %}{{ t.function.name }}:{{ t.function.parameters|tojson }};{% endfor %}"
+    "{% for m in messages %}{{ m.role }}={{ m.content }}{% for c in m.tool_calls %}<{{ c.function.name }} {{ c.id }}"
+    "{% for k, v in c.function.arguments.items() %} {{ k }}={{ v }}{% endfor %}>{% endfor %};{% endfor %}"
+)
+AS_TEXT = ("{{ tools|tojson }}{% for m in messages %}{% for c in m.tool_calls %}{{ c.function.arguments + '' }}"
+           "{% endfor %}{% endfor %}")  # fmt: skip
+
+
+def test_calls_are_shown_as_a_template_wants_their_arguments() -> None:
+    assert template(AS_OBJECT).render(CALLED, tools=[WEATHER]) == (
+        'weather:{"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]};'
+        "user=Weather?;assistant=<weather a1 place=Ulm>;tool=sunny;")
+    assert template(AS_TEXT).render(CALLED, tools=[WEATHER]).endswith(']{"place": "Ulm"}')
+    said = "{% for m in messages %}{{ m.reasoning_content }}{{ m.tool_call_id }}{% endfor %}"
+    assert template(said).render(CALLED[:2]) == "Look."
+    with pytest.raises(FormatError, match="arguments of a call of weather: expected JSON"):
+        bad = {"role": "assistant", "tool_calls": [{"function": {"name": "weather", "arguments": "{x"}}]}
+        template(AS_OBJECT).render([*HI, bad])
+
+
+def test_a_template_that_knows_of_no_tools_gets_them_in_words() -> None:
+    text = template(SHOWN).render(CALLED, tools=[WEATHER])
+    assert text.startswith("system:You can call these tools") and '"name": "weather"' in text
+    assert 'assistant:{"tool_calls": [{"name": "weather", "arguments": {"place": "Ulm"}, "id": "a1"}]};' in text
+    assert text.endswith('user:{"tool_response": {"id": "a1", "content": "sunny"}};')
+    assert template(SHOWN).render(TALK, tools=[WEATHER]).startswith("system:Be brief.\n\nYou can call these tools")
+
+
+def test_a_template_gets_more_variables_and_they_win() -> None:
+    t = template("{{ enable_thinking }}{{ preserve_thinking }}{{ reasoning_strength }}{{ mine }}")
+    assert t.render(HI, extra={"enable_thinking": False, "reasoning_effort": "low", "mine": 7}) == "FalseTruelow7"
+    assert t.render(HI, extra={"preserve_reasoning": False}) == "TrueFalse"
+
+
+def test_an_answer_is_gone_on_with() -> None:
+    said = {"role": "assistant", "content": "He", "reasoning_content": "Wave."}
+    assert template("").render([*HI, said], continue_final=True).endswith("Hi<|im_end|>\n<|im_start|>assistant\nHe")
+    thinks = ("{% for m in messages %}{{ m.role }}:{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>"
+              "\n{% endif %}{{ m.content }};{% endfor %}{% if add_generation_prompt %}assistant:<think>\n{% endif %}")
+    assert template(thinks).render([*HI, said], continue_final=True) == "user:Hi;assistant:<think>\nWave.\n</think>\nHe"
+    assert template(thinks).render([*HI, said | {"content": ""}], continue_final=True) == "user:Hi;assistant:<think>\nWave."
+
+
 @pytest.mark.peer
 @pytest.mark.skipif(find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
 @pytest.mark.parametrize("source", [REFUSING, EITHER + "{{ enable_thinking }}{{ bos_token }}", "{{ bos_token }}" + PARTS],
@@ -319,5 +370,6 @@ def _cpu_ticks(pid: int) -> int:
 
 
 def test_the_process_that_renders_needs_nothing_but_jinja() -> None:
-    source = (ROOT / "ggmq" / "rendering.py").read_text()
-    assert not re.search(r"^\s*(from|import) (ggmq|protocol|config|broker)", source, re.MULTILINE)
+    for module in ("rendering", "messages"):
+        source = (ROOT / "ggmq" / f"{module}.py").read_text()
+        assert not re.search(r"^\s*(from|import) (?!ggmq\.messages)(ggmq|protocol|config|broker)", source, re.MULTILINE)
