@@ -6,6 +6,7 @@ call has its name it is a call, whatever becomes of it.
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -71,7 +72,8 @@ def _close(stream: Stream, close: tuple[str, ...], openers: tuple[str, ...]) -> 
 class JsonCalls:
     """{"name": ..., "arguments": {...}}, or a list of such.
 
-    `wrapped`: also {"tool_calls": [...]}, and {"response": ...} for an answer in words.
+    `wrapped`: also {"tool_calls": [...]}, and {"response": ...} for an answer in words. `known_only`: JSON that is no call
+    of a tool which is there is text. `keyed`: {name: arguments}.
     """
 
     openers: tuple[str, ...]
@@ -79,13 +81,23 @@ class JsonCalls:
     noise: tuple[str, ...] = ()
     wrapped: bool = False
     known_only: bool = False
+    keyed: bool = False
 
     def read(self, calls: Calls, opener: str) -> Reading[bool]:
         stream = calls.stream
-        if opener.endswith(("[", "{")):  # the opener has the JSON's first character
+        if opener.startswith("{"):  # the opener is, or ends with, the beginning of the JSON
+            stream.at -= len(opener)
+        elif opener[-1:] == "[":
             stream.at -= 1
-        yield from stream.spaces()
-        read = (yield from self._list(calls)) if (yield from stream.peek()) == "[" else (yield from self._object(calls))
+        read = False
+        while True:
+            yield from stream.spaces()
+            first = yield from stream.peek()
+            if first not in ("{", "[") or not ((yield from (self._list if first == "[" else self._object)(calls))):
+                break
+            read = True
+            if not self.close:
+                break
         if read:
             yield from _close(stream, self.close, self.openers)
         return read
@@ -131,6 +143,8 @@ class JsonCalls:
     def _field(self, calls: Calls, found: _Found, key: str) -> Reading[bool]:
         stream = calls.stream
         first = yield from stream.peek()
+        if self.keyed and first == "{" and found.named(key):
+            return (yield from stream.json(found.argue))
         if key in _NAMES or (key == "function" and first == '"'):
             name: list[str] = []
             whole = yield from stream.json(name.append)
@@ -341,6 +355,8 @@ class TaggedCalls:
         if not end:
             return False
         value = loaded(raw)
+        if value is None and kinds <= {"array", "object"}:
+            value = _literal(raw)
         fits = value is not None or raw.strip() == "null"
         if fits and "string" in kinds and type(value).__name__ in ("int", "float", "bool", "NoneType"):
             fits = bool(kinds & _JSON_TYPES[type(value)])
@@ -351,6 +367,19 @@ class TaggedCalls:
 
 
 _JSON_TYPES: dict[type, set[str]] = {int: {"integer", "number"}, float: {"number"}, bool: {"boolean"}, type(None): {"null"}}
+
+
+def _literal(text: str) -> Any:
+    """A value in Python's words, as some templates print lists and mappings."""
+    try:
+        value = ast.literal_eval(text.strip()) if len(text) < _MAX_LITERAL_CHARS else None
+        json.dumps(value, allow_nan=False)
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        return None
+    return value if isinstance(value, (list, dict)) else None
+
+
+_MAX_LITERAL_CHARS = 1 << 16
 
 
 def _nothing() -> Reading[str]:

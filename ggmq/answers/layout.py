@@ -48,7 +48,8 @@ class Layout:
 
 THINK = (("<think>", "</think>"),)
 HERMES = JsonCalls(("<tool_call>",), ("</tool_call>",))
-GENERIC = Layout("generic", bare=JsonCalls((), wrapped=True, known_only=True))
+_WORDS = JsonCalls(('{"tool_calls"',), wrapped=True, known_only=True)
+GENERIC = Layout("generic", calls=(_WORDS,), bare=_WORDS)
 _PLAIN = JsonCalls((), known_only=True)
 
 _DSML = "｜DSML｜"
@@ -91,12 +92,17 @@ _FAMILIES: tuple[tuple[tuple[str, ...], Layout], ...] = (
         ("<|tool_call>call:",), ("<tool_call|>",)),))),
     (("<|tool_list_start|>",), Layout("lfm2", calls=(PythonCalls(("<|tool_call_start|>",), ("<|tool_call_end|>",)),))),
     (("List of tools: [",), Layout("lfm2", calls=(PythonCalls(("<|tool_call_start|>",), ("<|tool_call_end|>",)),))),
+    (("<|tools_prefix|>",), Layout("apertus", calls=(
+        JsonCalls(("<|tools_prefix|>",), ("<|tools_suffix|>",), keyed=True),))),
+    (("<|role_sep|>", "<|message_sep|>"), Layout("gigachat", calls=(
+        JsonCalls(("<|function_call|>", "<|message_sep|>\n\nfunction call<|role_sep|>\n")),))),
+    (("<tool_calls>[",), Layout("apriel", calls=(JsonCalls(("<tool_calls>",), ("</tool_calls>",)),),
+                                noise=("[BEGIN FINAL RESPONSE]", "[END FINAL RESPONSE]"))),
     (("<|tool_call|>",), Layout("tool_call token", calls=(
         JsonCalls(("<|tool_call|>",), ("<|/tool_call|>",)), HERMES))),
     (("<tool_call>",), Layout("hermes", calls=(HERMES,))),
+    (("<tool_calls>",), Layout("tool_calls", calls=(JsonCalls(("<tool_calls>",), ("</tool_calls>",)),))),
     (("<TOOLCALL>",), Layout("nemotron", calls=(JsonCalls(("<TOOLCALL>",), ("</TOOLCALL>",)),))),
-    (("<tool_calls>",), Layout("apriel", calls=(JsonCalls(("<tool_calls>",), ("</tool_calls>",)),),
-                               noise=("[BEGIN FINAL RESPONSE]", "[END FINAL RESPONSE]"))),
     (("functools[",), Layout("functools", calls=(JsonCalls(("functools[",)),))),
     (("<function=",), Layout("function tag", calls=(NamedCalls(
         ("<function=",), (">",), ("</function>",), known_only=True),), bare=_PLAIN)),
@@ -114,7 +120,7 @@ def find_layout(source: str) -> Layout:
     if not thoughts and not layout.channels:
         thoughts = THINK if "<think>" in source or "</think>" in source else ()
     noise = layout.noise + (("<response>", "</response>") if "<response></response>" in source else ())
-    bare = layout.bare
-    if bare is None and not layout.channels and not _MENTIONS_TOOLS.search(source):
-        bare = GENERIC.bare
-    return replace(layout, thoughts=thoughts, bare=bare, noise=noise)
+    calls, bare = layout.calls, layout.bare
+    if layout is not GENERIC and not layout.channels and not _MENTIONS_TOOLS.search(source):
+        calls, bare = (*calls, _WORDS), _WORDS
+    return replace(layout, thoughts=thoughts, calls=calls, bare=bare, noise=noise)

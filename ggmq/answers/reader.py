@@ -202,7 +202,8 @@ class AnswerReader:
                 return
             self._say(Content, stream.text[stream.at])
             stream.at += 1
-            stream.text = (yield from stream.flow(("<|start|>", "<|channel|>"), self._content)) + stream.text
+            marker = yield from stream.flow(("<|start|>", "<|channel|>"), self._content)
+            stream.at -= len(marker)
 
     def _message(self, header: str) -> Reading[None]:
         stream = self.stream
@@ -220,7 +221,7 @@ class AnswerReader:
         marker = yield from stream.flow(_ENDS, self._thought if thinks else self._content)
         self._part()
         if marker == "<|start|>":
-            stream.text = marker + stream.text
+            stream.at -= len(marker)
 
     # -- what comes out ------------------------------------------------------------------------------------------------
 

@@ -79,7 +79,7 @@ class Stream:
             if n > self.at:
                 sink(self.text[self.at : n])
             if found:
-                self.text, self.at = self.text[found.end() :], 0
+                self.text, self.at = self.text[n:], len(found[0])
                 return found[0]
             self.text, self.at = self.text[n:], 0
             if not (yield from self.more()):
