@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ggmq.answers.layout import find_layout
+from ggmq.answers.constraints import grammar
+from ggmq.answers.layout import ANALYSIS, find_layout
 from ggmq.answers.reader import AnswerReader, NewId
-from ggmq.special import CONTROL
+from ggmq.special import CONTROL, Splitter
 from ggmq.tokenizer import Vocabulary
 
 
@@ -22,6 +23,7 @@ class AnswerFormat:
         self.name = self._layout.name
         ids = (vocabulary.ids.get(text.strip()) for text in self._layout.markers)
         self.preserved = frozenset(i for i in ids if i is not None and vocabulary.types[i] == CONTROL) - vocabulary.end_ids
+        self._splitter = Splitter([(vocabulary.tokens[i], i) for i in sorted(self.preserved)])
 
     @classmethod
     def of(cls, template_source: str, vocabulary: Vocabulary) -> AnswerFormat:
@@ -47,6 +49,27 @@ class AnswerFormat:
         `new_id`: makes the id of a call by its number, where the format has none.
         """
         return AnswerReader(self._layout, parameters_of(tools or ()), reasoning, prompt_tail, new_id)
+
+
+    def constraint(
+        self, tools: Sequence[Mapping[str, Any]], choice: str = "auto", parallel: bool = True, prompt_tail: str = ""
+    ) -> str | None:
+        """A Lark grammar, in llguidance's dialect, for an answer with calls; None where the format has none.
+
+        `choice`: auto: text, in which what begins as a call is a whole one; required: one call at least, and after thoughts
+        nothing else; or the name of the tool that is to be called. `parallel`: more calls than one. Control tokens are
+        written by their ids.
+        """
+        form, known = self._layout.forced, parameters_of(tools)
+        if choice not in ("auto", "required"):
+            known, parallel = {choice: known[choice]}, False
+        if form is None or not known or (choice == "auto" and not form.trigger and not self._layout.bare):
+            return None
+        tail = prompt_tail.rstrip()
+        over = any(tail.endswith(end) for _, end in self._layout.thoughts)
+        thoughts = ANALYSIS if self._layout.channels else () if over else self._layout.thoughts
+        opened = next((end for begin, end in thoughts if tail.endswith(begin)), "")
+        return grammar(form, known, choice != "auto", parallel, self._splitter, opened, thoughts, self._layout.noise)
 
 
 def parameters_of(tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
