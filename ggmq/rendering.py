@@ -255,23 +255,22 @@ class _Model:
         thoughts, content = final.get("reasoning_content") or "", as_text(final.get("content") or "", "\n\n")
         begin, end = self._markers_of_thoughts()
         if begin:
-            opening = opening.partition(begin)[0] + begin + thoughts
+            opening = opening.partition(begin.strip())[0] + begin + thoughts
         if content or not thoughts:
-            opening += end + content
+            opening += end + ("all\n" if opening.endswith(">>>") else "") + content
         return text + opening
 
     def _markers_of_thoughts(self) -> tuple[str, str]:
         """What stands before and after the thoughts of an answer; nothing where the template shows none."""
         if self.thoughts is None and self.forms.channels:
-            opened = "<|start|>assistant<|channel|>"
-            self.thoughts = (f"{opened}analysis<|message|>", f"<|end|>{opened}final<|message|>")
+            self.thoughts = ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>")
         elif self.thoughts is None:
             talk = [{"role": "user", "content": "Hi"},
                     {"role": "assistant", "content": "SAID", "reasoning_content": "THOUGHT"}]  # fmt: skip
             before, _, after = (self._trial(self.forms.prepared(talk, []), [], prompt=False) or "").partition("THOUGHT")
             begin = re.search(r"(<[^<>]+>|\[[^\[\]]+\])\s*$", before)
             end = re.match(r"\s*(<[^<>]+>|\[[^\[\]]+\])\s*(?=SAID)", after)
-            known = next((pair for pair in _THOUGHTS if all(x in self.source for x in pair)), ("", ""))
+            known = next((pair for pair in _THOUGHTS if all(x.strip() in self.source for x in pair)), ("", ""))
             self.thoughts = (begin[0], end[0]) if begin and end else known
         return self.thoughts
 
@@ -295,7 +294,8 @@ class _Model:
         return "".join(pieces)
 
 
-_THOUGHTS = (("<think>", "</think>"), ("<|START_THINKING|>", "<|END_THINKING|>"), ("[THINK]", "[/THINK]"))
+_THOUGHTS = (("<think>", "</think>"), ("<|START_THINKING|>", "<|END_THINKING|>"), ("[THINK]", "[/THINK]"),
+             ("<|channel>thought\n", "<channel|>"))  # fmt: skip
 """What stands around thoughts in templates that leave out those of earlier answers."""
 _CHECKS = (
     ("<|channel|>", r"\{%-? if [^%]* in message\.content or [^%]* in message\.content -?%\}"),

@@ -40,35 +40,42 @@ class AnswerFormat:
         tools: Sequence[Mapping[str, Any]] | None = None,
         reasoning: bool = True,
         prompt_tail: str = "",
+        thinking: bool = False,
         new_id: NewId | None = None,
     ) -> AnswerReader:
         """A reader of one answer.
 
         `tools`: as OpenAI has them; without any there are no calls. `reasoning`: thoughts are kept apart; if not, they stay
         in the content with their markers. `prompt_tail`: the end of the prompt, where thoughts may begin already.
-        `new_id`: makes the id of a call by its number, where the format has none.
+        `thinking`: the prompt ends within thoughts, which the answer goes on with. `new_id`: makes the id of a call by its
+        number, where the format has none.
         """
-        return AnswerReader(self._layout, parameters_of(tools or ()), reasoning, prompt_tail, new_id)
+        return AnswerReader(self._layout, parameters_of(tools or ()), reasoning, prompt_tail, thinking, new_id)
 
 
     def constraint(
-        self, tools: Sequence[Mapping[str, Any]], choice: str = "auto", parallel: bool = True, prompt_tail: str = ""
+        self,
+        tools: Sequence[Mapping[str, Any]],
+        choice: str = "auto",
+        parallel: bool = True,
+        prompt_tail: str = "",
+        thinking: bool = False,
     ) -> str | None:
         """A Lark grammar, in llguidance's dialect, for an answer with calls; None where the format has none.
 
         `choice`: auto: text, in which what begins as a call is a whole one; required: one call at least, and after thoughts
-        nothing else; or the name of the tool that is to be called. `parallel`: more calls than one. Control tokens are
-        written by their ids.
+        nothing else; or the name of the tool that is to be called. `parallel`: more calls than one. `prompt_tail`,
+        `thinking`: as for a reader. Control tokens are written by their ids, all others as text.
+        Errors: KeyError when the tool that is to be called is none of them.
         """
         form, known = self._layout.forced, parameters_of(tools)
         if choice not in ("auto", "required"):
             known, parallel = {choice: known[choice]}, False
         if form is None or not known or (choice == "auto" and not form.trigger and not self._layout.bare):
             return None
-        tail = prompt_tail.rstrip()
-        over = any(tail.endswith(end) for _, end in self._layout.thoughts)
+        over = any(prompt_tail.rstrip().endswith(end) for _, end in self._layout.thoughts)
         thoughts = ANALYSIS if self._layout.channels else () if over else self._layout.thoughts
-        opened = next((end for begin, end in thoughts if tail.endswith(begin)), "")
+        _, opened = self._layout.begun(prompt_tail, thinking) or ("", "")
         return grammar(form, known, choice != "auto", parallel, self._splitter, opened, thoughts, self._layout.noise)
 
 

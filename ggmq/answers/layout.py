@@ -30,6 +30,12 @@ class Layout:
     calls_end_thoughts: bool = False
     forced: Forced | None = None
 
+    def begun(self, prompt_tail: str, thinking: bool) -> tuple[str, str] | None:
+        """The markers around thoughts that a prompt has begun. `thinking`: it ends somewhere within them."""
+        tail = prompt_tail.rstrip()
+        ends = next((pair for pair in self.thoughts if tail.endswith(pair[0])), None)
+        return ends or (self.thoughts[0] if thinking and self.thoughts else None)
+
     @property
     def markers(self) -> frozenset[str]:
         """Texts of which some are control tokens, which are hidden unless a reader is to see them."""

@@ -31,11 +31,17 @@ class AnswerReader:
     """
 
     def __init__(
-        self, layout: Layout, tools: Mapping[str, Any], reasoning: bool, prompt_tail: str, new_id: NewId | None = None
+        self,
+        layout: Layout,
+        tools: Mapping[str, Any],
+        reasoning: bool,
+        prompt_tail: str,
+        thinking: bool,
+        new_id: NewId | None = None,
     ) -> None:
         self.stream = Stream()
         self.tools = tools
-        self._layout, self._reasoning = layout, reasoning
+        self._layout, self._reasoning, self._thinking = layout, reasoning, thinking
         self._syntaxes: Sequence[Syntax] = layout.calls if tools else ()
         self._new_id = new_id or random_id
         self._n_calls = 0
@@ -88,8 +94,9 @@ class AnswerReader:
         openers = {o: s for s in self._syntaxes for o in s.openers}
         noise = {n for s in self._syntaxes for n in s.noise} | set(layout.noise if self._reasoning else ())
         think = layout.thoughts if self._reasoning else ()
-        if think and prompt_tail.rstrip().endswith(tuple(begin for begin, _ in think)):
-            begin, end = next(t for t in think if prompt_tail.rstrip().endswith(t[0]))
+        begun = layout.begun(prompt_tail, self._thinking) if think else None
+        if begun:
+            begin, end = begun
             self._part()
             yield from stream.spaces()
             yield from stream.literal(begin)  # some models say it again

@@ -42,7 +42,8 @@ SIGNS = {
 
 def read(format: str, pieces: list[str], tail: str = "", tools: list[dict[str, Any]] | None = TOOLS,
          reasoning: bool = True) -> Answer:  # fmt: skip
-    reader = AnswerFormat.of(SIGNS.get(format, format), VOCABULARY).reader(tools, reasoning, tail, lambda i: f"id{i}")
+    reader = AnswerFormat.of(SIGNS.get(format, format), VOCABULARY).reader(
+        tools, reasoning, tail, new_id=lambda i: f"id{i}")
     answer = Answer()
     for piece in pieces:
         answer.add(reader.feed(piece))
@@ -193,6 +194,11 @@ def test_without_tools_there_are_no_calls_and_thoughts_may_stay() -> None:
     assert read("thinking", [text], tools=None) == Answer('<tool_call>{"name": "now"}</tool_call>', "Hm")
     assert read("thinking", [text], tools=None, reasoning=False) == Answer(text)
     assert read("thinking", [text], reasoning=False) == Answer("<think>Hm</think>", calls=[Call("id0", "now", "{}")])
+
+
+def test_an_answer_may_go_on_with_thoughts() -> None:
+    reader = AnswerFormat.of(SIGNS["thinking"], VOCABULARY).reader(prompt_tail="<think>\nTwo a", thinking=True)
+    assert Answer().add(reader.feed("nd two.</think>4")).add(reader.finish()) == Answer("4", "nd two.")
 
 
 def test_text_and_arguments_come_as_soon_as_they_are_known() -> None:
