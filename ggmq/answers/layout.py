@@ -153,6 +153,8 @@ _FAMILIES: tuple[tuple[tuple[str, ...], Layout], ...] = (
                                                  forced=_json_list("<|tool_call|>[", "]<|/tool_call|>"))),
     (("<|tool_call|>",), Layout("granite", calls=(JsonCalls(("<|tool_call|>",), ("<|/tool_call|>",)), HERMES),
                                 forced=_json_list("<|tool_call|>["))),
+    (("<|tool|>", "<|/tool|>"), Layout("phi", calls=(JsonCalls(("<|tool_call|>",), ("<|/tool_call|>",)), _WORDS),
+                                       bare=_WORDS, forced=_WORDS_FORM)),
     (("<tool_call>",), Layout("hermes", calls=(HERMES,), forced=_HERMES_FORM)),
     (("<tool_calls>",), Layout("tool_calls", calls=(JsonCalls(("<tool_calls>",), ("</tool_calls>",)),),
                                forced=_json_call(begin="<tool_calls>\n", between="\n", end="\n</tool_calls>",

@@ -134,15 +134,14 @@ AS_OBJECT = (
     "{% for m in messages %}{{ m.role }}={{ m.content }}{% for c in m.tool_calls %}<{{ c.function.name }} {{ c.id }}"
     "{% for k, v in c.function.arguments.items() %} {{ k }}={{ v }}{% endfor %}>{% endfor %};{% endfor %}"
 )
-AS_TEXT = ("{{ tools|tojson }}{% for m in messages %}{% for c in m.tool_calls %}{{ c.function.arguments + '' }}"
-           "{% endfor %}{% endfor %}")  # fmt: skip
+AS_TEXT = "{% for m in messages %}{% for c in m.tool_calls %}{{ c.function.arguments }}{% endfor %}{% endfor %}"
 
 
 def test_calls_are_shown_as_a_template_wants_their_arguments() -> None:
     assert template(AS_OBJECT).render(CALLED, tools=[WEATHER]) == (
         'weather:{"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]};'
         "user=Weather?;assistant=<weather a1 place=Ulm>;tool=sunny;")
-    assert template(AS_TEXT).render(CALLED, tools=[WEATHER]).endswith(']{"place": "Ulm"}')
+    assert template("{{ tools|length }}" + AS_TEXT).render(CALLED, tools=[WEATHER]).endswith('1{"place": "Ulm"}')
     said = "{% for m in messages %}{{ m.reasoning_content }}{{ m.tool_call_id }}{% endfor %}"
     assert template(said).render(CALLED[:2]) == "Look."
     with pytest.raises(FormatError, match="arguments of a call of weather: expected JSON"):
@@ -156,6 +155,33 @@ def test_a_template_that_knows_of_no_tools_gets_them_in_words() -> None:
     assert 'assistant:{"tool_calls": [{"name": "weather", "arguments": {"place": "Ulm"}, "id": "a1"}]};' in text
     assert text.endswith('user:{"tool_response": {"id": "a1", "content": "sunny"}};')
     assert template(SHOWN).render(TALK, tools=[WEATHER]).startswith("system:Be brief.\n\nYou can call these tools")
+
+
+FIELDS = "{% for m in messages %}{{ m|tojson }};{% endfor %}{{ tools|length }}"
+
+
+@pytest.mark.parametrize(("sign", "told"), [
+    ("<|tool_list_start|><|tool_list_end|>", ['"thinking": "Look."', '"reasoning_content": "Look."']),
+    ("<|channel|>", ['{"role": "assistant", "reasoning_content": "Look.", "tool_calls"', '"thinking": "Look."']),
+    ("[SYSTEM_PROMPT][TOOL_CALLS][ARGS]", [
+        '"content": [{"type": "thinking", "thinking": "Look."}, {"type": "text", "text": ""}]']),
+    ("'<|tool_call>call:'", ['"tool_responses": [{"name": "weather", "response": "sunny"}]', '"content": "Warm."']),
+    ("'<|tool_call>call:'{#- OpenAI Chat Completions:", ['{"role": "tool", "content": "sunny", "tool_call_id": "a1"}']),
+])  # fmt: skip
+def test_families_get_thoughts_and_results_where_they_look_for_them(sign: str, told: list[str]) -> None:
+    hidden = "{% if false %}{{ raise_exception(" + repr(sign).replace("{#-", "{' ~ '#-") + ") }}{% endif %}"
+    source = hidden if "{#-" not in sign else hidden + "{% raw %}" + sign + "{% endraw %}"
+    text = template(source + FIELDS).render([*CALLED, {"role": "assistant", "content": "Warm."}, *HI], tools=[WEATHER])
+    assert all(t in text for t in told), text
+
+
+def test_results_come_in_the_order_of_their_calls_where_a_family_wants_that() -> None:
+    calls = [{"id": i, "function": {"name": "weather", "arguments": {}}} for i in "ab"]
+    talk: list[chat.Message] = [*HI, {"role": "assistant", "tool_calls": calls},
+                                *({"role": "tool", "tool_call_id": i, "content": i} for i in "ba"), *HI]  # fmt: skip
+    shown = "{% for m in messages if m.role == 'tool' %}{{ m.content }}{% endfor %}{{ tools|tojson }}"
+    assert template(shown).render(talk, tools=[WEATHER])[:2] == "ba"
+    assert template("{% set dsml_token = 'DSML' %}" + shown).render(talk, tools=[WEATHER])[:2] == "ab"
 
 
 def test_a_template_gets_more_variables_and_they_win() -> None:
@@ -175,8 +201,9 @@ def test_an_answer_is_gone_on_with() -> None:
 
 @pytest.mark.peer
 @pytest.mark.skipif(find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
-@pytest.mark.parametrize("source", [REFUSING, EITHER + "{{ enable_thinking }}{{ bos_token }}", "{{ bos_token }}" + PARTS],
-                         ids=["refusing", "either", "parts"])  # fmt: skip
+@pytest.mark.parametrize("source", [REFUSING, EITHER + "{{ enable_thinking }}{{ bos_token }}", "{{ bos_token }}" + PARTS,
+                                    AS_OBJECT, "{% if tools %}{{ tools|tojson }}{% endif %}" + AS_TEXT + SHOWN],
+                         ids=["refusing", "either", "parts", "objects", "texts"])  # fmt: skip
 def test_all_conversations_render_as_by_a_peer(tmp_path: Path, source: str) -> None:
     models = {adds: templates.vocabulary(tmp_path / f"{adds}.gguf", adds) for adds in (False, True)}
     result = templates.compare(source, templates.conversations(24, 1), models, tmp_path)

@@ -1,8 +1,8 @@
 """Chat templates against llama.cpp's server, which renders a conversation without answering it (`/apply-template`).
 
 Needs `pip install xllamacpp` and a folder of templates (`--templates`), such as models/templates of llama.cpp's sources.
-Each is rendered with the conversations of CASES and then with random ones, thinking on and off, with and without a prompt
-for an answer, by a vocabulary that adds BOS and EOS and by one that does not.
+Each is rendered with the conversations of TOOL_CASES and CASES and then with random ones, thinking on and off, with and
+without a prompt for an answer, by a vocabulary that adds BOS and EOS and by one that does not.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from ggmq.tokenizer import Vocabulary
 from protocol.errors import FormatError
 
 Request = dict[str, Any]
+IN_WORDS = ("You can call these tools, described by JSON schemas", '{"tool_response": {')
+"""Tools, and results, in a prompt whose template shows none; llama.cpp leaves them out."""
 PEER = """
 import http.client, json, os, sys, xllamacpp
 out = os.dup(1); os.dup2(2, 1)
@@ -77,15 +79,59 @@ CASES: dict[str, list[Message]] = {
               {"role": "assistant", "content": None}, *_turns("Why?")],
     "long": _turns(*(f"Line {i}\n" * 40 for i in range(9))),
 }
+WEATHER = {"type": "function", "function": {
+    "name": "get_weather", "description": "Weather of a \"place\" <now>", "parameters": {
+        "type": "object", "properties": {
+            "place": {"type": "string", "description": "Where"}, "days": {"type": "integer", "default": 1},
+            "unit": {"type": "string", "enum": ["C", "F"]}}, "required": ["place"]}}}
+ADD = {"type": "function", "function": {"name": "add", "parameters": {
+    "type": "object", "properties": {"x": {"type": "number"}, "y": {"type": "array", "items": {"type": "number"}}}}}}
+NOW = {"type": "function", "function": {"name": "now", "description": "Time"}}  # fmt: skip
+
+
+def _called(*calls: tuple[str, str, str], content: str | None = None, thoughts: str = "") -> Message:
+    """An answer that calls: ids, names and arguments."""
+    made = [{"id": i, "type": "function", "function": {"name": n, "arguments": a}} for i, n, a in calls]
+    return {"role": "assistant", "content": content, "tool_calls": made} | (
+        {"reasoning_content": thoughts} if thoughts else {})
+
+
+def _result(id: str, content: str) -> Message:
+    return {"role": "tool", "tool_call_id": id, "content": content}
+
+
+_PARIS = ("call12345", "get_weather", '{"place": "Paris é", "days": 2}')
+_SUM = ("call67890", "add", '{"x": 1.5, "y": [1, 2, {"z": null, "t": true}]}')
+_RESULTS = _result("call12345", '{"t": 20}'), _result("call67890", "3")
+TOOL_CASES: dict[str, tuple[list[Message], list[dict[str, Any]]]] = {
+    "tools": (_turns("Hi"), [WEATHER, ADD]),
+    "system and tools": ([*_system("Be brief."), *_turns("Hi")], [WEATHER]),
+    "a tool without parameters": ([*_system("Be brief."), *_turns("Hi")], [NOW]),
+    "a call": ([*_turns("Weather?"), _called(_PARIS), _RESULTS[0]], [WEATHER, ADD]),
+    "two calls": ([*_system("Be brief."), *_turns("Weather?"), _called(_PARIS, _SUM, content=""), *_RESULTS],
+                  [WEATHER, ADD]),
+    "words and calls": ([*_turns("Weather?"), _called(_PARIS, content="Let me see."), _RESULTS[0], *_turns(
+        "Sunny.", "And 1.5 + 2?", first="assistant"), _called(_SUM), _RESULTS[1], *_turns("3", "Thanks", first="assistant")],
+        [WEATHER, ADD]),
+    "thoughts and calls": ([*_turns("Weather?"), _called(_PARIS, thoughts="I should look."), _RESULTS[0], {
+        "role": "assistant", "content": "Sunny.", "reasoning_content": "It is sunny."}, *_turns("Sure?")], [WEATHER]),
+    "thoughts beside": ([*_turns("2 + 2?"), {"role": "assistant", "content": "4", "reasoning_content": "Two and two."},
+                         *_turns("Sure?")], []),
+    "calls of tools that are gone": ([*_turns("Weather?"), _called(_PARIS), _RESULTS[0]], []),
+}  # fmt: skip
 PIECES = ["Hi", "a", " ", "\n", "\t", "é", "你好", "🙂", "<b>", "&", "'", '"', "\\", "{{ x }}", "{%- if x %}", "<think>",
           "</think>", "\n\n", "\r\n", "<|im_end|>", "</s>", "[INST]", "\u00a0", "\u3000", "1234", "ÀÉß", "/no_think",
           "final", "\x01"]  # fmt: skip
 
 
-def conversations(n: int, seed: int) -> list[tuple[str, list[Message]]]:
-    """Those of CASES, and random ones so that there are `n`."""
+Case = tuple[str, list[Message], list[dict[str, Any]]]
+
+
+def conversations(n: int, seed: int) -> list[Case]:
+    """Those of TOOL_CASES and of CASES, with tools, and random ones so that there are `n`."""
     rng = random.Random(seed)
-    out = list(CASES.items())
+    out = [(name, *case) for name, case in TOOL_CASES.items()]
+    out += [(name, messages, []) for name, messages in CASES.items()]
 
     def content() -> str:
         return "".join(rng.choices(PIECES, k=rng.choice([0, 1, 1, 2, 4, 9])))
@@ -98,7 +144,7 @@ def conversations(n: int, seed: int) -> list[tuple[str, list[Message]]]:
         if rng.random() < 0.1:
             strange = {"role": rng.choice(["system", "user", "developer"]), "content": content()}
             messages.insert(rng.randrange(len(messages)), strange)
-        out.append((f"random {len(out)}", messages))
+        out.append((f"random {len(out)}", messages, []))
     return out[:n]
 
 
@@ -113,7 +159,7 @@ class Result:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--templates", type=Path, required=True, metavar="DIR", help="folder of templates (*.jinja)")
     parser.add_argument("--only", default="", help="templates whose name contains this")
-    parser.set_defaults(n=2 * len(CASES))
+    parser.set_defaults(n=2 * len(CASES) + len(TOOL_CASES))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -139,22 +185,23 @@ def _line(counts: Counter[str]) -> str:
     return ", ".join(f"{n} {kind}" for kind, n in sorted(counts.items()))
 
 
-def compare(source: str, cases: Sequence[tuple[str, list[Message]]], models: dict[bool, Path], folder: Path) -> Result:
+def compare(source: str, cases: Sequence[Case], models: dict[bool, Path], folder: Path) -> Result:
     """Render everything here and there."""
     result = Result()
     for adds, model in models.items():
-        chosen = [(f"{name}, thinking {thinking}, prompt {prompt}, adds {adds}", messages, thinking, prompt)
-                  for name, messages in cases for thinking in (True, False) for prompt in (True, False)]  # fmt: skip
-        requests = [{"messages": messages, "add_generation_prompt": prompt,
+        chosen = [(f"{name}, thinking {thinking}, prompt {prompt}, adds {adds}", messages, tools, thinking, prompt)
+                  for name, messages, tools in cases for thinking in (True, False) for prompt in (True, False)]  # fmt: skip
+        requests = [{"messages": messages, "tools": tools, "add_generation_prompt": prompt,
                      "chat_template_kwargs": {"enable_thinking": thinking}}
-                    for _, messages, thinking, prompt in chosen]  # fmt: skip
+                    for _, messages, tools, thinking, prompt in chosen]  # fmt: skip
         theirs = peer(model, source, requests, folder)
         ours = here(model, source, requests)
         for (name, *_), (mine, refused), (other, refused_there) in zip(chosen, ours, theirs, strict=True):
             kind = ("refused by both" if refused and refused_there else "refused here" if refused else
-                    "refused there" if refused_there else "same" if mine == other else "different")  # fmt: skip
+                    "in words" if any(words in mine for words in IN_WORDS) else "refused there" if refused_there else
+                    "same" if mine == other else "different")  # fmt: skip
             result.counts[kind] += 1
-            if kind not in ("same", "refused by both"):
+            if kind not in ("same", "refused by both", "in words"):
                 apart = next((i for i, (a, b) in enumerate(zip(mine, other, strict=False)) if a != b), None)
                 at = 0 if refused or refused_there or apart is None else max(0, apart - 40)
                 result.different.append((f"{kind}: {name}", mine[at : at + 300], other[at : at + 300]))
@@ -173,7 +220,7 @@ def here(model: Path, source: str, requests: Sequence[Request]) -> list[tuple[st
     for request in requests:
         try:
             out.append((template.render(request["messages"], request["add_generation_prompt"],
-                                        request["chat_template_kwargs"]["enable_thinking"]), False))  # fmt: skip
+                                        request["chat_template_kwargs"]["enable_thinking"], request["tools"]), False))
         except FormatError as e:
             out.append((str(e), True))
     return out
