@@ -32,19 +32,23 @@ _ANSWER_BYTES = 12 * MAX_OUTPUT_CHARS + 4096
 
 
 class ChatTemplate:
-    """A template is parsed and rendered within MAX_RENDER_S, MAX_OUTPUT_CHARS and MAX_MEMORY_BYTES, by a process that is
+    """The template of a model, or that for conversations with tools where a model has one of its own.
+
+    It is parsed and rendered within MAX_RENDER_S, MAX_OUTPUT_CHARS and MAX_MEMORY_BYTES, by a process that is
     kept for the next conversation, started again after a failure, and ended with this object.
 
     Errors: FormatError when the model's template cannot be parsed, refuses the messages, or leaves those bounds.
     Threads: use from one.
     """
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    def __init__(self, vocabulary: Vocabulary, source: str | None = None) -> None:
         self._tokens = {name: vocabulary.decode([i], special=True) if i is not None else ""
                         for name, i in (("bos_token", vocabulary.bos), ("eos_token", vocabulary.eos))}  # fmt: skip
         self._added = {"add_bos": vocabulary.add_bos, "add_eos": vocabulary.add_eos}
         self._where = f"{vocabulary.name}: tokenizer.chat_template"
-        self._source = vocabulary.chat_template or CHATML
+        self._vocabulary = vocabulary
+        self._source = source or vocabulary.chat_template or CHATML
+        self._with_tools: ChatTemplate | None = None
         if len(self._source) > MAX_TEMPLATE_CHARS:
             raise FormatError(f"{self._where}: expected at most {MAX_TEMPLATE_CHARS} characters, got {len(self._source)}")
         self._process: subprocess.Popen[bytes] | None = None
@@ -69,6 +73,11 @@ class ChatTemplate:
         `extra`: more variables for the template; those of its own names take the place of ours.
         `continue_final`: the prompt ends within the last message, so that the model goes on with that answer.
         """
+        source = self._vocabulary.tool_template if tools else ""
+        if source and source != self._source:
+            if self._with_tools is None:
+                self._with_tools = ChatTemplate(self._vocabulary, source)
+            return self._with_tools.render(messages, add_generation_prompt, enable_thinking, tools, extra, continue_final)
         if self._process is None:
             self._start()
         request = {"messages": list(messages), "add_generation_prompt": add_generation_prompt,

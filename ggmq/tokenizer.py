@@ -36,6 +36,7 @@ class Vocabulary:
     Attributes:
         tokens: text of each id; bytes that are no UTF-8 stand there as Python's surrogateescape has them.
         types: kind of each id (NORMAL, CONTROL, ...), where a text that says more than the file's type counts.
+        chat_template, tool_template: Jinja, empty for none; the second, where there is one, for conversations with tools.
         bos, eos: ids or None. end_ids: ids after which generation stops. suppressed: ids that are never sampled.
     Errors: FormatError when the metadata does not describe a vocabulary.
     """
@@ -68,7 +69,8 @@ class Vocabulary:
         self.add_bos = g.boolean("tokenizer.ggml.add_bos_token", adds) and self.bos is not None
         self.add_eos = g.boolean("tokenizer.ggml.add_eos_token", False) and self.eos is not None
         self.add_space_prefix = g.boolean("tokenizer.ggml.add_space_prefix", True)
-        self.chat_template = g.text("tokenizer.chat_template", "")
+        self.tool_template = g.text("tokenizer.chat_template.tool_use", "")
+        self.chat_template = g.text("tokenizer.chat_template", "") or self.tool_template
         suppressed = g.numbers("tokenizer.ggml.suppress_tokens", np.empty(0, np.int64))
         self.suppressed = frozenset(int(i) for i in suppressed if 0 <= i < n)
         self._splitters = {parse: self._splitter(g, parse) for parse in (True, False)}

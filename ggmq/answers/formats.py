@@ -27,7 +27,8 @@ class AnswerFormat:
 
     @classmethod
     def of(cls, template_source: str, vocabulary: Vocabulary) -> AnswerFormat:
-        """The format of a model with this template; an empty one stands for ChatML."""
+        """The format of a model with this template (`Vocabulary.tool_template`, if any, where there are tools); an empty one
+        stands for ChatML."""
         return cls(template_source, vocabulary)
 
     @property

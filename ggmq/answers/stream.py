@@ -74,8 +74,10 @@ class Stream:
         while True:
             found = pattern.search(self.text, self.at)
             n = found.start() if found else len(self.text) - _n_begun(self.text, self.at, markers, longest)
-            if found and not self.ended and any(m.startswith(self.text[n:]) and m != found[0] for m in markers):
-                found = None  # it may yet be a longer one
+            if found and not self.ended and len(self.text) - n < longest:
+                rest = self.text[n:]
+                if any(m.startswith(rest) and m != found[0] for m in markers):
+                    found = None  # it may yet be a longer one
             if n > self.at:
                 sink(self.text[self.at : n])
             if found:

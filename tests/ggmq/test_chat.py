@@ -184,6 +184,13 @@ def test_results_come_in_the_order_of_their_calls_where_a_family_wants_that() ->
     assert template("{% set dsml_token = 'DSML' %}" + shown).render(talk, tools=[WEATHER])[:2] == "ab"
 
 
+def test_a_model_may_have_a_template_for_tools() -> None:
+    v = Vocabulary(GGUF(BUNDLED))
+    v.chat_template, v.tool_template = "plain", "{{ tools[0].function.name }}"
+    t = ChatTemplate(v)
+    assert [t.render(HI), t.render(HI, tools=[WEATHER]), t.render(HI)] == ["plain", "weather", "plain"]
+
+
 def test_a_template_gets_more_variables_and_they_win() -> None:
     t = template("{{ enable_thinking }}{{ preserve_thinking }}{{ reasoning_strength }}{{ mine }}")
     assert t.render(HI, extra={"enable_thinking": False, "reasoning_effort": "low", "mine": 7}) == "FalseTruelow7"
