@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from ggmq.log import Log
-from ggmq.server import chat, native, page
+from ggmq.server import chat, cluster, native, page
 from ggmq.server.access import Access, is_anthropic
 from ggmq.server.bodies import ClientGone
 from ggmq.server.context import Context
@@ -35,6 +35,8 @@ ROUTES: Mapping[str, tuple[str, Handler]] = {
     "/props": ("GET", native.props),
     "/slots": ("GET", native.slots),
     "/health": ("GET", native.health),
+    "/cluster": ("GET", cluster.cluster),
+    "/cluster/events": ("GET", cluster.cluster_events),
 }
 
 

@@ -1,6 +1,6 @@
 // An answer that is being made: the request, its stream, and what came of it.
 
-import { ApiError, ask, eventsOf } from "./api.js";
+import { ApiError, ask, errorOf, eventsOf } from "./api.js";
 import { newId } from "./dom.js";
 import { settings } from "./settings.js";
 import { pathOf, save } from "./store.js";
@@ -25,7 +25,7 @@ export class Answer {
     this.abort = new AbortController();
     this.node = { id: newId(), parent: conversation.leaf, role: "assistant", content: "", time: Date.now(), model, ended: "open" };
     this.body = {
-      model,
+      ...(model && { model }),
       messages: messagesFor(conversation),
       stream: true,
       stream_options: { include_usage: true },
@@ -78,7 +78,7 @@ export class Answer {
       for await (const data of eventsOf(await ask("v1/chat/completions", { body: this.body, signal: this.abort.signal }))) {
         if (data === "[DONE]") break;
         const chunk = JSON.parse(data);
-        if (chunk.error) throw new ApiError(Number(chunk.error.code) || 500, chunk.error.message ?? "the server gave up");
+        if (chunk.error) throw errorOf(chunk.error);
         this.#take(chunk, clock);
         this.told(this);
         if (this.started && performance.now() - saved > SAVE_MS) {

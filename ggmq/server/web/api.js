@@ -11,6 +11,11 @@ export class ApiError extends Error {
   }
 }
 
+// what the error of a stream is called, which has no status of its own
+const STATUSES = { authentication_error: 401, rate_limit_error: 429, unavailable_error: 503, invalid_request_error: 400 };
+
+export const errorOf = ({ type, message }) => new ApiError(STATUSES[type] ?? 500, message || "the server gave up");
+
 const where = (path) => new URL(path, document.baseURI);
 
 async function refused(response) {

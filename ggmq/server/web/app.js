@@ -75,10 +75,8 @@ function showBanner() {
   let act = null;
   if (!feed.connected && feed.problem) {
     if (feed.problem.status === 401) text = "The server asks for a key.";
-    else {
-      const since = new Date(feed.lostAt).toLocaleTimeString();
-      text = `No connection to the server since ${since}. Trying again.`;
-    }
+    else if (feed.problem.status) text = `The server tells nothing of the cluster: ${feed.problem.message}.`;
+    else text = `No connection to the server since ${new Date(feed.lostAt).toLocaleTimeString()}. Trying again.`;
     act = feed.problem.status === 401 ? ["Enter the key", () => dialogs.openSettings("key")] : ["Try now", reconnect];
   } else if (feed.snapshot?.error) text = feed.snapshot.error;
   else if (lost.length) {
@@ -98,7 +96,7 @@ let wasConnected = false;
 
 onFeed(({ connected }) => {
   if (connected && !wasConnected) {
-    learn();
+    if (feed.lostAt) learn();
     chat.forget([0, 401]);
   }
   wasConnected = connected;
@@ -238,6 +236,7 @@ showTheme();
 nameTheme();
 chat.begin(server);
 route();
+learn();
 reconnect();
 if (!(await store.isLasting())) {
   $("#not-kept").hidden = false;
