@@ -388,10 +388,10 @@ def _nothing() -> Reading[str]:
 
 
 def _types(schema: Any, key: str) -> set[str]:
-    """The types that a parameter's schema names; none where it says nothing."""
+    """The types that a parameter's schema names; none where it says nothing, or nothing sensible."""
     try:
         return _types_of(schema["properties"][key])
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, IndexError):
         return set()
 
 

@@ -135,13 +135,16 @@ class _Lark:
 
     def _json_arguments(self, form: Forced, schema: Schema) -> str:
         closed = {"type": "object", "properties": {}, "additionalProperties": False}
-        return self._json({**closed, **schema} if "$ref" not in schema and "anyOf" not in schema else schema)
+        composed = schema.keys() & {"$ref", "anyOf", "oneOf", "allOf"}
+        return self._json(schema if composed else {**closed, **schema})
 
     def _parameters(self, schema: Schema) -> list[tuple[str, Schema, bool]]:
         """Names, schemas with what they refer to, and whether they are required."""
         shared = {k: schema[k] for k in ("$defs", "definitions") if k in schema}
-        return [(name, {**part, **shared} if isinstance(part, Mapping) else shared, name in schema.get("required", ()))
-                for name, part in schema.get("properties", {}).items()]  # fmt: skip
+        required, properties = schema.get("required"), schema.get("properties")
+        return [(name, {**part, **shared} if isinstance(part, Mapping) else shared,
+                 isinstance(required, list) and name in required)
+                for name, part in (properties.items() if isinstance(properties, Mapping) else ())]  # fmt: skip
 
     def _tags(self, form: Forced, schema: Schema) -> str:
         out = []
@@ -149,7 +152,8 @@ class _Lark:
         for name, part, required in self._parameters(schema):
             text = part.get("type") == "string" and "enum" not in part and "const" not in part
             values = part.get("enum", [part["const"]] if "const" in part else [])
-            if values and all(isinstance(v, str) for v in values):
+            values = values if isinstance(values, list) and all(isinstance(v, str) for v in values) else []
+            if values:
                 value = "(" + " | ".join(self.text(v) for v in values) + f") {self.text(closing)}"
             else:
                 value = self.until(closing) if text else f"{self._json(part)} {self.text(closing)}"

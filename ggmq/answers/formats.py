@@ -82,4 +82,5 @@ class AnswerFormat:
 
 def parameters_of(tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The parameters' schemas of tools by name."""
-    return {t["function"]["name"]: t["function"].get("parameters") or {} for t in tools}
+    given = ((t["function"]["name"], t["function"].get("parameters")) for t in tools)
+    return {name: schema if isinstance(schema, Mapping) else {} for name, schema in given}

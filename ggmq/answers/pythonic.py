@@ -56,7 +56,8 @@ def _call(node: ast.AST, tools: Mapping[str, Any]) -> tuple[str, str]:
     if not is_name(name):
         raise ValueError("no name")
     schema = tools.get(name)
-    known = list(schema.get("properties") or ()) if isinstance(schema, dict) else []
+    properties = schema.get("properties") if isinstance(schema, Mapping) else None
+    known = list(properties) if isinstance(properties, Mapping) else []
     if len(node.args) > len(known):
         raise ValueError("arguments without names")
     arguments = {key: _value(arg) for key, arg in zip(known, node.args, strict=False)}

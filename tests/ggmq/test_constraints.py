@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ggmq.answers import Answer, AnswerFormat
 from ggmq.gguf import GGUF
@@ -133,6 +135,23 @@ def test_text_is_free_until_a_call_begins(format: str) -> None:
         assert not accepts(matcher(grammar), f"Let me see.\n{whole}".replace("weather", "wether"))
     one = f.constraint(TOOLS, parallel=False)
     assert accepts(matcher(one), whole) and not accepts(matcher(one), f"{whole}\n{whole}")
+
+
+WORDS = st.sampled_from(["type", "properties", "required", "enum", "const", "$ref", "anyOf", "$defs", "x"])
+LEAVES = st.none() | st.booleans() | st.integers() | st.sampled_from(["string", "integer", "x", ""])
+JSON = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=4), max_leaves=8)
+
+
+@given(JSON, st.sampled_from(sorted(FORMATS)))
+def test_schemas_may_be_anything(schema: Any, format: str) -> None:
+    f = AnswerFormat.of(FORMATS[format], VOCABULARY)
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": schema}}]
+    for choice in ("auto", "weather"):
+        grammar = f.constraint(tools, choice)
+        assert grammar is None or grammar.startswith("start: ")
+    for text in ("<tool_call><function=weather><parameter=x>1</parameter></function>", "```tool_code\nweather(1)\n```"):
+        reader = f.reader(tools, prompt_tail=TAIL.get(format, ""))
+        assert len(Answer().add(reader.feed(text)).add(reader.finish()).calls) <= 1
 
 
 def test_control_tokens_are_markers_and_thoughts_come_before_forced_calls() -> None:
