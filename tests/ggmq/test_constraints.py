@@ -139,7 +139,7 @@ def test_text_is_free_until_a_call_begins(format: str) -> None:
 
 WORDS = st.sampled_from(["type", "properties", "required", "enum", "const", "$ref", "anyOf", "$defs", "x"])
 LEAVES = st.none() | st.booleans() | st.integers() | st.sampled_from(["string", "integer", "x", ""])
-JSON = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=4), max_leaves=8)
+JSON = st.recursive(LEAVES, lambda part: st.lists(part, max_size=3) | st.dictionaries(WORDS, part, max_size=4), max_leaves=8)
 
 
 @given(JSON, st.sampled_from(sorted(FORMATS)))
