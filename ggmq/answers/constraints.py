@@ -25,8 +25,8 @@ class Forced:
 
     Attributes:
         trigger: that beginning of a block by which it is known to be one; empty where it is known only as a whole answer.
-        arguments: json; tags, where each has the texts of `tags` before its name, after it and after its value; words, as
-            name=value.
+        arguments: json; tags, where each has the texts of `tags` before its name, after it and after its value; words, with
+            those of `tags` between name and value, between arguments, and around texts, which are JSON's where it is empty.
         numbered: what a call's number stands after, where calls are numbered.
     """
 
@@ -38,7 +38,7 @@ class Forced:
     end: str = ""
     trigger: str = ""
     arguments: Literal["json", "tags", "words"] = "json"
-    tags: tuple[str, str, str] = ("", "", "")
+    tags: tuple[str, str, str] = ("=", ", ", "")
     numbered: bool = False
 
 
@@ -146,30 +146,40 @@ class _Lark:
                  isinstance(required, list) and name in required)
                 for name, part in (properties.items() if isinstance(properties, Mapping) else ())]  # fmt: skip
 
+    def _texts(self, part: Schema) -> tuple[bool, list[str]]:
+        """Whether a parameter is a text, and the texts that it may be; none: any."""
+        values = part.get("enum", [part["const"]] if "const" in part else [])
+        values = values if isinstance(values, list) and all(isinstance(v, str) for v in values) else []
+        return bool(values) or (part.get("type") == "string" and not part.keys() & {"enum", "const"}), values
+
+    def _text_up_to(self, values: Sequence[str], closing: str) -> str:
+        if not values:
+            return self.until(closing)
+        return "(" + " | ".join(self.text(v) or '""' for v in values) + f") {self.text(closing)}"
+
     def _tags(self, form: Forced, schema: Schema) -> str:
         out = []
         before, after, closing = form.tags
         for name, part, required in self._parameters(schema):
-            text = part.get("type") == "string" and "enum" not in part and "const" not in part
-            values = part.get("enum", [part["const"]] if "const" in part else [])
-            values = values if isinstance(values, list) and all(isinstance(v, str) for v in values) else []
-            if values:
-                value = "(" + " | ".join(self.text(v) for v in values) + f") {self.text(closing)}"
-            else:
-                value = self.until(closing) if text else f"{self._json(part)} {self.text(closing)}"
-            key = self.text(before + name + after.replace("%", "true" if text or values else "false"))
+            is_text, values = self._texts(part)
+            value = self._text_up_to(values, closing) if is_text else f"{self._json(part)} {self.text(closing)}"
+            key = self.text(before + name + after.replace("%", "true" if is_text else "false"))
             out.append(f"{key} {value}" if required else f"({key} {value})?")
         return " ".join(out)
 
     def _words(self, form: Forced, schema: Schema) -> str:
+        assign, comma, quote = form.tags
         first = more = '""'
         for name, part, required in reversed(self._parameters(schema)):
-            word = f"{self.text(name + '=')} {self._json(part)}"
+            is_text, values = self._texts(part)
+            quoted = quote and is_text
+            value = f"{self.text(quote)} {self._text_up_to(values, quote)}" if quoted else self._json(part)
+            word, next_word = f"{self.text(name + assign)} {value}", self.text(comma)
             if required:
-                first, more = self._new("words", f"{word} {more}"), self._new("words", f'", " {word} {more}')
+                first, more = self._new("words", f"{word} {more}"), self._new("words", f"{next_word} {word} {more}")
             else:
                 first, more = (self._new("words", f"{word} {more} | {first}"),
-                               self._new("words", f'", " {word} {more} | {more}'))  # fmt: skip
+                               self._new("words", f"{next_word} {word} {more} | {more}"))  # fmt: skip
         return first
 
 

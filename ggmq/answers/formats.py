@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from ggmq.answers.constraints import grammar
 from ggmq.answers.layout import ANALYSIS, find_layout
 from ggmq.answers.reader import AnswerReader, NewId
@@ -21,8 +23,9 @@ class AnswerFormat:
     def __init__(self, template_source: str, vocabulary: Vocabulary) -> None:
         self._layout = find_layout(template_source)
         self.name = self._layout.name
-        ids = (vocabulary.ids.get(text.strip()) for text in self._layout.markers)
-        self.preserved = frozenset(i for i in ids if i is not None and vocabulary.types[i] == CONTROL) - vocabulary.end_ids
+        markers = "\n".join(self._layout.markers)  # some are a token and more
+        control = np.flatnonzero(vocabulary.types == CONTROL).tolist()
+        self.preserved = frozenset(i for i in control if vocabulary.tokens[i] in markers) - vocabulary.end_ids
         self._splitter = Splitter([(vocabulary.tokens[i], i) for i in sorted(self.preserved)])
 
     @classmethod

@@ -136,7 +136,9 @@ _FAMILIES: tuple[tuple[tuple[str, ...], Layout], ...] = (
         "</function>"),), forced=Forced('<function name="', '">', "</function>", between="\n", trigger='<function name="',
                                         arguments="tags", tags=('<param name="', '">', "</param>")))),
     (("<|tool_call>call:",), Layout("gemma4", thoughts=(("<|channel>thought", "<channel|>"),), calls=(GemmaCalls(
-        ("<|tool_call>call:",), ("<tool_call|>",)),))),
+        ("<|tool_call>call:",), ("<tool_call|>",)),),
+        forced=Forced("<|tool_call>call:", "{", "}<tool_call|>", trigger="<|tool_call>call:", arguments="words",
+                      tags=(":", ",", '<|"|>')))),
     (("<|tool_list_start|>",), (_LFM := Layout("lfm2", calls=(
         PythonCalls(("<|tool_call_start|>",), ("<|tool_call_end|>",)),),
         forced=Forced("", "(", ")", "<|tool_call_start|>[", ", ", "]<|tool_call_end|>", "<|tool_call_start|>", "words")))),

@@ -212,9 +212,13 @@ def test_text_and_arguments_come_as_soon_as_they_are_known() -> None:
 
 def test_control_tokens_of_a_format_are_preserved(shared: Path) -> None:
     v = Vocabulary(GGUF(shared / "vocab" / "ggml-vocab-qwen2.gguf"))
+    start = v.ids["<|im_start|>"]
     assert AnswerFormat.of("tools <tool_call>", v).preserved == frozenset()  # plain text there
-    v.ids["<tool_call>"] = v.ids["<|im_start|>"]
-    assert AnswerFormat.of("tools <tool_call>", v).preserved == {v.ids["<|im_start|>"]}
+    for sign, text in (("tools <tool_call>", "<tool_call>"), (SIGNS["gemma4"], "<|tool_call>"), (SIGNS["dsml"], "｜DSML｜")):
+        v.tokens[start] = text
+        assert AnswerFormat.of(sign, v).preserved == {start}
+    v.tokens[max(v.end_ids)] = "</tool_call>"
+    assert AnswerFormat.of("tools <tool_call>", v).preserved == frozenset()  # it ends the answer, and is never text
 
 
 def test_long_answers_are_read_in_time() -> None:

@@ -100,9 +100,6 @@ def forced(f: AnswerFormat, choice: str, seed: int) -> str:
 @pytest.mark.parametrize("format", sorted(FORMATS))
 def test_a_forced_call_is_one_that_fits(format: str) -> None:
     f = AnswerFormat.of(FORMATS[format], VOCABULARY)
-    if format == "gemma4":
-        assert f.constraint(TOOLS, "required") is None
-        return
     for seed, choice in enumerate(("required", "weather", "add", "required")):
         text = forced(f, choice, seed)
         reader = f.reader(TOOLS, prompt_tail=TAIL.get(format, ""), new_id=str)
@@ -123,7 +120,7 @@ def test_text_is_free_until_a_call_begins(format: str) -> None:
     f = AnswerFormat.of(FORMATS[format], VOCABULARY)
     grammar = f.constraint(TOOLS)
     if grammar is None:
-        assert format in ("gemma4", "functionary")
+        assert format == "functionary"
         return
     for text in ("", "Hello there.\n", "Is 1 < 2? [yes] {no} ```c```", '{"a": 1}', "<think>Hm</think>"):
         assert accepts(matcher(grammar), text), (text, grammar)
