@@ -49,6 +49,7 @@ class Syntax(Protocol):
 
 
 def is_name(text: str) -> bool:
+    """Whether a tool may be called so."""
     return _NAME.fullmatch(text) is not None
 
 
@@ -333,9 +334,10 @@ class TaggedCalls:
             key, end = yield from stream.until(*self.key[1], limit=512)
             if not end:
                 return False
-            yield from stream.spaces() if self.value[0] else _nothing()
-            if self.value[0] and not (yield from stream.literal(self.value[0])):
-                continue
+            if self.value[0]:
+                yield from stream.spaces()
+                if not (yield from stream.literal(self.value[0])):
+                    continue
             kinds = _types(schema, key.strip(' "\n'))
             if end.endswith(('"true">', '"false">')):
                 kinds = {"string"} if end.endswith('"true">') else set()
@@ -380,11 +382,6 @@ def _literal(text: str) -> Any:
 
 
 _MAX_LITERAL_CHARS = 1 << 16
-
-
-def _nothing() -> Reading[str]:
-    return ""
-    yield
 
 
 def _types(schema: Any, key: str) -> set[str]:

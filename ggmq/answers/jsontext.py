@@ -24,6 +24,7 @@ class JsonScanner:
         self.done = self.broken = False
         self._stack: list[str] = []
         self._expects = "value"
+        self._key = False
         self._scalar = ""
 
     def feed(self, text: str, at: int = 0) -> tuple[str, int]:

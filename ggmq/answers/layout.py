@@ -1,4 +1,7 @@
-"""How the models of a family write their answers, and how a family is told by its template."""
+"""How the models of a family write their answers, and how a family is told by its template.
+
+Source: the templates themselves; llama.cpp's chat.cpp and parsers/ for signs by which it tells some of them.
+"""
 
 from __future__ import annotations
 

@@ -8,10 +8,14 @@ from msgspec import Struct, field
 
 
 class Content(Struct, frozen=True):
+    """More of what is said."""
+
     text: str
 
 
 class Reasoning(Struct, frozen=True):
+    """More of what is thought."""
+
     text: str
 
 

@@ -55,16 +55,22 @@ class Stream:
         return ""
 
     def until(self, *markers: str, limit: int = 1 << 20) -> Reading[tuple[str, str]]:
-        """The text before the first marker, and the marker, which are read; an empty marker when none comes."""
+        """The text before the first marker, and the marker, which are read; an empty marker when none comes.
+
+        `limit`: characters after which none is looked for any more; so many are read then.
+        """
         begin = look = self.at
         pattern, longest = _pattern(markers)
         while True:
             found = pattern.search(self.text, look)
-            if found:
+            if found and found.start() - begin <= limit:
                 self.at = found.end()
                 return self.text[begin : found.start()], found[0]
+            if found or len(self.text) - begin > limit + longest:
+                self.at = begin + limit
+                return self.text[begin : self.at], ""
             look = max(begin, len(self.text) - longest + 1)
-            if len(self.text) - begin > limit or not (yield from self.more()):
+            if not (yield from self.more()):
                 self.at = len(self.text)
                 return self.text[begin:], ""
 

@@ -224,6 +224,11 @@ def test_control_tokens_of_a_format_are_preserved(shared: Path) -> None:
 def test_long_answers_are_read_in_time() -> None:
     deep = '<tool_call>{"name": "add", "arguments": {"y": ' + "[" * 100_000
     assert read("hermes", [deep]).calls[0].name == "add"
+    for name in ("x" * 300, "x" * 505, "x" * 520, "x" * 3000):
+        text = f"<tool_call><function=weather><parameter={name}>1</parameter></function></tool_call>"
+        assert read("coder", [text]) == read("coder", list(text)) == read("coder", [text[:540], text[540:]])
+        text = text.replace("weather", name)
+        assert read("coder", [text]) == read("coder", list(text))
     many = "<tool_call>" * 3000 + "<" * 20_000
     assert read("hermes", [many]).content == many
     assert read("code", ["```tool_code\n" + "(" * 50_000 + "\n```"]).calls == []
