@@ -6,6 +6,7 @@ import { settings } from "./settings.js";
 import { pathOf, save } from "./store.js";
 
 const SAVE_MS = 1500;
+const SOON_MS = 300; // in less no rate can be measured
 
 /** Answers that are being made, by conversation. */
 export const running = new Map();
@@ -108,7 +109,7 @@ export class Answer {
     if (usage?.prompt_tokens !== undefined) stats.n_prompt = usage.prompt_tokens;
     const cached = usage?.prompt_tokens_details?.cached_tokens ?? timings?.cache_n;
     if (cached !== undefined) stats.n_cached = cached;
-    const rate = timings?.predicted_per_second ?? (stats.n_made > 1 && last > first ? ((stats.n_made - 1) * 1000) / (last - first) : 0);
+    const rate = timings?.predicted_per_second ?? (last - first > SOON_MS ? ((stats.n_made - 1) * 1000) / (last - first) : 0);
     if (rate > 0) stats.rate = rate;
     this.node.stats = stats;
   }

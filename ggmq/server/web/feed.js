@@ -38,7 +38,12 @@ function complete(raw) {
     for (const worker of host.workers) {
       here.add(worker.name);
       // a lost worker tells nothing: what it had is what it was last known to have
-      if (worker.state !== "ready" && !worker.devices?.length) worker.devices = seen.get(worker.name)?.worker.devices ?? [];
+      const known = seen.get(worker.name)?.worker.devices ?? [];
+      if (worker.state !== "ready" && !worker.devices?.length) worker.devices = known;
+      for (const device of worker.devices) {
+        const before = known.find((other) => other.name === device.name);
+        if (before && !device.total_bytes) Object.assign(device, { ...before, index: device.index, layers: device.layers });
+      }
       if (worker.devices?.length) seen.set(worker.name, { host: host.name, worker, at: now });
     }
   }

@@ -103,6 +103,9 @@ function elements(tokens, whole) {
   return fragment;
 }
 
+/** Whether a block is what it looks like: of a line that has just begun, `2` may become another item of the list before it. */
+const isClear = ({ raw }) => raw.length > 12 || raw.includes("\n");
+
 const DEFINITION = /^ {0,3}\[[^\]\n]+\]:/m; // of a link, which may be used in any block before it
 
 /**
@@ -127,8 +130,8 @@ export class Growing {
     const tokens = tokensOf(rest);
     const blocks = tokens.filter((token) => token.type !== "space").length;
     for (const el of this.tail) el.remove();
-    if (blocks > 1 && tokens.map((token) => token.raw).join("") === rest) {
-      const last = tokens.findLastIndex((token) => token.type !== "space");
+    const last = tokens.findLastIndex((token) => token.type !== "space");
+    if (blocks > 1 && isClear(tokens[last]) && tokens.map((token) => token.raw).join("") === rest) {
       const fixed = Object.assign(tokens.slice(0, last), { links: tokens.links });
       this.place.append(elements(fixed, true));
       this.n_fixed += fixed.reduce((n, token) => n + token.raw.length, 0);

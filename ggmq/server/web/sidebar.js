@@ -29,6 +29,7 @@ async function rename(item, head) {
   const end = async (keep) => {
     if (over) return;
     over = true;
+    input.blur();
     const title = input.value.trim();
     if (keep && title && title !== head.title) {
       const conversation = running.get(head.id)?.conversation ?? (current().id === head.id ? current() : await store.load(head.id));
