@@ -200,6 +200,27 @@ def test_a_refusal_is_explained_and_can_be_tried_again(
         assert problem.count() == 0
 
 
+def test_an_answer_that_breaks_off_is_kept_and_what_got_none_goes_with_the_next(browser: Browser, url: str) -> None:
+    with visiting(browser, url) as v:
+        bodies: list[Any] = []
+
+        def broken(route: Any) -> None:
+            bodies.append(route.request.post_data_json)
+            error = json.dumps({"error": {"message": "worker desk0 is lost", "type": "unavailable_error"}})
+            begun = answer({"content": "so far"}).partition('data: {"choices": [{"index": 0, "delta": {}')[0]
+            route.fulfill(content_type="text/event-stream", body=begun * (len(bodies) > 1) + f"data: {error}\n\n")
+
+        v.page.route("**/v1/chat/completions", broken)
+        v.say("One")
+        v.page.wait_for_selector(".problem >> text=worker desk0 is lost")
+        assert v.page.locator(".from-assistant").count() == 0
+        v.say("Two")
+        assert v.answered(1) == "so far"
+        v.page.wait_for_selector(".facts .end >> text=broken off")
+        assert "The cluster cannot answer now" in v.page.locator(".problem").inner_text()
+        assert bodies[1]["messages"] == [{"role": "user", "content": "One\n\nTwo"}]
+
+
 def test_without_a_key_the_page_asks_for_it(browser: Browser, url: str) -> None:
     with visiting(browser, url, key="") as v:
         v.page.wait_for_selector("#banner >> text=asks for a key")

@@ -12,7 +12,12 @@ const SOON_MS = 300; // in less no rate can be measured
 export const running = new Map();
 
 function messagesFor(conversation) {
-  const messages = pathOf(conversation).map(({ role, content }) => ({ role, content }));
+  const messages = [];
+  for (const { role, content } of pathOf(conversation)) {
+    const last = messages.at(-1);
+    if (last?.role === role) last.content += `\n\n${content}`; // one that got no answer; templates want turns
+    else messages.push({ role, content });
+  }
   if (settings.system.trim() && messages[0]?.role !== "system") messages.unshift({ role: "system", content: settings.system });
   return messages;
 }

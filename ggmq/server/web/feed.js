@@ -61,12 +61,13 @@ function complete(raw) {
 }
 
 async function listen() {
-  abort = new AbortController();
-  const { signal } = abort;
+  abort?.abort();
+  const mine = (abort = new AbortController());
+  const { signal } = mine;
   let watchdog = 0;
   const alive = () => {
     clearTimeout(watchdog);
-    watchdog = setTimeout(() => abort.abort(), SILENT_MS);
+    watchdog = setTimeout(() => mine.abort(), SILENT_MS);
   };
   let problem = new ApiError(0, "the server ended the connection");
   try {
@@ -84,7 +85,7 @@ async function listen() {
   } finally {
     clearTimeout(watchdog);
   }
-  if (document.hidden) return;
+  if (document.hidden || abort !== mine) return;
   if (feed.connected || !feed.lostAt) feed.lostAt = Date.now();
   feed.connected = false;
   feed.problem = problem;
@@ -98,8 +99,7 @@ async function listen() {
 export function reconnect() {
   clearTimeout(timer);
   n_tries = 0;
-  if (abort && feed.connected) abort.abort();
-  else listen();
+  listen();
 }
 
 document.addEventListener("visibilitychange", () => {

@@ -17,11 +17,21 @@ const ALIASES = {
 };
 const MOST_COLOURED = 60_000; // characters: longer code stays plain
 
+const MOST_EMPHASISED = 6000; // characters of a paragraph: marked's time for what may be emphasis grows with the square
+const DEEP = /^(?: {120,}|(?:[>\t] ?){60,})(?:[-*+>]|\d+[.)])/m; // lists and quotes that nobody means
+
+const MOST_BLANKS = 200; // of a run: more are not shown
+const BLANKS = / {201,}/g;
+
 const escaped = (text) => text.replace(/[&<>"']/g, (c) => `&#${c.charCodeAt(0)};`);
 
 const marked = new Marked({
   gfm: true,
   breaks: true,
+  tokenizer: {
+    emStrong: (rest, all) => (all.length > MOST_EMPHASISED ? undefined : false), // false: as marked does it
+    del: (rest, all) => (all?.length > MOST_EMPHASISED ? undefined : false),
+  },
   renderer: {
     html: ({ text, block }) => (block ? `<p>${escaped(text)}</p>` : escaped(text)),
     image: ({ href, text }) => `<a href="${escaped(href)}">${escaped(text || "image")}</a>`,
@@ -41,10 +51,11 @@ const PURE_CODE = { ...PURE, ALLOWED_TAGS: ["span"], ALLOWED_ATTR: ["class"] };
 
 function tokensOf(text) {
   try {
-    return marked.lexer(text);
+    if (!DEEP.test(text)) return marked.lexer(text);
   } catch {
-    return Object.assign([{ type: "code", raw: text, text, lang: "" }], { links: {} });
+    // nested too deep in another way
   }
+  return Object.assign([{ type: "code", raw: text, text, lang: "" }], { links: {} });
 }
 
 const loading = new Map();
@@ -122,7 +133,7 @@ export class Growing {
 
   /** Returns: whether anything changed. */
   show(text) {
-    const clean = text.replaceAll("\r", "");
+    const clean = text.replaceAll("\r", "").replace(BLANKS, (run) => run.slice(0, MOST_BLANKS));
     if (clean === this.text) return false;
     if (!clean.startsWith(this.text.slice(0, this.n_fixed))) this.clear();
     this.text = clean;

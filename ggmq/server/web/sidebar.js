@@ -132,6 +132,7 @@ export async function removeAll() {
 }
 
 export function exportCurrent(kind) {
+  $("#imported").textContent = current().leaf ? "" : "There is nothing in this conversation yet.";
   return exported(current().id, kind);
 }
 
