@@ -109,6 +109,7 @@ def test_escape_stops_an_answer_and_a_reader_who_scrolls_up_is_left_alone(browse
         v.page.hover("#thread")
         v.page.mouse.wheel(0, -200)
         v.page.wait_for_selector("#latest:not([hidden])")
+        v.page.wait_for_timeout(300)  # the wheel's own movement is over
         top = v.page.evaluate(scrolled)
         length = v.page.locator(".from-assistant .body").inner_text()
         longer = "n => document.querySelector('.from-assistant .body').innerText.length > n"

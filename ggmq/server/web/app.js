@@ -197,13 +197,15 @@ const KEYS = {
   KeyD: () => themeButton.click(),
 };
 
+const isMac = /Mac|iP/.test(navigator.platform); // where Option alone writes letters
+
 addEventListener("keydown", (event) => {
   if ($("dialog[open]")) return;
   if (event.key === "Escape") {
     if (sidebar.sidebarIsOpen()) sidebar.openSidebar(false);
     else if (!chat.stop()) return;
     event.preventDefault();
-  } else if (event.altKey && !event.ctrlKey && !event.metaKey && KEYS[event.code]) {
+  } else if (event.altKey && event.ctrlKey === isMac && !event.metaKey && KEYS[event.code]) {
     event.preventDefault();
     KEYS[event.code]();
   }

@@ -108,7 +108,7 @@ function hostCard(host) {
   return h("section", { class: `card host${host.workers.length > 1 ? " is-wide" : ""}` }, h("h3", {}, host.name, h("small", { class: lost ? "bad" : "" }, words.join(", "))), host.workers.map(workerBlock));
 }
 
-function slotRow(slot) {
+function slotRow(slot, isNamed) {
   const words = {
     idle: "idle",
     prompt: `reading ${count(slot.n_read)} of ${count(slot.n_prompt)}`,
@@ -118,18 +118,18 @@ function slotRow(slot) {
   const part = slot.state === "prompt" ? slot.n_read / Math.max(1, slot.n_prompt) : used / Math.max(1, slot.n_ctx);
   const seconds = slot.state !== "idle" && slot.seconds ? duration(slot.seconds) : "";
   return h("tr", { class: `slot is-${slot.state}` },
-    h("th", { scope: "row" }, slot.id, h("small", {}, slot.model)),
+    h("th", { scope: "row" }, slot.id, isNamed && h("small", {}, slot.model)),
     h("td", {}, words[slot.state] ?? slot.state),
     h("td", { class: "wide" }, h("div", { class: "progress", "aria-hidden": "true" }, h("span", { vars: { "--part": Math.min(1, part || 0) } }))),
     h("td", { class: "right" }, slot.state === "idle" ? "" : `${count(used)} of ${count(slot.n_ctx)}`),
-    h("td", { class: "right" }, slot.spec_accepted ? `${Math.round(slot.spec_accepted * 100)} % drafts` : "", seconds));
+    h("td", { class: "right time" }, slot.spec_accepted ? `${Math.round(slot.spec_accepted * 100)} % drafts` : "", seconds));
 }
 
 function showSlots(s) {
   slots.replaceChildren(h("table", {},
     h("caption", { class: "off-screen" }, "Slots"),
-    h("thead", {}, h("tr", {}, ["Slot", "Does", "", "Context", "Time"].map((word, i) => (word ? h("th", { scope: "col", class: i > 2 ? "right" : "" }, word) : h("td", {}))))),
-    h("tbody", {}, s.slots.map(slotRow))));
+    h("thead", {}, h("tr", {}, ["Slot", "Does", "", "Context", "Time"].map((word, i) => (word ? h("th", { scope: "col", class: ["", "", "wide", "right", "right time"][i] }, word) : h("td", { class: "wide" }))))),
+    h("tbody", {}, s.slots.map((slot) => slotRow(slot, s.models.length > 1)))));
 }
 
 function tellStates(s) {
