@@ -46,6 +46,14 @@ def browsing() -> Iterator[Browser]:
         browser.close()
 
 
+def serious_faults(page: Page) -> list[object]:
+    """What axe-core finds serious or critical in what is shown now. Skips, saying so, without it."""
+    files = pytest.importorskip("axe_playwright_python", reason="no axe-core here: pip install axe-playwright-python")
+    page.evaluate((Path(files.__file__).parent / "axe.min.js").read_text())
+    found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
+    return [(f["id"], [n["html"][:200] for n in f["nodes"]]) for f in found if f["impact"] in ("serious", "critical")]
+
+
 class Visit:
     """A person at the page: a browser profile of its own. Whatever the page asks of others, or the policy forbids, is kept.
 

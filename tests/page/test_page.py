@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.page.browser import KEY, browsing, chromium, visiting
+from tests.page.browser import KEY, browsing, chromium, serious_faults, visiting
 from tests.support.fixtures import free_port
 from tests.support.processes import children_of
 from tests.support.serving import Running, serving
@@ -336,16 +336,11 @@ def test_all_of_it_is_reached_by_keys(browser: Browser, url: str) -> None:
 def test_no_view_has_a_serious_fault_of_accessibility_or_is_wider_than_the_screen(
     browser: Browser, url: str, phone: bool, dark: bool
 ) -> None:
-    axe_files = pytest.importorskip("axe_playwright_python", reason="no axe-core here: pip install axe-playwright-python")
-    axe = (Path(axe_files.__file__).parent / "axe.min.js").read_text()
     with visiting(browser, url, phone=phone, dark=dark) as v:
 
         def look(view: str) -> None:
             v.page.wait_for_timeout(250)  # a dialog or a list has come in
-            v.page.evaluate(axe)
-            found = v.page.evaluate("axe.run(document, {resultTypes: ['violations']})")
-            faults = [f for f in found["violations"] if f["impact"] in ("serious", "critical")]
-            assert [(f["id"], [n["html"][:200] for n in f["nodes"]]) for f in faults] == [], view
+            assert serious_faults(v.page) == [], view
             wide = "e => e.filter(e => e.scrollWidth > e.clientWidth).length"
             assert v.page.locator("html, #thread, .cluster-scroll").evaluate_all(wide) == 0, view
             if folder := os.environ.get("GGMQ_SHOTS"):
@@ -422,6 +417,8 @@ def test_the_cluster_view_follows_a_worker_that_is_killed_and_a_server_that_goes
         running.process.send_signal(signal.SIGINT)
         running.process.wait(20)
         v.page.wait_for_selector("#banner >> text=No connection to the server")
+        assert "as it was at" in v.page.locator("#cluster h1").inner_text()
+        assert serious_faults(v.page) == []
         with serving(*OPTIONS, "--port", port):
             v.page.wait_for_selector("#banner", state="hidden")
             v.page.wait_for_selector("html[data-connected=true]")

@@ -15,10 +15,12 @@ function messagesFor(conversation) {
   const messages = [];
   for (const { role, content } of pathOf(conversation)) {
     const last = messages.at(-1);
-    if (last?.role === role) last.content += `\n\n${content}`; // one that got no answer; templates want turns
+    if (last?.role === role)
+      last.content += `\n\n${content}`; // one that got no answer; templates want turns
     else messages.push({ role, content });
   }
-  if (settings.system.trim() && messages[0]?.role !== "system") messages.unshift({ role: "system", content: settings.system });
+  if (settings.system.trim() && messages[0]?.role !== "system")
+    messages.unshift({ role: "system", content: settings.system });
   return messages;
 }
 
@@ -29,7 +31,15 @@ export class Answer {
     this.told = told;
     this.problem = null;
     this.abort = new AbortController();
-    this.node = { id: newId(), parent: conversation.leaf, role: "assistant", content: "", time: Date.now(), model, ended: "open" };
+    this.node = {
+      id: newId(),
+      parent: conversation.leaf,
+      role: "assistant",
+      content: "",
+      time: Date.now(),
+      model,
+      ended: "open",
+    };
     this.body = {
       ...(model && { model }),
       messages: messagesFor(conversation),
@@ -110,11 +120,15 @@ export class Answer {
   }
 
   #count({ start, first, last, n, usage, timings }) {
-    const stats = { first_s: ((first ?? performance.now()) - start) / 1000, n_made: usage?.completion_tokens ?? timings?.predicted_n ?? n };
+    const stats = {
+      first_s: ((first ?? performance.now()) - start) / 1000,
+      n_made: usage?.completion_tokens ?? timings?.predicted_n ?? n,
+    };
     if (usage?.prompt_tokens !== undefined) stats.n_prompt = usage.prompt_tokens;
     const cached = usage?.prompt_tokens_details?.cached_tokens ?? timings?.cache_n;
     if (cached !== undefined) stats.n_cached = cached;
-    const rate = timings?.predicted_per_second ?? (last - first > SOON_MS ? ((stats.n_made - 1) * 1000) / (last - first) : 0);
+    const rate =
+      timings?.predicted_per_second ?? (last - first > SOON_MS ? ((stats.n_made - 1) * 1000) / (last - first) : 0);
     if (rate > 0) stats.rate = rate;
     this.node.stats = stats;
   }

@@ -27,7 +27,11 @@ async function refused(response) {
     // not JSON: the status says it
   }
   const after = Number.parseFloat(response.headers.get("retry-after"));
-  return new ApiError(response.status, message || `the server answered ${response.status}`, Number.isFinite(after) ? after : undefined);
+  return new ApiError(
+    response.status,
+    message || `the server answered ${response.status}`,
+    Number.isFinite(after) ? after : undefined,
+  );
 }
 
 /** A request whose answer is good; its body is still to be read. */
@@ -38,7 +42,13 @@ export async function ask(path, { body, signal } = {}) {
   let response;
   try {
     const text = body === undefined ? undefined : JSON.stringify(body);
-    response = await fetch(where(path), { method: text === undefined ? "GET" : "POST", headers, body: text, signal, cache: "no-store" });
+    response = await fetch(where(path), {
+      method: text === undefined ? "GET" : "POST",
+      headers,
+      body: text,
+      signal,
+      cache: "no-store",
+    });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new ApiError(0, "the server cannot be reached");

@@ -6,7 +6,7 @@ import * as chat from "./chat.js";
 import { showCluster } from "./cluster.js";
 import * as dialogs from "./dialogs.js";
 import { $, announce, h, icon } from "./dom.js";
-import { feed, lostWorkers, onFeed, reconnect } from "./feed.js";
+import { feed, lostWorkers, onFeed, placesOf, reconnect } from "./feed.js";
 import { change, isDark, settings, showTheme } from "./settings.js";
 import * as sidebar from "./sidebar.js";
 import * as store from "./store.js";
@@ -67,12 +67,14 @@ function showTop() {
 
 let bannerKey = "";
 let bannerText = "";
+let dismissed = ""; // names of lost workers of which somebody has taken note
 
 function showBanner() {
   const place = $("#banner");
   const lost = lostWorkers(feed.snapshot);
   let text = "";
   let act = null;
+  let isMild = false;
   if (!feed.connected && feed.problem) {
     if (feed.problem.status === 401) text = "The server asks for a key.";
     else if (feed.problem.status) text = `The server tells nothing of the cluster: ${feed.problem.message}.`;
@@ -80,14 +82,37 @@ function showBanner() {
     act = feed.problem.status === 401 ? ["Enter the key", () => dialogs.openSettings("key")] : ["Try now", reconnect];
   } else if (feed.snapshot?.error) text = feed.snapshot.error;
   else if (lost.length) {
-    text = `${plural(lost.length, "worker")} lost: ${lost.map((worker) => worker.name).join(", ")}.`;
-    if ($("#cluster").hidden) act = ["See the cluster", () => (location.hash = "#/cluster")];
+    const names = lost.map((worker) => worker.name).join(", ");
+    isMild = feed.snapshot.models.every((model) =>
+      placesOf(feed.snapshot, model).every((place) => place.device && place.worker.state !== "lost"),
+    );
+    text = `${plural(lost.length, "worker")} lost: ${names}.${isMild ? " The others have all layers now." : ""}`;
+    if (isMild && dismissed === names) text = "";
+    else if (isMild)
+      act = [
+        "Dismiss",
+        () => {
+          dismissed = names;
+          showBanner();
+        },
+      ];
+    else if ($("#cluster").hidden) act = ["See the cluster", () => (location.hash = "#/cluster")];
   }
+  if (!lost.length) dismissed = "";
   const key = `${text} ${act?.[0]}`;
   if (key === bannerKey) return;
   bannerKey = key;
   place.hidden = !text;
-  place.replaceChildren(...(text ? [icon("warn"), h("span", {}, text), act && h("button", { type: "button", class: "button", onclick: act[1] }, act[0])].filter(Boolean) : []));
+  place.classList.toggle("is-mild", isMild);
+  place.replaceChildren(
+    ...(text
+      ? [
+          icon("warn"),
+          h("span", {}, text),
+          act && h("button", { type: "button", class: "button", onclick: act[1] }, act[0]),
+        ].filter(Boolean)
+      : []),
+  );
   if (text && text !== bannerText) announce(text);
   bannerText = text;
 }
@@ -116,7 +141,10 @@ async function route() {
   const isCluster = location.hash.startsWith("#/cluster");
   $("#chat").hidden = isCluster;
   $("#cluster").hidden = !isCluster;
-  for (const [link, here] of [["#to-chat", !isCluster], ["#to-cluster", isCluster]]) {
+  for (const [link, here] of [
+    ["#to-chat", !isCluster],
+    ["#to-cluster", isCluster],
+  ]) {
     if (here) $(link).setAttribute("aria-current", "page");
     else $(link).removeAttribute("aria-current");
   }
@@ -156,7 +184,8 @@ store.onChange(async ({ kind, id, here }) => {
       const found = await store.load(id);
       const now = chat.current();
       if (found && now.id === id && !running.has(id)) {
-        if (now.leaf in found.nodes && found.leaf !== now.leaf && !store.pathOf(found).some((node) => node.id === now.leaf)) found.leaf = now.leaf;
+        if (now.leaf in found.nodes && found.leaf !== now.leaf && !store.pathOf(found).some((node) => node.id === now.leaf))
+          found.leaf = now.leaf;
         if (!$(".edit")) chat.show(found);
       }
     }
@@ -224,7 +253,8 @@ for (const [id, act] of [
   ["export-json", () => sidebar.exportCurrent("json")],
   ["export-markdown", () => sidebar.exportCurrent("markdown")],
   ["remove-all", sidebar.removeAll],
-]) $(`#${id}`).addEventListener("click", act);
+])
+  $(`#${id}`).addEventListener("click", act);
 
 $("#import").addEventListener("change", async ({ target }) => {
   const [file] = target.files;

@@ -94,7 +94,11 @@ function renderEmpty(always = false) {
   }
   place.replaceChildren(
     strip(feed.snapshot, known, { labels: true }),
-    h("p", { class: "quiet" }, `${plural(known.n_layers, "layer")} on ${plural(devices.size, "device")} of ${plural(hosts.size, "host")}. Conversations stay in this browser.`),
+    h(
+      "p",
+      { class: "quiet" },
+      `${plural(known.n_layers, "layer")} on ${plural(devices.size, "device")} of ${plural(hosts.size, "host")}. Conversations stay in this browser.`,
+    ),
   );
 }
 
@@ -103,7 +107,8 @@ function noteFor(answer) {
   if (node.content || node.reasoning) return "";
   const slots = feed.snapshot?.slots ?? [];
   const reading = slots.filter((slot) => slot.state === "prompt");
-  if (reading.length === 1 && reading[0].n_prompt) return `Reading the prompt: ${count(reading[0].n_read)} of ${plural(reading[0].n_prompt, "token")}`;
+  if (reading.length === 1 && reading[0].n_prompt)
+    return `Reading the prompt: ${count(reading[0].n_read)} of ${plural(reading[0].n_prompt, "token")}`;
   if (feed.snapshot?.queue.waiting) return `Waiting: ${count(feed.snapshot.queue.waiting)} in the queue`;
   return "Waiting for the first token";
 }
@@ -132,13 +137,17 @@ function follow() {
   latest.hidden = following;
 }
 
-thread.addEventListener("scroll", () => {
-  const top = thread.scrollTop;
-  if (top < lastTop - 2) following = false;
-  if (thread.scrollHeight - top - thread.clientHeight < NEAR_PX) following = true;
-  lastTop = top;
-  latest.hidden = following;
-}, { passive: true });
+thread.addEventListener(
+  "scroll",
+  () => {
+    const top = thread.scrollTop;
+    if (top < lastTop - 2) following = false;
+    if (thread.scrollHeight - top - thread.clientHeight < NEAR_PX) following = true;
+    lastTop = top;
+    latest.hidden = following;
+  },
+  { passive: true },
+);
 
 latest.addEventListener("click", () => {
   following = true;
@@ -160,8 +169,11 @@ function explained(problem) {
       document.dispatchEvent(new CustomEvent("key-changed"));
       again();
     };
-    return say("The server asks for a key", "Whoever runs it has one. It stays in this tab unless the settings say otherwise.",
-      h("form", { class: "row", onsubmit: use }, key, h("button", { class: "button primary" }, "Use it")));
+    return say(
+      "The server asks for a key",
+      "Whoever runs it has one. It stays in this tab unless the settings say otherwise.",
+      h("form", { class: "row", onsubmit: use }, key, h("button", { class: "button primary" }, "Use it")),
+    );
   }
   if (problem.status === 429) {
     const button = retry("Try again", again);
@@ -178,7 +190,16 @@ function explained(problem) {
   if (problem.status === 503) {
     const lost = lostWorkers(feed.snapshot).map((worker) => worker.name);
     const missing = lost.length ? `Lost: ${lost.join(", ")}. ` : "";
-    return say("The cluster cannot answer now", `${missing}${problem.message}`, h("div", { class: "row" }, retry("Try again", again), h("a", { class: "button", href: "#/cluster" }, "See the cluster")));
+    return say(
+      "The cluster cannot answer now",
+      `${missing}${problem.message}`,
+      h(
+        "div",
+        { class: "row" },
+        retry("Try again", again),
+        h("a", { class: "button", href: "#/cluster" }, "See the cluster"),
+      ),
+    );
   }
   if (problem.status === 0) return say("No connection", problem.message, retry("Try again", again));
   return say(`Refused (${problem.status})`, problem.message, retry("Try again", again));
@@ -190,7 +211,10 @@ function showProblem() {
   const path = pathOf(conversation);
   const waits = path.at(-1)?.role === "user" && !running.has(conversation.id);
   if (problem) problemPlace.replaceChildren(h("div", { class: "problem" }, icon("warn"), h("div", {}, explained(problem))));
-  else if (waits) problemPlace.replaceChildren(h("div", { class: "row unanswered" }, h("span", { class: "quiet" }, "No answer yet."), retry("Get an answer", again)));
+  else if (waits)
+    problemPlace.replaceChildren(
+      h("div", { class: "row unanswered" }, h("span", { class: "quiet" }, "No answer yet."), retry("Get an answer", again)),
+    );
   else problemPlace.replaceChildren();
 }
 
@@ -355,7 +379,10 @@ function showMeter() {
   meter.hidden = !size;
   if (!size) return;
   const part = Math.min(1, used / size);
-  meter.replaceChildren(h("span", { class: "meter-bar", "aria-hidden": "true" }, h("span", { vars: { "--part": part } })), h("span", {}, `${count(used)} of ${count(size)} tokens`));
+  meter.replaceChildren(
+    h("span", { class: "meter-bar", "aria-hidden": "true" }, h("span", { vars: { "--part": part } })),
+    h("span", {}, `${count(used)} of ${count(size)} tokens`),
+  );
   meter.classList.toggle("is-full", part > 0.9);
   meter.title = "How much of the model's context this conversation takes";
 }

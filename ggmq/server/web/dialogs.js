@@ -5,9 +5,22 @@ import { change, settings } from "./settings.js";
 
 /** Ask before something is lost. Returns: a promise of yes or no. */
 export function confirmed(title, text, word) {
-  const dialog = h("dialog", { class: "dialog small", "aria-labelledby": "question" },
-    h("form", { method: "dialog" }, h("h2", { id: "question" }, title), h("p", {}, text),
-      h("div", { class: "row end" }, h("button", { class: "button", value: "" }, "Cancel"), h("button", { class: "button danger", value: "yes" }, word))));
+  const dialog = h(
+    "dialog",
+    { class: "dialog small", "aria-labelledby": "question" },
+    h(
+      "form",
+      { method: "dialog" },
+      h("h2", { id: "question" }, title),
+      h("p", {}, text),
+      h(
+        "div",
+        { class: "row end" },
+        h("button", { class: "button", value: "" }, "Cancel"),
+        h("button", { class: "button danger", value: "yes" }, word),
+      ),
+    ),
+  );
   document.body.append(dialog);
   dialog.showModal();
   return new Promise((resolve) => {

@@ -53,7 +53,11 @@ export function icon(name) {
 
 /** A button that shows a sign only. */
 export function iconButton(name, label, onclick, props = {}) {
-  return h("button", { type: "button", class: "icon-button", "aria-label": label, title: label, onclick, ...props }, icon(name));
+  return h(
+    "button",
+    { type: "button", class: "icon-button", "aria-label": label, title: label, onclick, ...props },
+    icon(name),
+  );
 }
 
 export const $ = (selector, root = document) => root.querySelector(selector);

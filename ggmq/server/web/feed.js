@@ -28,7 +28,12 @@ const tell = () => listeners.forEach((listener) => listener(feed));
 
 function complete(raw) {
   const snapshot = {
-    models: [], hosts: [], slots: [], uptime_s: 0, error: "", ...raw,
+    models: [],
+    hosts: [],
+    slots: [],
+    uptime_s: 0,
+    error: "",
+    ...raw,
     tokens_per_s: { prompt: 0, decode: 0, ...raw.tokens_per_s },
     queue: { waiting: 0, limit: 0, ...raw.queue },
   };
@@ -104,7 +109,8 @@ export function reconnect() {
 
 document.addEventListener("visibilitychange", () => {
   clearTimeout(timer);
-  if (document.hidden) abort?.abort(); // nobody looks: nothing is sent
+  if (document.hidden)
+    abort?.abort(); // nobody looks: nothing is sent
   else listen();
 });
 
@@ -128,12 +134,16 @@ export function placesOf(snapshot, model) {
   const found = [];
   for (const { host, worker, device } of devicesOf(snapshot)) {
     for (const held of device.layers ?? []) {
-      if (held.model === model.name && held.last >= held.first) found.push({ first: held.first, last: held.last, host, worker, device, held });
+      if (held.model === model.name && held.last >= held.first)
+        found.push({ first: held.first, last: held.last, host, worker, device, held });
     }
   }
   // when layers have moved, whoever is ready has them
   const alive = found.filter((place) => place.worker.state !== "lost");
-  const rest = found.filter((place) => place.worker.state === "lost" && !alive.some((other) => other.first <= place.last && place.first <= other.last));
+  const rest = found.filter(
+    (place) =>
+      place.worker.state === "lost" && !alive.some((other) => other.first <= place.last && place.first <= other.last),
+  );
   const places = [];
   let next = 0;
   for (const place of [...alive, ...rest].sort((a, b) => a.first - b.first)) {
@@ -145,4 +155,5 @@ export function placesOf(snapshot, model) {
   return places;
 }
 
-export const lostWorkers = (snapshot) => (snapshot?.hosts ?? []).flatMap((host) => host.workers.filter((w) => w.state === "lost"));
+export const lostWorkers = (snapshot) =>
+  (snapshot?.hosts ?? []).flatMap((host) => host.workers.filter((w) => w.state === "lost"));

@@ -7,13 +7,41 @@ import { Marked } from "./vendor/marked.esm.js";
 import { copyButton, h } from "./dom.js";
 
 const LANGUAGES = new Set(
-  ("bash c cpp csharp css diff dockerfile go ini java javascript json kotlin lua makefile markdown php python ruby rust shell sql " +
-    "swift typescript xml yaml").split(" "),
+  (
+    "bash c cpp csharp css diff dockerfile go ini java javascript json kotlin lua makefile markdown php python ruby rust shell sql " +
+    "swift typescript xml yaml"
+  ).split(" "),
 );
 const ALIASES = {
-  sh: "bash", zsh: "bash", console: "shell", "c++": "cpp", cc: "cpp", h: "c", hpp: "cpp", cs: "csharp", patch: "diff", docker: "dockerfile",
-  golang: "go", toml: "ini", cfg: "ini", js: "javascript", jsx: "javascript", mjs: "javascript", jsonc: "json", kt: "kotlin", make: "makefile",
-  md: "markdown", py: "python", python3: "python", rb: "ruby", rs: "rust", ts: "typescript", tsx: "typescript", html: "xml", svg: "xml", yml: "yaml",
+  sh: "bash",
+  zsh: "bash",
+  console: "shell",
+  "c++": "cpp",
+  cc: "cpp",
+  h: "c",
+  hpp: "cpp",
+  cs: "csharp",
+  patch: "diff",
+  docker: "dockerfile",
+  golang: "go",
+  toml: "ini",
+  cfg: "ini",
+  js: "javascript",
+  jsx: "javascript",
+  mjs: "javascript",
+  jsonc: "json",
+  kt: "kotlin",
+  make: "makefile",
+  md: "markdown",
+  py: "python",
+  python3: "python",
+  rb: "ruby",
+  rs: "rust",
+  ts: "typescript",
+  tsx: "typescript",
+  html: "xml",
+  svg: "xml",
+  yml: "yaml",
 };
 const MOST_COLOURED = 60_000; // characters: longer code stays plain
 
@@ -40,7 +68,9 @@ const marked = new Marked({
 });
 
 const PURE = {
-  ALLOWED_TAGS: ("a blockquote br code del em h1 h2 h3 h4 h5 h6 hr li ol p pre strong table tbody td th thead tr ul").split(" "),
+  ALLOWED_TAGS: "a blockquote br code del em h1 h2 h3 h4 h5 h6 hr li ol p pre strong table tbody td th thead tr ul".split(
+    " ",
+  ),
   ALLOWED_ATTR: ["href", "title", "start", "align", "class"],
   ALLOWED_URI_REGEXP: /^(?:https?:|mailto:)/i,
   ALLOW_DATA_ATTR: false,
@@ -62,8 +92,13 @@ const loading = new Map();
 
 function grammar(language) {
   if (!loading.has(language)) {
-    const got = import(`./vendor/languages/${language}.min.js`).then((module) => hljs.registerLanguage(language, module.default));
-    loading.set(language, got.catch(() => loading.delete(language)));
+    const got = import(`./vendor/languages/${language}.min.js`).then((module) =>
+      hljs.registerLanguage(language, module.default),
+    );
+    loading.set(
+      language,
+      got.catch(() => loading.delete(language)),
+    );
   }
   return loading.get(language);
 }
@@ -86,7 +121,15 @@ function finishCode(pre, whole) {
   pre.setAttribute("aria-label", word ? `Code, ${word}` : "Code");
   const figure = h("div", { class: "code" });
   pre.replaceWith(figure);
-  figure.append(h("div", { class: "code-bar" }, h("span", {}, word || "text"), copyButton("Copy code", () => code.textContent)), pre);
+  figure.append(
+    h(
+      "div",
+      { class: "code-bar" },
+      h("span", {}, word || "text"),
+      copyButton("Copy code", () => code.textContent),
+    ),
+    pre,
+  );
 }
 
 /** Elements of text or tokens; text that marked gives up on (nested too deep) is shown as it is. */

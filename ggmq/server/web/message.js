@@ -5,7 +5,13 @@ import { Growing } from "./markdown.js";
 import { siblingsOf } from "./store.js";
 import { count, duration, plural, rate } from "./words.js";
 
-const ENDS = { length: "cut: the limit of tokens", stopped: "stopped", broken: "broken off", open: "unfinished", context: "cut: the context is full" };
+const ENDS = {
+  length: "cut: the limit of tokens",
+  stopped: "stopped",
+  broken: "broken off",
+  open: "unfinished",
+  context: "cut: the context is full",
+};
 
 function timings(node) {
   const { stats } = node;
@@ -13,7 +19,8 @@ function timings(node) {
   const words = [plural(stats.n_made, "token")];
   if (stats.rate) words.push(`${rate(stats.rate)} tokens/s`);
   words.push(`first after ${duration(stats.first_s)}`);
-  if (stats.n_prompt) words.push(`prompt ${count(stats.n_prompt)}${stats.n_cached ? `, ${count(stats.n_cached)} known` : ""}`);
+  if (stats.n_prompt)
+    words.push(`prompt ${count(stats.n_prompt)}${stats.n_cached ? `, ${count(stats.n_cached)} known` : ""}`);
   return words;
 }
 
@@ -26,7 +33,13 @@ export class Message {
     this.body = h("div", { class: "body" });
     this.foot = h("footer", { class: "message-foot" });
     const who = node.role === "user" ? "You" : node.role === "system" ? "System" : node.model || "Model";
-    this.element = h("article", { class: `message from-${node.role}`, "aria-label": who, data: { id: node.id } }, h("h2", { class: "who" }, who), this.body, this.foot);
+    this.element = h(
+      "article",
+      { class: `message from-${node.role}`, "aria-label": who, data: { id: node.id } },
+      h("h2", { class: "who" }, who),
+      this.body,
+      this.foot,
+    );
     if (node.role === "assistant") this.growing = new Growing(this.body);
   }
 
@@ -42,7 +55,9 @@ export class Message {
       this.body.before(this.details);
     }
     const thinking = node.ended === "open" && !node.content;
-    this.summary.textContent = thinking ? "Reasoning…" : `Reasoning${node.reasoningS ? `, ${duration(node.reasoningS)}` : ""}`;
+    this.summary.textContent = thinking
+      ? "Reasoning…"
+      : `Reasoning${node.reasoningS ? `, ${duration(node.reasoningS)}` : ""}`;
     if (this.details.open) this.#showReasoning();
   }
 
@@ -79,18 +94,31 @@ export class Message {
     const { node, acts } = this;
     const siblings = siblingsOf(this.conversation, node);
     const at = siblings.findIndex((other) => other.id === node.id);
-    const step = (by, name, label) => iconButton(name, label, () => acts.choose(siblings[at + by]), { disabled: !siblings[at + by] });
+    const step = (by, name, label) =>
+      iconButton(name, label, () => acts.choose(siblings[at + by]), { disabled: !siblings[at + by] });
     const end = ENDS[node.ended];
     this.foot.replaceChildren(
-      h("div", { class: "acts" },
+      h(
+        "div",
+        { class: "acts" },
         copyButton(node.role === "assistant" ? "Copy answer" : "Copy message", () => node.content),
         node.role === "assistant" && iconButton("again", "Another answer", () => acts.again(node)),
         iconButton("edit", node.role === "assistant" ? "Edit answer" : "Edit message", () => this.edit()),
         siblings.length > 1 &&
-          h("span", { class: "versions" }, step(-1, "left", "Earlier version"), h("span", {}, `${at + 1}/${siblings.length}`), step(1, "right", "Later version"))),
-      h("div", { class: "facts" },
+          h(
+            "span",
+            { class: "versions" },
+            step(-1, "left", "Earlier version"),
+            h("span", {}, `${at + 1}/${siblings.length}`),
+            step(1, "right", "Later version"),
+          ),
+      ),
+      h(
+        "div",
+        { class: "facts" },
         end && h("span", { class: "end", title: node.problem }, end),
-        timings(node).map((words) => h("span", {}, words))),
+        timings(node).map((words) => h("span", {}, words)),
+      ),
     );
   }
 
@@ -108,11 +136,22 @@ export class Message {
       this.body.hidden = this.foot.hidden = false;
       this.element.querySelector('[aria-label^="Edit"]')?.focus();
     };
-    const form = h("div", { class: "edit" }, area,
-      h("div", { class: "row" },
+    const form = h(
+      "div",
+      { class: "edit" },
+      area,
+      h(
+        "div",
+        { class: "row" },
         h("button", { type: "button", class: "button primary", onclick: done }, isUser ? "Send" : "Keep"),
         h("button", { type: "button", class: "button", onclick: leave }, "Cancel"),
-        h("span", { class: "hint" }, isUser ? "What came after it stays, as an earlier version." : "The answer before stays, as an earlier version.")));
+        h(
+          "span",
+          { class: "hint" },
+          isUser ? "What came after it stays, as an earlier version." : "The answer before stays, as an earlier version.",
+        ),
+      ),
+    );
     area.addEventListener("keydown", (event) => {
       if (event.key === "Escape") leave();
       else if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) done();

@@ -3,7 +3,16 @@
 const PLACE = "ggmq.settings";
 const KEY = "ggmq.key";
 
-const DEFAULTS = { system: "", temperature: null, top_p: null, max_tokens: null, reasoning: true, theme: "auto", model: "", keepKey: false };
+const DEFAULTS = {
+  system: "",
+  temperature: null,
+  top_p: null,
+  max_tokens: null,
+  reasoning: true,
+  theme: "auto",
+  model: "",
+  keepKey: false,
+};
 const RANGES = { temperature: [0, 5], top_p: [0, 1], max_tokens: [1, 10_000_000] };
 
 function read(store, name) {

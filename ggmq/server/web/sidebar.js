@@ -32,7 +32,8 @@ async function rename(item, head) {
     input.blur();
     const title = input.value.trim();
     if (keep && title && title !== head.title) {
-      const conversation = running.get(head.id)?.conversation ?? (current().id === head.id ? current() : await store.load(head.id));
+      const conversation =
+        running.get(head.id)?.conversation ?? (current().id === head.id ? current() : await store.load(head.id));
       if (conversation) {
         Object.assign(conversation, { title, named: true, renamed: true });
         await store.save(conversation);
@@ -55,7 +56,8 @@ async function rename(item, head) {
 }
 
 async function remove(head) {
-  if (!(await confirmed(`Delete “${head.title}”?`, "It is in this browser only, and cannot be brought back.", "Delete"))) return;
+  if (!(await confirmed(`Delete “${head.title}”?`, "It is in this browser only, and cannot be brought back.", "Delete")))
+    return;
   running.get(head.id)?.stop();
   await store.remove(head.id);
   announce("Deleted");
@@ -66,13 +68,21 @@ function itemFor(head) {
   const item = h("li", { class: "conversation", data: { id: head.id } });
   const isCurrent = head.id === current().id && !location.hash.startsWith("#/cluster");
   item.append(
-    h("a", { href: `#/c/${head.id}`, "aria-current": isCurrent ? "page" : null },
+    h(
+      "a",
+      { href: `#/c/${head.id}`, "aria-current": isCurrent ? "page" : null },
       h("span", { class: "title" }, head.title || "Without a title"),
-      running.has(head.id) ? h("span", { class: "is-writing", title: "An answer is being written" }, "…") : h("time", {}, when(head.updated))),
-    h("div", { class: "item-acts" },
+      running.has(head.id)
+        ? h("span", { class: "is-writing", title: "An answer is being written" }, "…")
+        : h("time", {}, when(head.updated)),
+    ),
+    h(
+      "div",
+      { class: "item-acts" },
       iconButton("edit", `Rename ${head.title}`, () => rename(item, head)),
       iconButton("export", `Export ${head.title} as Markdown`, () => exported(head.id, "markdown")),
-      iconButton("trash", `Delete ${head.title}`, () => remove(head))),
+      iconButton("trash", `Delete ${head.title}`, () => remove(head)),
+    ),
   );
   return item;
 }
@@ -109,7 +119,11 @@ export async function exportAll() {
   const heads = await store.list();
   const all = [];
   for (const head of heads) all.push(await store.load(head.id));
-  saveFile(`ggmq-conversations-${new Date().toISOString().slice(0, 10)}.json`, "application/json", toJson(all.filter(Boolean)));
+  saveFile(
+    `ggmq-conversations-${new Date().toISOString().slice(0, 10)}.json`,
+    "application/json",
+    toJson(all.filter(Boolean)),
+  );
 }
 
 /** Returns: what came of it, in words. */
@@ -126,7 +140,8 @@ export async function importFrom(file) {
 export async function removeAll() {
   const heads = await store.list();
   const words = `Delete ${plural(heads.length, "conversation")}?`;
-  if (!heads.length || !(await confirmed(words, "They are in this browser only, and cannot be brought back.", "Delete all"))) return;
+  if (!heads.length || !(await confirmed(words, "They are in this browser only, and cannot be brought back.", "Delete all")))
+    return;
   for (const answer of running.values()) answer.stop();
   for (const head of heads) await store.remove(head.id);
 }

@@ -88,7 +88,8 @@ export function tipBelow(conversation, node) {
   }
 }
 
-const size = (body) => Object.values(body.nodes).reduce((n, m) => n + m.content.length + (m.reasoning?.length ?? 0) + 100, 0);
+const size = (body) =>
+  Object.values(body.nodes).reduce((n, m) => n + m.content.length + (m.reasoning?.length ?? 0) + 100, 0);
 
 function headOf(conversation) {
   const { id, title, named, created, updated } = conversation;

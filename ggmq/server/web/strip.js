@@ -9,7 +9,10 @@ const MOST_CELLS = 96;
 function sentence(places) {
   return places
     .map(({ first, last, worker, device }) =>
-      device ? `${layers(first, last)} on ${worker.name} ${device.name}${worker.state === "ready" ? "" : `, ${worker.state}`}` : `${layers(first, last)} nowhere`)
+      device
+        ? `${layers(first, last)} on ${worker.name} ${device.name}${worker.state === "ready" ? "" : `, ${worker.state}`}`
+        : `${layers(first, last)} nowhere`,
+    )
     .join("; ");
 }
 
@@ -26,11 +29,25 @@ export function strip(snapshot, model, { labels = false } = {}) {
         title: device ? `${layers(first, last)}: ${worker.name} ${device.name}` : `${layers(first, last)}: on no worker`,
       },
       h("div", { class: "cells" }),
-      labels && h("span", { class: "part-label" }, device ? worker.name : "nowhere", h("small", {}, first === last ? `${first}` : `${first}–${last}`)),
+      labels &&
+        h(
+          "span",
+          { class: "part-label" },
+          device ? worker.name : "nowhere",
+          h("small", {}, first === last ? `${first}` : `${first}–${last}`),
+        ),
     );
   });
   const busy = snapshot.slots.some((slot) => slot.state !== "idle" && (!slot.model || slot.model === model.name));
-  return h("div", { class: `strip${labels ? " has-labels" : ""}${busy ? " is-busy" : ""}`, role: "img", "aria-label": `Layers: ${sentence(places)}` }, parts);
+  return h(
+    "div",
+    {
+      class: `strip${labels ? " has-labels" : ""}${busy ? " is-busy" : ""}`,
+      role: "img",
+      "aria-label": `Layers: ${sentence(places)}`,
+    },
+    parts,
+  );
 }
 
 /** What a strip looks like, to see whether it must be drawn again. */

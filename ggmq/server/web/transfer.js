@@ -27,13 +27,24 @@ export function toMarkdown(conversation) {
   for (const node of pathOf(conversation)) {
     const who = { user: "You", system: "System" }[node.role] ?? (node.model || "Assistant");
     parts.push(`## ${who}`);
-    if (node.reasoning) parts.push(node.reasoning.trim().split("\n").map((line) => `> ${line}`).join("\n"));
+    if (node.reasoning)
+      parts.push(
+        node.reasoning
+          .trim()
+          .split("\n")
+          .map((line) => `> ${line}`)
+          .join("\n"),
+      );
     parts.push(node.content.trim());
   }
   return `${parts.join("\n\n")}\n`;
 }
 
-export const fileName = (title) => (title || "conversation").replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "").slice(0, 60) || "conversation";
+export const fileName = (title) =>
+  (title || "conversation")
+    .replace(/[^\p{L}\p{N}]+/gu, "-")
+    .replace(/^-|-$/g, "")
+    .slice(0, 60) || "conversation";
 
 function text(value, where) {
   if (typeof value !== "string") throw new Error(`${where}: expected a text`);
@@ -45,7 +56,13 @@ const time = (value) => (Number.isFinite(value) && value > 0 ? value : Date.now(
 function nodeOf(raw, id, where) {
   if (raw === null || typeof raw !== "object") throw new Error(`${where}: expected a message`);
   if (!ROLES.has(raw.role)) throw new Error(`${where}.role: expected system, user or assistant`);
-  const node = { id, parent: raw.parent ?? null, role: raw.role, content: text(raw.content, `${where}.content`), time: time(raw.time) };
+  const node = {
+    id,
+    parent: raw.parent ?? null,
+    role: raw.role,
+    content: text(raw.content, `${where}.content`),
+    time: time(raw.time),
+  };
   for (const name of ["reasoning", "model", "ended", "problem"]) if (typeof raw[name] === "string") node[name] = raw[name];
   if (typeof raw.reasoningS === "number") node.reasoningS = raw.reasoningS;
   if (raw.stats !== null && typeof raw.stats === "object") {
@@ -68,7 +85,8 @@ function fromMessages(messages, where, title) {
 
 function fromTree(raw, where) {
   if (raw === null || typeof raw !== "object") throw new Error(`${where}: expected a conversation`);
-  if (raw.nodes === undefined && Array.isArray(raw.messages)) return fromMessages(raw.messages, `${where}.messages`, text(raw.title ?? "", `${where}.title`));
+  if (raw.nodes === undefined && Array.isArray(raw.messages))
+    return fromMessages(raw.messages, `${where}.messages`, text(raw.title ?? "", `${where}.title`));
   if (raw.nodes === null || typeof raw.nodes !== "object") throw new Error(`${where}.nodes: expected messages by id`);
   if (!ID.test(raw.id)) throw new Error(`${where}.id: expected hexadecimal digits`);
   const nodes = {};
@@ -80,13 +98,23 @@ function fromTree(raw, where) {
   for (const node of Object.values(nodes)) {
     const way = new Set();
     for (let id = node.id; !rooted.has(id); id = nodes[id].parent) {
-      if (!Object.hasOwn(nodes, id) || way.has(id)) throw new Error(`${where}.nodes.${node.id}.parent: expected another message, without a circle`);
+      if (!Object.hasOwn(nodes, id) || way.has(id))
+        throw new Error(`${where}.nodes.${node.id}.parent: expected another message, without a circle`);
       way.add(id);
     }
     for (const id of way) rooted.add(id);
   }
-  if (raw.leaf !== null && !Object.hasOwn(nodes, raw.leaf)) throw new Error(`${where}.leaf: expected a message of the conversation`);
-  return { id: raw.id, title: text(raw.title, `${where}.title`), named: raw.named === true, created: time(raw.created), updated: time(raw.updated), nodes, leaf: raw.leaf };
+  if (raw.leaf !== null && !Object.hasOwn(nodes, raw.leaf))
+    throw new Error(`${where}.leaf: expected a message of the conversation`);
+  return {
+    id: raw.id,
+    title: text(raw.title, `${where}.title`),
+    named: raw.named === true,
+    created: time(raw.created),
+    updated: time(raw.updated),
+    nodes,
+    leaf: raw.leaf,
+  };
 }
 
 /** Conversations of an exported file, or one of a list of messages, as `/save` of a chat at a terminal writes it. */
@@ -99,6 +127,7 @@ export async function fromFile(file) {
     throw new Error(`${file.name}: expected JSON`);
   }
   if (Array.isArray(found)) return [fromMessages(found, "messages", file.name.replace(/\.json$/, ""))];
-  if (found?.format !== FORMAT || !Array.isArray(found.conversations)) throw new Error(`${file.name}: expected conversations that this page exported, or a list of messages`);
+  if (found?.format !== FORMAT || !Array.isArray(found.conversations))
+    throw new Error(`${file.name}: expected conversations that this page exported, or a list of messages`);
   return found.conversations.map((one, i) => fromTree(one, `conversations[${i}]`));
 }

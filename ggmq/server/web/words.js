@@ -14,7 +14,12 @@ export function bytes(n) {
 }
 
 export function many(n) {
-  for (const [size, word] of [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]]) {
+  for (const [size, word] of [
+    [1e12, "T"],
+    [1e9, "G"],
+    [1e6, "M"],
+    [1e3, "k"],
+  ]) {
     if (n >= size) return `${(n / size).toFixed(n / size < 10 ? 2 : 1)} ${word}`;
   }
   return count(n);
