@@ -7,16 +7,19 @@ from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from ggmq.model import MAX_TRIES, Model
 from ggmq.runner import ALL, ARGMAX, MIN_PIECE, PIECE, Rows, UnderWay
-from ggmq.sampling import Sampler, SamplingParams
+from ggmq.sampling import Sampler, SamplingParams, log_probs
 from ggmq.scheduler import Piece, Scheduler, Sequence, Step
 from protocol.errors import HandleError, OutOfMemory, Unavailable
+
+if TYPE_CHECKING:
+    from ggmq.grammar import Constraint
 
 
 @dataclass(slots=True)
@@ -74,13 +77,14 @@ class Engine:
 
     # -- many sequences ------------------------------------------------------------------------------------------------
 
-    def add(self, tokens: Tokens[int], params: SamplingParams, n_predict: int = -1, *, n_probs: int = -1) -> Sequence:
+    def add(self, tokens: Tokens[int], params: SamplingParams, n_predict: int = -1, *, n_probs: int = -1,
+            constraint: Constraint | None = None) -> Sequence:  # fmt: skip
         """Have a sequence wait for its turn. It shares what others have read of the same beginning.
 
-        n_probs: as `Sequence.n_probs`.
+        n_probs, constraint: as `Sequence` has them.
         Errors: FormatError for a prompt that is empty or does not fit.
         """
-        sequence = Sequence(list(tokens), Sampler(params), n_predict, n_probs=n_probs)
+        sequence = Sequence(list(tokens), Sampler(params), n_predict, n_probs=n_probs, constraint=constraint)
         self.scheduler.add(sequence)
         return sequence
 
@@ -169,7 +173,7 @@ class Engine:
         s, params = p.sequence, p.sequence.sampler.params
         assert s.held is not None  # it runs
         want = ALL
-        if not s.all_logits:
+        if not s.all_logits and s.n_probs < 0 and s.constraint is None:
             want = ARGMAX if params.greedy else params.n_candidates(self.model.arch.hp.n_vocab)
         pages = {window: list(pages) for window, pages in s.held.pages.items()}
         return Rows(s.tokens[p.first : p.first + p.n], p.first, pages, range(p.n - p.outputs, p.n), want, p.slots)
@@ -190,15 +194,14 @@ class Engine:
             return None
         if s is self._conversation and not s.n_made and s.held is not None:
             self.model.store.snap(s.held)
-        if rows.dtype == np.int32:
-            token = int(rows[0])
-        elif rows.dtype == np.float32:
-            token = s.sampler.pick(rows[0], s.tokens)
-        else:
-            token = s.sampler.pick(rows[0]["logit"], s.tokens, rows[0]["id"])
+        token = self._pick(s, rows)
+        if token is None:
+            self.scheduler.leave(s, "end", keep=s is self._conversation)
+            return None
+        logprob, top = log_probs(rows[0], token, s.n_probs) if s.n_probs >= 0 else (None, ())
         s.tokens.append(token)
         why = ""
-        if token in self.end_ids:
+        if token in self.end_ids or (s.constraint is not None and s.constraint.ended):
             why = "end"
         elif 0 <= s.n_predict <= s.n_made:
             why = "limit"
@@ -206,7 +209,23 @@ class Engine:
             why = "context"
         if why:
             self.scheduler.leave(s, why, keep=s is self._conversation)
-        return Made(s, token)
+        return Made(s, token, logprob, top)
+
+    @staticmethod
+    def _pick(s: Sequence, rows: npt.NDArray[Any]) -> int | None:
+        """The next token of a sequence; None where its constraint allows none."""
+        if rows.dtype == np.int32:
+            return int(rows[0])
+        if rows.dtype != np.float32:
+            return s.sampler.pick(rows[0]["logit"], s.tokens, rows[0]["id"])
+        if s.constraint is None:
+            return s.sampler.pick(rows[0], s.tokens)
+        allowed = s.constraint.mask()
+        if not allowed.any():
+            return None
+        token = s.sampler.pick(rows[0], s.tokens, allowed=allowed)
+        s.constraint.take(token)
+        return token
 
     def _count(self, step: Step, seconds: float) -> None:
         t = self.timings

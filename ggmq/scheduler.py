@@ -12,6 +12,7 @@ Threads: use from one.
 from __future__ import annotations
 
 from collections import deque
+from typing import TYPE_CHECKING
 
 from msgspec import Struct, field
 
@@ -19,6 +20,9 @@ from ggmq.archs.memory import PAGE
 from ggmq.pages import Held, PageCopy, Store
 from ggmq.sampling import Sampler
 from protocol.errors import FormatError
+
+if TYPE_CHECKING:
+    from ggmq.grammar import Constraint
 
 
 class Sequence(Struct, eq=False):
@@ -30,6 +34,7 @@ class Sequence(Struct, eq=False):
         n_predict: tokens to make at most; negative: no bound.
         all_logits: the logits of every token are wanted, and nothing is made.
         n_probs: the log-probability of each token that is made is wanted, with so many of the most likely; negative: not.
+        constraint: what its text may be.
         n_cached: tokens that were there already when it first ran.
         n_read: tokens whose keys and values are there for certain; those up to `held.n_past` are on their way.
         held: what it holds while it runs.
@@ -41,6 +46,7 @@ class Sequence(Struct, eq=False):
     n_predict: int = -1
     all_logits: bool = False
     n_probs: int = -1
+    constraint: Constraint | None = None
     n_prompt: int = 0
     n_cached: int = 0
     n_read: int = 0

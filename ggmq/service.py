@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from msgspec import Struct, field
 
@@ -23,6 +23,9 @@ from ggmq.scheduler import Sequence
 from ggmq.stops import StopTexts
 from ggmq.tokenizer import StreamDecoder, Vocabulary
 from protocol.errors import FormatError, GgmqError, HandleError, InternalError, Unavailable
+
+if TYPE_CHECKING:
+    from ggmq.grammar import Grammar
 
 IDLE_S = 0.25
 MEND_S = 60.0
@@ -43,6 +46,7 @@ class Request(Struct, frozen=True):
         n_probs: with each token its log-probability and so many of the most likely others; negative: nothing of it.
         key: whose turn it takes in the queue.
         preserved: control tokens that are part of the text.
+        grammar: what the text must be.
     """
 
     tokens: list[int]
@@ -52,6 +56,7 @@ class Request(Struct, frozen=True):
     n_probs: int = -1
     key: str = ""
     preserved: frozenset[int] = frozenset()
+    grammar: Grammar | None = None
 
 
 class Token(NamedTuple):
@@ -202,7 +207,8 @@ class Job:
         reason: Literal["stop", "length", "context", "left"] = "stop"
         if not stop and s.finished in ("limit", "context"):
             reason = "length" if s.finished == "limit" else "context"
-        end = s.tokens[-1] if s.finished == "end" and s.n_made else None
+        last = s.tokens[-1]
+        end = last if s.finished == "end" and last in self._service.vocabulary.end_ids else None
         self.emit(Done(reason, self.usage(), stop, end))
 
     def usage(self) -> Usage:
@@ -375,7 +381,8 @@ class Service:
         r = job.request
         job.started_s = time.monotonic()
         try:
-            job.sequence = self._engine.add(r.tokens, r.params, r.n_predict, n_probs=r.n_probs)
+            job.sequence = self._engine.add(r.tokens, r.params, r.n_predict, n_probs=r.n_probs,
+                                             constraint=r.grammar.start() if r.grammar is not None else None)  # fmt: skip
         except GgmqError as e:
             self._state.n_failed += 1
             job.emit(Failed(e))
@@ -405,6 +412,8 @@ class Service:
                 self._engine.leave(made.sequence)
             if made.sequence.finished:
                 self._end(job)
+        for job in [j for j in self._running.values() if j.sequence is not None and j.sequence.finished]:
+            self._end(job)
 
     def _end(self, job: Job) -> None:
         del self._running[id(job.sequence)]

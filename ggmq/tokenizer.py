@@ -130,6 +130,13 @@ class Vocabulary:
             out.append(self.eos)
         return out
 
+    def encode_middle(self, text: str) -> list[int]:
+        """Ids of a plain text that goes on after another: nothing is put in front, and no control token is found in it."""
+        out: list[int] = []
+        for piece in self._splitters[False].split(text):
+            out += [piece] if isinstance(piece, int) else self._encode_plain(well_formed(piece), False)
+        return out
+
     def _encode_plain(self, text: str, after_special: bool) -> list[int]:
         if self.model == "llama":
             return self._sentencepiece.encode((" " if self.add_space_prefix and after_special else "") + text)

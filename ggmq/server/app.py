@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from ggmq.log import Log
-from ggmq.server import chat, cluster, native, page
+from ggmq.server import chat, cluster, completions, messages, native, page, responses
 from ggmq.server.access import Access, is_anthropic
 from ggmq.server.bodies import ClientGone
 from ggmq.server.context import Context
@@ -25,18 +25,23 @@ from ggmq.watching import Picture
 from protocol.errors import GgmqError
 
 Handler = Callable[[Context, Request], Awaitable[Response]]
-ROUTES: Mapping[str, tuple[str, Handler]] = {
-    "/v1/chat/completions": ("POST", chat.chat_completions),
-    "/v1/models": ("GET", native.models),
-    "/v1/models/{id:path}": ("GET", native.model),
-    "/tokenize": ("POST", native.tokenize),
-    "/detokenize": ("POST", native.detokenize),
-    "/apply-template": ("POST", native.apply_template),
-    "/props": ("GET", native.props),
-    "/slots": ("GET", native.slots),
-    "/health": ("GET", native.health),
-    "/cluster": ("GET", cluster.cluster),
-    "/cluster/events": ("GET", cluster.cluster_events),
+ROUTES: Mapping[str, Mapping[str, Handler]] = {
+    "/v1/chat/completions": {"POST": chat.chat_completions},
+    "/v1/completions": {"POST": completions.completions},
+    "/v1/responses": {"POST": responses.responses},
+    "/v1/responses/{id}": {"GET": responses.retrieve, "DELETE": responses.delete},
+    "/v1/messages": {"POST": messages.messages},
+    "/v1/messages/count_tokens": {"POST": messages.count_tokens},
+    "/v1/models": {"GET": native.models},
+    "/v1/models/{id:path}": {"GET": native.model},
+    "/tokenize": {"POST": native.tokenize},
+    "/detokenize": {"POST": native.detokenize},
+    "/apply-template": {"POST": native.apply_template},
+    "/props": {"GET": native.props},
+    "/slots": {"GET": native.slots},
+    "/health": {"GET": native.health},
+    "/cluster": {"GET": cluster.cluster},
+    "/cluster/events": {"GET": cluster.cluster_events},
 }
 
 
@@ -51,7 +56,7 @@ def make_app(
     app = Starlette(
         routes=[
             *page.routes(),
-            *(Route(path, _endpoint(context, handler), methods=[method]) for path, (method, handler) in ROUTES.items()),
+            *(Route(path, _endpoint(context, handlers), methods=list(handlers)) for path, handlers in ROUTES.items()),
         ],
         middleware=[Middleware(Access, options=options)],
         exception_handlers={HTTPException: _refused},
@@ -61,10 +66,10 @@ def make_app(
     return app
 
 
-def _endpoint(context: Context, handler: Handler) -> Callable[[Request], Awaitable[Response]]:
+def _endpoint(context: Context, handlers: Mapping[str, Handler]) -> Callable[[Request], Awaitable[Response]]:
     async def endpoint(request: Request) -> Response:
         try:
-            return await handler(context, request)
+            return await handlers["GET" if request.method == "HEAD" else request.method](context, request)
         except ApiError as e:
             error = e
         except ClientGone:

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import NamedTuple, Protocol, Self
 
-from msgspec import Struct
-
+from ggmq.answers import Answer, Content
+from ggmq.answers import Piece as Part
+from ggmq.grammar import Grammar
 from ggmq.sampling import SamplingParams
 from ggmq.server.errors import ApiError, of_ggmq
 from ggmq.server.models import ServedModel
@@ -23,30 +24,11 @@ from ggmq.service import Delta, Done, Failed, Job, Request, Token, Usage
 from protocol.errors import GgmqError, Unavailable
 
 
-class Content(NamedTuple):
-    text: str
-
-
-class Reasoning(NamedTuple):
-    text: str
-
-
-class ToolCall(Struct, frozen=True):
-    """A piece of a call; id and name come with its first."""
-
-    index: int
-    id: str
-    name: str
-    arguments: str
-
-
-Part = Content | Reasoning | ToolCall
-
-
 class Reader(Protocol):
     """Takes an answer's text apart as it comes."""
 
-    has_calls: bool
+    @property
+    def has_calls(self) -> bool: ...
 
     def feed(self, text: str) -> list[Part]: ...
 
@@ -71,8 +53,8 @@ class Wanted:
 
     Attributes:
         n: answers to it.
+        grammar: what an answer must be.
         reader: makes what takes an answer apart.
-        shown: text that an answer begins with, though it is part of the prompt (a prefill that is shown again: none).
     """
 
     model: ServedModel
@@ -83,6 +65,7 @@ class Wanted:
     n_probs: int = -1
     n: int = 1
     preserved: frozenset[int] = frozenset()
+    grammar: Grammar | None = None
     reader: Callable[[], Reader] = PlainReader
 
 
@@ -108,26 +91,13 @@ class Alive(NamedTuple):
 class Whole:
     """An answer that is complete."""
 
-    content: str = ""
-    reasoning: str = ""
-    calls: list[ToolCall] = field(default_factory=list)
+    said: Answer = field(default_factory=Answer)
     tokens: list[Token] = field(default_factory=list)
     end: End | None = None
 
     def add(self, piece: Piece) -> None:
         self.tokens += piece.tokens
-        for part in piece.parts:
-            match part:
-                case Content(text):
-                    self.content += text
-                case Reasoning(text):
-                    self.reasoning += text
-                case ToolCall():
-                    while len(self.calls) <= part.index:
-                        self.calls.append(ToolCall(len(self.calls), "", "", ""))
-                    c = self.calls[part.index]
-                    self.calls[part.index] = ToolCall(part.index, c.id or part.id, c.name or part.name,
-                                                      c.arguments + part.arguments)  # fmt: skip
+        self.said.add(piece.parts)
 
     @property
     def reason(self) -> str:
@@ -183,7 +153,7 @@ class Answers:
         try:
             for i, (w, number) in enumerate(self._choices):
                 request = Request(w.tokens, for_choice(w.params, number), w.n_predict, w.stop, w.n_probs, self._key,
-                                  w.preserved)  # fmt: skip
+                                  w.preserved, w.grammar)  # fmt: skip
                 self._jobs.append(w.model.service.submit(request, self._feed.emit_as(i)))
         except GgmqError as e:
             self._cancel()

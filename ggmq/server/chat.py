@@ -9,25 +9,17 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ggmq.server.asking import (
-    Alive,
-    Answers,
-    Content,
-    Piece,
-    Reasoning,
-    ToolCall,
-    Wanted,
-    Whole,
-    openai_usage,
-    timings_of,
-)
+from ggmq.answers import Content, Reasoning, ToolCall
+from ggmq.server.asking import Alive, Answers, Piece, Wanted, Whole, openai_usage, timings_of
 from ggmq.server.context import Context, key_of, new_id
-from ggmq.server.conversation import messages_of, thinking_of
+from ggmq.server.conversation import continues, messages_of, thinking_of, tools_of
 from ggmq.server.errors import ApiError, bad
+from ggmq.server.forms import form_of
 from ggmq.server.replies import json_of
-from ggmq.server.sampling import limit_of, params_of, stops_of
-from ggmq.server.schema import ChatRequest
+from ggmq.server.sampling import limit_of
+from ggmq.server.schema import ChatRequest, ChosenTool
 from ggmq.server.streaming import ALIVE, DONE, EventStream, data, unless_gone
+from ggmq.server.talks import Talk, wanted_of
 from ggmq.service import Token
 from ggmq.tokenizer import Vocabulary
 
@@ -46,16 +38,16 @@ async def chat_completions(context: Context, request: Request) -> Response:
 async def _wanted(context: Context, body: ChatRequest) -> Wanted:
     model, options = context.models.find(body.model), context.options
     messages = messages_of(body.messages)
-    thinking, _ = thinking_of(body.chat_template_kwargs, body.reasoning_effort, body.enable_thinking,
+    thinking, extra = thinking_of(body.chat_template_kwargs, body.reasoning_effort, body.enable_thinking,
                                   options.enable_thinking)  # fmt: skip
     if body.top_logprobs and not body.logprobs:
         raise bad("top_logprobs", "expected logprobs to be true with it")
-    params = params_of(body, options, model.vocabulary)
-    stop = stops_of(body.stop)
-    tokens, _ = await model.encode_chat(messages, enable_thinking=thinking)
+    chosen = body.tool_choice
+    talk = Talk(messages, tools_of(body.tools), chosen.function.name if isinstance(chosen, ChosenTool) else chosen or "auto",
+                body.parallel_tool_calls is not False, thinking, extra, continues(body, messages))  # fmt: skip
     n_predict = limit_of(body.max_completion_tokens, body.max_tokens, body.n_predict, options.n_predict)
     n_probs = (body.top_logprobs or 0) if body.logprobs else -1
-    return Wanted(model, tokens, params, n_predict, stop, n_probs, body.n or 1)
+    return await wanted_of(context, model, talk, body, form_of(body, body.response_format), n_predict, n_probs)
 
 
 async def _whole(answers: Answers, head: dict[str, Any], wanted: Wanted) -> dict[str, Any]:
@@ -68,13 +60,13 @@ async def _whole(answers: Answers, head: dict[str, Any], wanted: Wanted) -> dict
 
 
 def _choice(i: int, whole: Whole, vocabulary: Vocabulary, n_probs: int) -> dict[str, Any]:
-    message: dict[str, Any] = {"role": "assistant", "content": whole.content, "refusal": None}
-    if whole.reasoning:
-        message["reasoning_content"] = whole.reasoning
-    if whole.calls:
-        message["content"] = whole.content or None
+    message: dict[str, Any] = {"role": "assistant", "content": whole.said.content, "refusal": None}
+    if whole.said.reasoning:
+        message["reasoning_content"] = whole.said.reasoning
+    if whole.said.calls:
+        message["content"] = whole.said.content or None
         message["tool_calls"] = [{"id": c.id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}}
-                                 for c in whole.calls]  # fmt: skip
+                                 for c in whole.said.calls]  # fmt: skip
     probs = {"content": logprobs_of(whole.tokens, vocabulary), "refusal": None} if n_probs >= 0 else None
     return {"index": i, "message": message, "logprobs": probs, "finish_reason": whole.reason}
 

@@ -11,6 +11,7 @@ from starlette.requests import Request
 from ggmq.log import Log
 from ggmq.server.asking import Registry
 from ggmq.server.bodies import Bodies
+from ggmq.server.kept import Responses
 from ggmq.server.models import Models
 from ggmq.server.options import ServerOptions
 from ggmq.service import Service
@@ -28,7 +29,7 @@ class Context:
         self.options, self.picture, self.log = options, picture, log
         self.models = Models(services)
         self.bodies = Bodies(options.max_body_bytes, options.timeout_s)
-        self.answers = Registry()
+        self.answers, self.kept = Registry(), Responses()
         self.started_s = time.monotonic()
 
 

@@ -9,7 +9,7 @@ import msgspec
 
 from ggmq.chat import Message
 from ggmq.server.errors import bad
-from ggmq.server.schema import ChatMessage, Part
+from ggmq.server.schema import ChatMessage, ChatRequest, Part, TemplateRequest, Tool
 from ggmq.tokenizer import well_formed
 
 TEXTS = ("text", "input_text", "output_text")
@@ -57,6 +57,26 @@ def messages_of(messages: Sequence[ChatMessage], path: str = "messages") -> list
             message["tool_call_id"] = m.tool_call_id
         out.append(message)
     return out
+
+
+def tools_of(tools: Sequence[Tool] | None) -> list[dict[str, Any]]:
+    """Tools as a template takes them; what was not said is not there."""
+    out = []
+    for t in tools or ():
+        function = {k: v for k, v in msgspec.to_builtins(t.function).items() if v is not None}
+        out.append({"type": "function", "function": {"parameters": {"type": "object", "properties": {}}} | function})
+    return out
+
+
+def continues(body: ChatRequest | TemplateRequest, messages: Sequence[Message]) -> bool:
+    """Whether an answer that the client has begun goes on: the last message is one, and a prompt for another is not wanted.
+
+    As with llama-server an answer at the end goes on, unless it has calls or the request says otherwise.
+    """
+    last = messages[-1]
+    if last["role"] != "assistant" or last.get("tool_calls") or body.continue_final_message is False:
+        return False
+    return body.continue_final_message is True or body.add_generation_prompt is not False
 
 
 def _arguments(arguments: str | dict[str, Any] | None) -> str:

@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from ggmq.answers import AnswerFormat
 from ggmq.chat import ChatTemplate, Message
+from ggmq.grammar import Grammars
 from ggmq.server.errors import ApiError, of_ggmq, too_long
 from ggmq.service import Service
 from ggmq.tokenizer import Vocabulary
@@ -24,6 +26,8 @@ class ServedModel:
         self.name, self.service, self.created = name, service, int(time.time())
         self._thread = ThreadPoolExecutor(1, f"texts of {name}")
         self._template: ChatTemplate | None = None
+        self.grammars = Grammars(self.vocabulary)
+        self._formats: dict[str, AnswerFormat] = {}
         self._longest = max(len(self.vocabulary.piece(i, True)) for i in range(len(self.vocabulary.tokens)))
 
     @property
@@ -33,6 +37,15 @@ class ServedModel:
     @property
     def n_ctx(self) -> int:
         return self.service.model.n_ctx
+
+    def format(self, with_tools: bool) -> AnswerFormat:
+        """How its answers are written; in some models otherwise where there are tools."""
+        v = self.vocabulary
+        source = (with_tools and v.tool_template) or v.chat_template
+        known = self._formats.get(source)
+        if known is None:
+            known = self._formats[source] = AnswerFormat.of(source, v)
+        return known
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)

@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from ggmq import __version__
 from ggmq.server.context import Context
-from ggmq.server.conversation import messages_of, thinking_of
+from ggmq.server.conversation import continues, messages_of, thinking_of, tools_of
 from ggmq.server.errors import ApiError, bad
 from ggmq.server.models import ServedModel
 from ggmq.server.replies import json_of
@@ -77,10 +77,12 @@ async def detokenize(context: Context, request: Request) -> Response:
 async def apply_template(context: Context, request: Request) -> Response:
     body = await context.bodies.decoded(request, TemplateRequest)
     m = context.models.find(body.model)
-    thinking, _ = thinking_of(body.chat_template_kwargs, body.reasoning_effort, body.enable_thinking,
+    thinking, extra = thinking_of(body.chat_template_kwargs, body.reasoning_effort, body.enable_thinking,
                                   context.options.enable_thinking)  # fmt: skip
-    prompt = await m.render(messages_of(body.messages), add_generation_prompt=body.add_generation_prompt,
-                            enable_thinking=thinking)  # fmt: skip
+    messages = messages_of(body.messages)
+    goes_on = continues(body, messages)
+    prompt = await m.render(messages, add_generation_prompt=body.add_generation_prompt and not goes_on,
+                            enable_thinking=thinking, tools=tools_of(body.tools), extra=extra, continue_final=goes_on)
     return json_of({"prompt": prompt})
 
 

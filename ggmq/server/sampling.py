@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from ggmq.sampling import SamplingParams
-from ggmq.server.errors import ApiError, bad
+from ggmq.server.errors import bad
 from ggmq.server.options import ServerOptions
 from ggmq.server.schema import Sampling
 from ggmq.tokenizer import Vocabulary
@@ -23,12 +23,25 @@ def params_of(body: Sampling, options: ServerOptions, vocabulary: Vocabulary) ->
         "min_p": body.min_p, "repeat_penalty": penalty, "repeat_last_n": body.repeat_last_n,
         "seed": None if body.seed is None or body.seed == -1 else body.seed & 0xFFFFFFFF,
     }  # fmt: skip
-    for name in ("presence_penalty", "frequency_penalty"):
-        if getattr(body, name):
-            raise ApiError(501, f"{name} is not supported", "not_supported", name)
-    if body.logit_bias:
-        raise ApiError(501, "logit_bias is not supported", "not_supported", "logit_bias")
+    biases, more = biases_of(body, len(vocabulary.tokens))
+    said |= {"presence_penalty": body.presence_penalty, "frequency_penalty": body.frequency_penalty, "logit_bias": biases}
+    banned |= more
     return dataclasses.replace(options.params, banned=banned, **{k: v for k, v in said.items() if v is not None})
+
+
+def biases_of(body: Sampling, n_vocab: int) -> tuple[tuple[tuple[int, float], ...], frozenset[int]]:
+    """What is added to logits, by token, and tokens that are never taken: llama-server's `false`. Errors: ApiError 400."""
+    given = body.logit_bias or []
+    pairs = given.items() if isinstance(given, dict) else [(str(token), bias) for token, bias in given]
+    biases, banned = [], []
+    for token, bias in pairs:
+        if not token.isdecimal() or not int(token) < n_vocab:
+            raise bad("logit_bias", f"expected tokens of 0 to {n_vocab - 1}, got {token[:32]}")
+        if bias is False:
+            banned.append(int(token))
+        elif bias:
+            biases.append((int(token), float(bias)))
+    return tuple(biases), frozenset(banned)
 
 
 def for_choice(params: SamplingParams, number: int) -> SamplingParams:
@@ -36,13 +49,13 @@ def for_choice(params: SamplingParams, number: int) -> SamplingParams:
     return params if params.seed is None else dataclasses.replace(params, seed=(params.seed + number) & 0xFFFFFFFF)
 
 
-def stops_of(stop: str | list[str] | None) -> tuple[str, ...]:
+def stops_of(stop: str | list[str] | None, path: str = "stop") -> tuple[str, ...]:
     if stop is None:
         return ()
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     for i, text in enumerate(stops):
         if not text:
-            raise bad("stop" if isinstance(stop, str) else f"stop[{i}]", "expected a text that is not empty")
+            raise bad(path if isinstance(stop, str) else f"{path}[{i}]", "expected a text that is not empty")
     return stops
 
 

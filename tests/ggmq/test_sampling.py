@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ggmq.sampling import Sampler, SamplingParams
+from ggmq.sampling import Sampler, SamplingParams, log_probs
 
 LOGITS = st.lists(st.floats(-10, 10, width=32), min_size=2, max_size=60).map(lambda v: np.array(v, np.float32))
 
@@ -69,3 +69,48 @@ def test_the_candidates_are_enough(x: np.ndarray, params: SamplingParams, previo
     ids = np.random.default_rng(0).permutation(ids)
     some, every = Sampler(params), Sampler(params)
     assert [some.pick(x[ids], previous, ids) for _ in range(5)] == [every.pick(x, previous) for _ in range(5)]
+
+@given(st.data())
+def test_candidates_are_enough_whatever_the_options(data: st.DataObject) -> None:
+    """Picking from the largest that are asked for is picking from all."""
+    n = 64
+    logits = np.array(data.draw(st.lists(st.integers(-20, 20), min_size=n, max_size=n)), np.float32)
+    params = SamplingParams(
+        temperature=data.draw(st.sampled_from([0.0, 0.7])), top_k=data.draw(st.integers(0, 8)),
+        repeat_penalty=data.draw(st.sampled_from([0.5, 1.0, 1.5])), repeat_last_n=data.draw(st.integers(-1, 8)),
+        presence_penalty=data.draw(st.sampled_from([-1.0, 0.0, 2.0])), seed=1,
+        frequency_penalty=data.draw(st.sampled_from([-0.5, 0.0, 1.0])),
+        logit_bias=tuple(data.draw(st.lists(st.tuples(st.integers(0, n - 1), st.sampled_from([-50.0, -1.0, 3.0])), max_size=3))),
+        banned=data.draw(st.frozensets(st.integers(0, n - 1), max_size=3)),
+    )  # fmt: skip
+    previous = data.draw(st.lists(st.integers(0, n - 1), max_size=12))
+    wanted = params.n_candidates(n)
+    if not wanted:
+        return
+    ids = np.sort(np.lexsort((np.arange(n), -logits))[:wanted])[::-1]  # in another order than that of all
+    assert Sampler(params).pick(logits[ids], previous, ids) == Sampler(params).pick(logits, previous)
+
+
+def test_log_probabilities_are_the_models() -> None:
+    logits = np.array([1.0, 3.0, 2.0, 3.0], np.float32)
+    logprob, top = log_probs(logits, 2, 3)
+    p = np.exp(logits) / np.exp(logits).sum()
+    assert np.isclose(logprob, np.log(p[2])) and [i for i, _ in top] == [1, 3, 2]
+    assert np.allclose([x for _, x in top], np.log(p[[1, 3, 2]])) and log_probs(logits, 0, 0)[1] == ()
+
+
+def test_penalties_count_what_came() -> None:
+    logits = np.array([5.0, 4.0, 3.0], np.float32)
+    greedy = {"temperature": 0.0, "repeat_last_n": -1}
+    assert Sampler(SamplingParams(**greedy, frequency_penalty=0.6)).pick(logits, [0]) == 0
+    assert Sampler(SamplingParams(**greedy, frequency_penalty=0.6)).pick(logits, [0, 0]) == 1
+    assert Sampler(SamplingParams(**greedy, presence_penalty=1.5)).pick(logits, [0, 1]) == 0
+    assert Sampler(SamplingParams(**greedy, presence_penalty=1.5)).pick(logits, [0]) == 1
+    assert Sampler(SamplingParams(**greedy, logit_bias=((2, 3.0),))).pick(logits, []) == 2
+
+
+def test_only_what_is_allowed_is_taken() -> None:
+    logits, allowed = np.arange(8, dtype=np.float32), np.zeros(8, np.bool_)
+    allowed[[1, 4]] = True
+    assert Sampler(SamplingParams(temperature=0)).pick(logits, [], allowed=allowed) == 4
+    assert {Sampler(SamplingParams(2.0, top_p=1.0, seed=i, min_p=0)).pick(logits, [], allowed=allowed) for i in range(40)} == {1, 4}

@@ -126,16 +126,16 @@ def test_a_prompt_that_cannot_be_is_refused_at_once(service: Service) -> None:
 
 def test_a_worker_is_killed_and_the_text_goes_on() -> None:
     config = ModelConfig(BUNDLED, n_seq=2, bus=BusConfig(workers=2))
-    seen = []
+    seen, before = [], children_of(os.getpid())
     with serving([config], told=lambda event, **figures: seen.append((event, figures))) as (services, watch):
         service = services["stories"]
-        alone = [Asked(service, p, n=200, params=SamplingParams(seed=5)) for p in ("Once upon a time", "Tom")]
+        params = SamplingParams(seed=5, banned=service.vocabulary.end_ids)
+        alone = [Asked(service, p, n=450, params=params) for p in ("Once upon a time", "Tom")]
         for a in alone:
             a.done()
-        again = [Asked(service, p, n=200, params=SamplingParams(seed=5)) for p in ("Once upon a time", "Tom")]
+        again = [Asked(service, p, n=450, params=params) for p in ("Once upon a time", "Tom")]
         again[0].until_text()
-        workers = [pid for pid in children_of(os.getpid()) if _is_worker(pid)]
-        os.kill(workers[-1], signal.SIGKILL)
+        os.kill(next(pid for pid in _workers() if pid not in before), signal.SIGKILL)
         for a in again:
             a.done()
         assert [a.text for a in again] == [a.text for a in alone]
@@ -147,13 +147,15 @@ def test_a_worker_is_killed_and_the_text_goes_on() -> None:
 def test_a_worker_sleeps_too_long_and_the_text_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("protocol.limits.RETURN_S", 2.0)
     monkeypatch.setattr("protocol.limits.COMPUTE_STALL_S", 1.5)
+    before = children_of(os.getpid())
     with serving([ModelConfig(BUNDLED, bus=BusConfig(workers=2))]) as (services, _):
         service = services["stories"]
-        alone = Asked(service, "Once upon a time", n=200)
+        endless = SamplingParams(temperature=0, banned=service.vocabulary.end_ids)
+        alone = Asked(service, "Once upon a time", n=450, params=endless)
         alone.done()
-        again = Asked(service, "Once upon a time", n=200)
+        again = Asked(service, "Once upon a time", n=450, params=endless)
         again.until_text()
-        os.kill(next(pid for pid in children_of(os.getpid()) if _is_worker(pid)), signal.SIGSTOP)
+        os.kill(next(pid for pid in _workers() if pid not in before), signal.SIGSTOP)
         again.done()
         assert again.text == alone.text and len(service.model.stages) == 1
 
@@ -170,13 +172,13 @@ def test_an_asker_that_fails_harms_nobody(service: Service) -> None:
 
 
 def test_it_closes_though_a_worker_sleeps() -> None:
+    before = children_of(os.getpid())
     with serving([ModelConfig(BUNDLED, bus=BusConfig(workers=1))]) as (services, _):
         service = services["stories"]
         asked = Asked(service, "Once upon a time", n=-1, params=SamplingParams(banned=service.vocabulary.end_ids))
         asked.until_text()
-        for pid in children_of(os.getpid()):
-            if _is_worker(pid):
-                os.kill(pid, signal.SIGSTOP)
+        for pid in set(_workers()) - set(before):
+            os.kill(pid, signal.SIGSTOP)
         service.close()
         with pytest.raises(GgmqError, match="shutting down"):
             asked.done()
@@ -184,19 +186,23 @@ def test_it_closes_though_a_worker_sleeps() -> None:
 
 def test_nobody_is_left_and_requests_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ggmq.service.MEND_S", 1.0)
+    before = children_of(os.getpid())
     monkeypatch.setattr("ggmq.bus.Bus.revive", lambda bus: False)
     with serving([ModelConfig(BUNDLED, bus=BusConfig(workers=1))]) as (services, _):
         service = services["stories"]
         asked = Asked(service, "Once upon a time", n=-1, params=SamplingParams(banned=service.vocabulary.end_ids))
         asked.until_text()
-        for pid in children_of(os.getpid()):
-            if _is_worker(pid):
-                os.kill(pid, signal.SIGKILL)
+        for pid in set(_workers()) - set(before):
+            os.kill(pid, signal.SIGKILL)
         with pytest.raises(GgmqError) as e:
             asked.done()
         assert e.value.retryable and service.state().error
         with pytest.raises(GgmqError, match="no place"):
             Asked(service, "Once upon a time")
+
+
+def _workers() -> list[int]:
+    return [pid for pid in children_of(os.getpid()) if _is_worker(pid)]
 
 
 def _is_worker(pid: int) -> bool:
