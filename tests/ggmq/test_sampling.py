@@ -113,4 +113,5 @@ def test_only_what_is_allowed_is_taken() -> None:
     logits, allowed = np.arange(8, dtype=np.float32), np.zeros(8, np.bool_)
     allowed[[1, 4]] = True
     assert Sampler(SamplingParams(temperature=0)).pick(logits, [], allowed=allowed) == 4
-    assert {Sampler(SamplingParams(2.0, top_p=1.0, seed=i, min_p=0)).pick(logits, [], allowed=allowed) for i in range(40)} == {1, 4}
+    free = [SamplingParams(2.0, top_p=1.0, min_p=0, seed=i) for i in range(40)]
+    assert {Sampler(p).pick(logits, [], allowed=allowed) for p in free} == {1, 4}
