@@ -63,20 +63,26 @@ def add(commands: Any) -> None:
 
 def _serve(args: argparse.Namespace) -> int:
     from ggmq.server.app import make_app
+    from ggmq.server.counts import Metrics
     from ggmq.server.listening import bound_socket, serve, url_of
     from ggmq.serving import serving
 
     options = _options(args)
     configs = _configs(args)
     names = _names(args, configs)
-    log = Log(args.log_level)
+    log, metrics = Log(args.log_level), Metrics()
+
+    def told(event: str, **figures: Any) -> None:
+        log.told(event, **figures)
+        metrics.told(event, **figures)
+
     try:
         with (
             bound_socket(args.host, args.port) as listening,
             serving(configs, names, n_queue=args.queue, engine=_engine(args), progress=progress_bars, note=note,
-                    told=log.told) as (services, watch),
+                    told=told) as (services, watch),
         ):  # fmt: skip
-            app = make_app(services, options, lambda: watch.picture, log)
+            app = make_app(services, options, lambda: watch.picture, log, metrics)
             serve(app, listening, options, lambda: print_line(f"serving {', '.join(services)} at {url_of(listening)}"))
     finally:
         log.close()

@@ -13,6 +13,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ggmq.server.context import ERROR
 from ggmq.server.errors import ApiError
 from ggmq.server.options import ServerOptions, digest_of, is_loopback
 
@@ -64,6 +65,7 @@ class Access:
                 return
             scope["ggmq.key"] = self._key(scope, headers, path)
         except ApiError as e:
+            scope[ERROR] = e.code
             await e.response(is_anthropic(path))(scope, receive, send_with)
             return
         await self._app(scope, receive, send_with)

@@ -17,9 +17,12 @@ from ggmq.log import Log
 from ggmq.server import chat, cluster, completions, messages, native, page, responses
 from ggmq.server.access import Access, is_anthropic
 from ggmq.server.bodies import ClientGone
-from ggmq.server.context import Context
+from ggmq.server.context import ERROR, ROUTE, Context
+from ggmq.server.counts import Metrics
 from ggmq.server.errors import ApiError, of_ggmq
+from ggmq.server.metrics import StateCollector, show_metrics
 from ggmq.server.options import ServerOptions
+from ggmq.server.watched import Watched
 from ggmq.service import Service
 from ggmq.watching import Picture
 from protocol.errors import GgmqError
@@ -40,25 +43,27 @@ ROUTES: Mapping[str, Mapping[str, Handler]] = {
     "/props": {"GET": native.props},
     "/slots": {"GET": native.slots},
     "/health": {"GET": native.health},
+    "/metrics": {"GET": show_metrics},
     "/cluster": {"GET": cluster.cluster},
     "/cluster/events": {"GET": cluster.cluster_events},
 }
 
 
 def make_app(
-    services: Mapping[str, Service], options: ServerOptions, picture: Callable[[], Picture], log: Log
+    services: Mapping[str, Service], options: ServerOptions, picture: Callable[[], Picture], log: Log, metrics: Metrics
 ) -> Starlette:
     """The application over services that answer. picture: what the bus does, as `BusWatch` has it.
 
     Its `state.context` is what ends answers when the server does.
     """
-    context = Context(services, options, picture, log)
+    context = Context(services, options, picture, log, metrics)
+    metrics.registry.register(StateCollector(context))
     app = Starlette(
         routes=[
             *page.routes(),
-            *(Route(path, _endpoint(context, handlers), methods=list(handlers)) for path, handlers in ROUTES.items()),
+            *(_route(context, path, handlers) for path, handlers in ROUTES.items()),
         ],
-        middleware=[Middleware(Access, options=options)],
+        middleware=[Middleware(Watched, metrics=metrics, log=log), Middleware(Access, options=options)],
         exception_handlers={HTTPException: _refused},
     )
     app.router.redirect_slashes = False
@@ -66,8 +71,9 @@ def make_app(
     return app
 
 
-def _endpoint(context: Context, handlers: Mapping[str, Handler]) -> Callable[[Request], Awaitable[Response]]:
+def _route(context: Context, path: str, handlers: Mapping[str, Handler]) -> Route:
     async def endpoint(request: Request) -> Response:
+        request.scope[ROUTE] = path
         try:
             return await handlers["GET" if request.method == "HEAD" else request.method](context, request)
         except ApiError as e:
@@ -78,9 +84,10 @@ def _endpoint(context: Context, handlers: Mapping[str, Handler]) -> Callable[[Re
             error = of_ggmq(e)
         except Exception as e:
             error = internal(context, e)
-        return error.response(is_anthropic(request.url.path))
+        request.scope[ERROR] = error.code
+        return error.response(is_anthropic(path))
 
-    return endpoint
+    return Route(path, endpoint, methods=list(handlers))
 
 
 def internal(context: Context, e: Exception) -> ApiError:
