@@ -29,6 +29,7 @@ from broker.events import (
     WorkerEnded,
 )
 from broker.state import BrokerState
+from broker.tracing import Traces
 from config.auth import Listener, close_monitored, happening, monitor_of, new_socket, require_curve
 from config.clock import LivedClock
 from config.keys import KeyPair
@@ -39,6 +40,7 @@ from protocol import messages as m
 from protocol.errors import GgmqError, ProtocolError, VersionError
 from protocol.frames import Frame, Message, decode, encode, refusal_of
 from protocol.messages import Command
+from protocol.tracing import encode_noted
 
 TICK_S = 0.1
 NOTED_S, MAX_NOTES = 10.0, 100
@@ -76,6 +78,7 @@ class BrokerLoop:
         self._rids: dict[tuple[Link, bool], tuple[int, bytes]] = {}
         self._tokens: dict[bytes, Link] = {}
         self._early: dict[bytes, tuple[tuple[int, bytes], Message, float]] = {}
+        self._traces = Traces()
         self._auth: Any = None
         self._stopping = False
         self._poller = zmq.Poller()
@@ -168,12 +171,35 @@ class BrokerLoop:
                 self._handle(Unreached(link, reason, now))
 
     def _handle(self, event: Event) -> None:
-        self._do(self.state.handle(event))
+        if self._traces or (isinstance(event, FromClient) and isinstance(event.message.header, m.TraceQuery)):
+            self._handle_traced(event)
+        else:
+            self._do(self.state.handle(event))
         for text in self.state.notes:
             self._n_noted += 1
             if self._n_noted <= MAX_NOTES:
                 self.note(text)
         self.state.notes.clear()
+
+    def _handle_traced(self, event: Event) -> None:
+        begun_ns = time.monotonic_ns()
+        out = self.state.handle(event)
+        for i, instruction in enumerate(out):
+            if isinstance(event, FromClient) and isinstance(instruction, ToClient):
+                out[i] = self._with_noted(event, instruction)
+        self._do(out)
+        self._traces.passed(event, out, begun_ns, time.monotonic_ns())
+
+    def _with_noted(self, event: FromClient, answer: ToClient) -> ToClient:
+        """The answer to a client, with what it asks for if it asks for what was noted here."""
+        h = event.message.header
+        if not isinstance(h, m.TraceQuery) or not isinstance(answer.message.header, m.Traced):
+            return answer
+        try:
+            noted = self._traces.ask(event.rid, h.n_computes)
+        except GgmqError as e:
+            return ToClient(event.rid, event.message.refusal(e))
+        return ToClient(event.rid, event.message.answer(m.Traced(time.monotonic_ns()), [encode_noted(noted)]))
 
     def _drain_socket(self, s: zmq.Socket[Any]) -> None:
         """Take in what has arrived, but not for ever: the other sockets get their turn."""

@@ -110,6 +110,8 @@ class BrokerState:
                 return self._cancel(rid, message, h)
             case m.Drain():
                 return self._drain(rid, client, message, now_s)
+            case m.TraceQuery(broker=True):
+                return [ToClient(rid, message.answer(m.Traced(0)))]  # the loop, which has the clock, puts in what it noted
         if client.n_inflight >= limits.MAX_INFLIGHT_PER_CLIENT:
             raise Overloaded(f"{command.name}: {client.n_inflight} requests are in flight; wait for replies")
         match h:

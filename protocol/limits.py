@@ -5,7 +5,7 @@ Units: `_bytes` and `_s` in the names; `n_*` are counts. A message over a bound 
 
 from __future__ import annotations
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 """Goes up when a header, a record or the op table changes; HELLO refuses another version."""
 
 MAX_HEADER_BYTES = 64 * 1024
@@ -55,6 +55,12 @@ REDIAL_S = 0.5
 """So often a worker that dials in tries, when its broker has gone."""
 HANDSHAKE_IVL_S = 3.0
 REQUEST_DEADLINE_S = 300.0
+
+MAX_TRACED_COMPUTES = 1024
+MAX_TRACED_STEPS = 1 << 18
+MAX_TRACE_BYTES = 1 << 26
+MAX_TRACES = 8
+"""Clients whose computes a broker notes at once, and sessions on a worker."""
 
 MAX_LINKS = 64
 MAX_HANDED_BYTES = 1 << 28

@@ -39,6 +39,7 @@ class Command(IntEnum):
     HAND_OVER = 19
     RELEASE = 20
     STAGE_COMPUTE = 21
+    TRACE = 22
 
 
 REPLY = 0x80
@@ -343,6 +344,23 @@ class Stats(Header, frozen=True):
     kernel_compiles: U64 = 0
 
 
+class TraceQuery(Header, frozen=True):
+    """Note when the next `n_computes` of a session come, wait and run; 0: none any more.
+
+    With `broker` it is the broker that notes when it passed them on, not the device that the message names.
+    """
+
+    session: U64
+    n_computes: Annotated[int, Meta(ge=0, le=limits.MAX_TRACED_COMPUTES)] = 0
+    broker: bool = False
+
+
+class Traced(Header, frozen=True):
+    """The payload holds what was noted since the last question (`protocol.tracing`). `now_ns`: the clock of its times."""
+
+    now_ns: U64
+
+
 class Error(Header, frozen=True):
     """A GgmqError as it crosses the wire."""
 
@@ -377,14 +395,14 @@ REQUEST: dict[Command, type[Header]] = {
     Command.GET_TENSOR: GetTensor, Command.COPY_TENSOR: CopyTensor, Command.GRAPH_PUT: GraphPut,
     Command.GRAPH_COMPUTE: GraphCompute, Command.CANCEL: Cancel, Command.PING: Ping, Command.DRAIN: Drain,
     Command.STATS: StatsQuery, Command.LINK: Link, Command.PEER_LISTEN: PeerListen, Command.PEER_DIAL: PeerDial,
-    Command.HAND_OVER: HandOver, Command.RELEASE: Release, Command.STAGE_COMPUTE: StageCompute,
+    Command.HAND_OVER: HandOver, Command.RELEASE: Release, Command.STAGE_COMPUTE: StageCompute, Command.TRACE: TraceQuery,
 }  # fmt: skip
 COMMAND_OF: dict[type[Header], Command] = {kind: command for command, kind in REQUEST.items()}
 ANSWER: dict[Command, type[Header]] = {
     **dict.fromkeys(REQUEST, Ok), Command.HELLO: Hello, Command.DEVICE_INFO: DeviceList, Command.ALLOC_BUFFER: Found,
     Command.SET_TENSOR_HASH: Found, Command.GRAPH_COMPUTE: ComputeDone, Command.PING: Ping, Command.STATS: Stats,
     Command.ERROR: Error, Command.LINK: Found, Command.PEER_LISTEN: PeerAddress, Command.PEER_DIAL: Found,
-    Command.RELEASE: Found, Command.STAGE_COMPUTE: ComputeDone,
+    Command.RELEASE: Found, Command.STAGE_COMPUTE: ComputeDone, Command.TRACE: Traced,
 }  # fmt: skip
 PAYLOAD_FRAMES: dict[Command, int] = {Command.SET_TENSOR: 1, Command.GRAPH_PUT: 1}
 """Payload frames that a request carries; computes and HAND_OVER say it in their headers, every other has none."""

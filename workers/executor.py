@@ -17,6 +17,7 @@ from config.terminal import print_line
 from protocol import messages as m
 from protocol.content import Part
 from protocol.errors import Cancelled, GgmqError, InternalError, OutOfMemory, Overloaded, ProtocolError
+from protocol.tracing import TracedCompute, TracedStep, encode_noted
 from workers.cache import Cache, ModelFolder
 from workers.devices.base import Buffer, Device, Plan
 from workers.growing import Growing
@@ -24,6 +25,7 @@ from workers.leases import Content, Leases, overlap, written
 from workers.links import LinkInstruction, Links
 from workers.state import WorkerState
 from workers.ticks import Tick, completing, nothing, paced, pieces
+from workers.tracing import Traces
 from workers.work import (
     Alloc,
     Compile,
@@ -36,6 +38,7 @@ from workers.work import (
     Free,
     GiveUp,
     Key,
+    Note,
     Read,
     Work,
     Write,
@@ -67,6 +70,7 @@ class Executor:
     uploads: by (session, buffer, offset).
     contents: by (session, buffer), of buffers whose client said what they will hold.
     n_fallbacks: nodes that were computed without a kernel of the device's own.
+    traces: when computes ran, for sessions that asked.
     """
 
     def __init__(
@@ -81,6 +85,7 @@ class Executor:
         self.contents: dict[tuple[Key, int], Content] = {}
         self.leases = Leases(device, keep_s)
         self.n_fallbacks = 0
+        self.traces = Traces()
         self._warned: set[str] = set()
 
     def execute(self, work: Work, tick: Tick) -> Sequence[LinkInstruction]:
@@ -103,9 +108,13 @@ class Executor:
         h, pace = work.h, paced(tick)
         if h.give is not None:
             self.links.can_give(work, h.give)
+        noted = self.traces.begun(work.key, work.request, time.monotonic_ns()) if self.traces else None
         plan = self.plans.get((work.key, h.digest)) or self._compile(work, pace)
         start = time.perf_counter()
-        out = self._with_room(partial(plan.run, work.request.payload, tick), pace)
+        run = partial(plan.run, work.request.payload, tick)
+        if noted is not None:
+            run = partial(_run_noted, plan, work, tick, noted)
+        out = self._with_room(run, pace)
         took = time.perf_counter() - start
         self.n_fallbacks += len(plan.fallbacks)
         done = m.ComputeDone(h.spent_s + took, h.spent_nodes + plan.n_nodes)
@@ -147,6 +156,9 @@ class Executor:
                 return m.Found(any_kept), ()
             case Count():
                 return self._stats(), ()
+            case Note(h=h):
+                noted = self.traces.ask(key, h.n_computes)
+                return m.Traced(time.monotonic_ns()), [encode_noted(noted)]
             case Describe():
                 return m.DeviceList([self._described()], 1), ()
             case _:
@@ -267,6 +279,7 @@ class Executor:
         """Give back everything of a session, to the last byte, save weights that are kept for the next."""
         for k in [k for k in self.plans if k[0] == key]:
             del self.plans[k]
+        self.traces.drop(key)
         buffers = self.buffers.pop(key, {})
         for upload in [at for at in self.uploads if at[0] == key]:
             self.uploads.pop(upload).drop()
@@ -310,6 +323,16 @@ class Executor:
             cache_repairs=cache.repairs if cache else 0, n_fallbacks=self.n_fallbacks,
             kernel_compiles=self.device.kernel_compiles,
         )  # fmt: skip
+
+
+def _run_noted(plan: Plan, work: Compute, tick: Tick, noted: TracedCompute) -> list[memoryview]:
+    """Run a plan, and note what it did when."""
+    plan.prepare_notes(paced(tick))
+    noted.ran_ns = time.monotonic_ns()
+    out, steps = plan.run_noted(work.request.payload, tick)
+    noted.ended_ns, noted.n_out_bytes = time.monotonic_ns(), sum(len(o) for o in out)
+    noted.steps = [TracedStep(title, node, begun, ended) for title, node, begun, ended in steps]
+    return out
 
 
 def _part(offset: int, n_bytes: int) -> range:

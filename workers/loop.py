@@ -282,6 +282,9 @@ class WorkerLoop:
             return
         if not self.state.admit(rid, message, self.clock.now_s()):
             return
+        if self.executor.traces:
+            key = self.state.routes.get(rid, b""), getattr(message.header, "session", 0)
+            self.executor.traces.arrived(key, message, time.monotonic_ns())
         if message.command == Command.PING:
             self._carry_out(self.state.handle(rid, message))
         elif isinstance(message.header, m.Cancel):
@@ -384,6 +387,8 @@ class WorkerLoop:
                 if isinstance(instruction, Compute):
                     self.spin_until = time.monotonic() + self.spin_s
                 self._carry_out(answers)
+                if self.executor.traces:
+                    self.executor.traces.sent(instruction.key, instruction.request.seq, time.monotonic_ns())
             elif isinstance(instruction, Send):
                 self._send(instruction)
             else:

@@ -31,6 +31,7 @@ from workers.work import (
     GiveUp,
     Instruction,
     Key,
+    Note,
     Read,
     Send,
     Work,
@@ -243,6 +244,8 @@ class WorkerState:
                 self._extent(session, h.src_buffer, h.src_offset, h.n_bytes, "COPY_TENSOR source")
                 self._extent(session, h.dst_buffer, h.dst_offset, h.dst_n_bytes, "COPY_TENSOR destination")
                 return [Copy(rid, key, message, h)]
+            case m.TraceQuery():
+                return [Note(rid, key, message, h)]
             case m.StageCompute():
                 graph = session.graphs.get(h.digest)
                 if graph is None:

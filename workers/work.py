@@ -82,4 +82,10 @@ class Describe(Work, frozen=True):
     """DEVICE_INFO: what the device can run."""
 
 
+class Note(Work, frozen=True):
+    """TRACE: note when the next computes of the session run."""
+
+    h: m.TraceQuery
+
+
 Instruction = Send | Work

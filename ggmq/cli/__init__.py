@@ -84,7 +84,7 @@ def _terminated(signum: int, frame: FrameType | None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from ggmq.cli import bench, clusters, inspect, logits, models, run, serve
+    from ggmq.cli import bench, clusters, inspect, logits, models, run, serve, trace
 
     p = Parser(
         prog="ggmq",
@@ -103,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add(commands)
     logits.add(commands)
     bench.add(commands)
+    trace.add(commands)
     return p
 
 

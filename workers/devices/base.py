@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from protocol.errors import HandleError
 from protocol.graph import Graph
@@ -46,6 +46,15 @@ class Buffer:
 B = TypeVar("B", bound=Buffer)
 
 
+class StepNote(NamedTuple):
+    """A step that ran: what it is called, the node that it begins with (-1: none), and when, by the monotonic clock."""
+
+    title: str
+    node: int
+    begun_ns: int
+    ended_ns: int
+
+
 class Plan(ABC):
     """A graph compiled for a device: addresses resolved, kernels bound, scratch laid out.
 
@@ -60,6 +69,13 @@ class Plan(ABC):
     @abstractmethod
     def run(self, inputs: Sequence[bytes | memoryview], tick: Tick) -> list[memoryview]:
         """Run with these inputs; the outputs are views that the next `run` of any plan may overwrite."""
+
+    def prepare_notes(self, tick: Tick) -> None:
+        """Have ready what `run_noted` needs besides, so that the run itself is as any other."""
+
+    def run_noted(self, inputs: Sequence[bytes | memoryview], tick: Tick) -> tuple[list[memoryview], list[StepNote]]:
+        """As `run`, and what was done when, as far as the device knows."""
+        return self.run(inputs, tick), []
 
 
 COMPUTED = frozenset(name for name, op in OPS.items() if not op.view and name != "NONE")

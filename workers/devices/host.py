@@ -19,7 +19,7 @@ from protocol.errors import GgmqError, HandleError, InternalError, KernelError, 
 from protocol.messages import DeviceInfo
 from protocol.ops import COPYABLE
 from workers import tensors
-from workers.devices.base import COMPUTED, Abilities, Buffer, Device, Plan, Source
+from workers.devices.base import COMPUTED, Abilities, Buffer, Device, Plan, Source, StepNote
 from workers.devices.lower import SCRATCH, Lowered, Node, Span
 from workers.devices.system import (
     cpu_model,
@@ -265,6 +265,14 @@ class HostPlan(Plan):
         self.steps = steps
 
     def run(self, inputs: Sequence[bytes | memoryview], tick: Tick) -> list[memoryview]:
+        return self._run(inputs, tick, None)
+
+    def run_noted(self, inputs: Sequence[bytes | memoryview], tick: Tick) -> tuple[list[memoryview], list[StepNote]]:
+        """One note for each of `steps`, in order."""
+        notes: list[StepNote] = []
+        return self._run(inputs, tick, notes), notes
+
+    def _run(self, inputs: Sequence[bytes | memoryview], tick: Tick, notes: list[StepNote] | None) -> list[memoryview]:
         if len(inputs) != len(self.inputs):
             raise HandleError(f"graph takes {len(self.inputs)} inputs, got {len(inputs)}")
         for i, (target, data) in enumerate(zip(self.inputs, inputs, strict=True)):
@@ -275,6 +283,7 @@ class HostPlan(Plan):
         due = time.monotonic() + TICK_S
         with np.errstate(all="ignore"):
             for step, index in self.steps:
+                begun_ns = time.monotonic_ns() if notes is not None else 0
                 try:
                     step()
                 except GgmqError:
@@ -283,6 +292,9 @@ class HostPlan(Plan):
                     raise KernelError(f"node {index}: out of memory in a kernel") from e
                 except Exception as e:
                     raise InternalError(f"node {index} ({self.graph.tensors[index].op}): {type(e).__name__}: {e}") from e
+                if notes is not None:
+                    title = self.graph.tensors[index].op if index >= 0 else "tables"
+                    notes.append(StepNote(title, index, begun_ns, time.monotonic_ns()))
                 now = time.monotonic()
                 if now >= due:
                     tick()

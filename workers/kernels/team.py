@@ -151,7 +151,8 @@ def _run(control, t, n_threads, futex):  # type: ignore[no-untyped-def]
         if profile != 0 and t == 0:
             start = _now_ns(clock)
             _step(load64(step), step + WORD * HEADER, control, scratch, t, n_threads)
-            store64(profile + 8 * i, load64(profile + 8 * i) + _now_ns(clock) - start)
+            store64(profile + 16 * i, start)
+            store64(profile + 16 * i + 8, _now_ns(clock))
         else:
             _step(load64(step), step + WORD * HEADER, control, scratch, t, n_threads)
     if n_threads > 1:

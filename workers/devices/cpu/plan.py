@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
 
 from protocol.errors import KernelError
 from protocol.graph import Graph
-from workers.devices.base import Plan
+from workers.devices.base import Plan, StepNote
 from workers.devices.cpu import attention, products, rows, scans
 from workers.devices.cpu.binding import Binder, Bindings
 from workers.devices.cpu.program import Run, Words
@@ -43,8 +43,20 @@ class Profile:
         return [f"{total * 1e3:.2f} ms", *lines] if rows else []
 
 
-def _run_team(team: Team, graph: Graph, words: Words, times: Words | None, first: int, last: int) -> None:
-    bad = team.run(words, first, last, times)
+class Stamps:
+    """When each step of a plan began and ended in its last run, while `on`.
+
+    Attributes:
+        ns: by the monotonic clock. Shapes: [n_steps, 2].
+    """
+
+    def __init__(self, n_steps: int) -> None:
+        self.ns = np.zeros((n_steps, 2), np.int64)
+        self.on = False
+
+
+def _run_team(team: Team, graph: Graph, words: Words, stamps: Stamps | None, first: int, last: int) -> None:
+    bad = team.run(words, first, last, stamps.ns if stamps is not None and stamps.on else None)
     if bad >= 0:
         raise KernelError(f"node {bad} ({graph.tensors[bad].op}): an index points outside the tensor that it names")
 
@@ -54,24 +66,43 @@ class Bound:
 
     Attributes:
         words: the team's steps.
-        times: nanoseconds of each of them in the last run, where they are counted.
+        stamps, titles, nodes: of the steps, for a plan whose steps are noted.
         scratch_bytes: of the arena; thread_bytes: of each thread's own memory.
     """
 
-    def __init__(self, binder: Binder, team: Team, profiling: bool) -> None:
+    def __init__(self, binder: Binder, team: Team, noting: bool) -> None:
         program = binder.program
         self.fallbacks = tuple(binder.fallbacks)
         self.scratch_bytes, self.thread_bytes = binder.scratch.n_bytes, binder.thread_bytes
-        self.titles = [s.title() for s in program.steps] if profiling else []
         self.words = program.words()
-        self.times = np.zeros(len(program.steps), np.int64) if profiling else None
+        self.stamps = Stamps(len(program.steps)) if noting else None
+        self.titles, self.nodes = ([s.title() for s in program.steps], program.nodes) if noting else ([], [])
         # what runs steps must not hold the plan: a plan that holds itself keeps its buffers
-        run = partial(_run_team, team, binder.lowered.graph, self.words, self.times)
+        run = partial(_run_team, team, binder.lowered.graph, self.words, self.stamps)
         parts: list[tuple[Step, int]] = [(prelude, -1) for prelude in binder.preludes]
+        self._runs: list[Run | None] = [None] * len(parts)
         for part in program.parts:
             parts.append((partial(run, part.first, part.last), part.node) if isinstance(part, Run) else part)
+            self._runs.append(part if isinstance(part, Run) else None)
         self.host = HostPlan(binder.memory, parts)
         self.kept = binder.kept
+
+    def run_noted(self, inputs: Sequence[bytes | memoryview], tick: Tick) -> tuple[list[memoryview], list[StepNote]]:
+        assert self.stamps is not None  # it was bound for it
+        self.stamps.on = True
+        try:
+            out, parts = self.host.run_noted(inputs, tick)
+        finally:
+            self.stamps.on = False
+        notes: list[StepNote] = []
+        for run, part in zip(self._runs, parts, strict=True):
+            if run is None:
+                notes.append(part._replace(title=f"{part.title} in NumPy") if part.node >= 0 else part)
+                continue
+            steps = slice(run.first, run.last)
+            named = zip(self.titles[steps], self.nodes[steps], self.stamps.ns[steps].tolist(), strict=True)
+            notes += [StepNote(title, node, *stamps) for title, node, stamps in named]
+        return out, notes
 
 
 class CPUPlan(Plan):
@@ -88,7 +119,7 @@ class CPUPlan(Plan):
         self.graph = lowered.graph
         self.n_nodes = sum(len(group) for group in lowered.groups)
         self._lowered, self._buffers, self._team, self._weights, self._arena = lowered, buffers, team, weights, arena
-        self._profile = profile
+        self._profile, self._noting = profile, profile is not None
         used = {span.buffer for span in lowered.places}
         self._used_buffers = [buffer for number, buffer in buffers.items() if number in used]
         self._bound: Bound | None = None
@@ -116,29 +147,37 @@ class CPUPlan(Plan):
             binder = Binder(self._lowered, self._buffers, memory, self._weights, BINDINGS, tick)
             binder.bind()
             self._arena.memory(binder.scratch.n_bytes)
-            self._bound = Bound(binder, self._team, self._profile is not None)
+            self._bound = Bound(binder, self._team, self._noting)
         self._layouts = layouts
         assert self._bound is not None  # just bound
         return self._bound
 
-    def run(self, inputs: Sequence[bytes | memoryview], tick: Tick) -> list[memoryview]:
+    def _ready(self, tick: Tick) -> Bound:
         bound = self._bound
         if bound is None or self._layouts != self._layout():
             bound = self.bind(paced(tick))
         self._arena.settle(bound.scratch_bytes, tick)
         self._team.reserve(bound.thread_bytes)
-        if self._profile is None or bound.times is None:
+        return bound
+
+    def run(self, inputs: Sequence[bytes | memoryview], tick: Tick) -> list[memoryview]:
+        bound = self._ready(tick)
+        if self._profile is None:
             return bound.host.run(inputs, tick)
-        bound.times[:] = 0
         start = time.perf_counter()
-        out = bound.host.run(inputs, tick)
+        out, notes = bound.run_noted(inputs, tick)
         rest = time.perf_counter() - start
-        for title, seconds in zip(bound.titles, _seconds(bound.times), strict=True):
-            self._profile.count(title, seconds)
+        for note in notes:
+            seconds = (note.ended_ns - note.begun_ns) / 1e9
+            self._profile.count(note.title, seconds)
             rest -= seconds
-        self._profile.count("between: inputs, tables, NumPy ops", rest)
+        self._profile.count("between: inputs, waiting for each other", rest)
         return out
 
+    def prepare_notes(self, tick: Tick) -> None:
+        if not self._noting:
+            self._noting = True
+            self.bind(tick)
 
-def _seconds(times: Words) -> Iterable[float]:
-    return (ns / 1e9 for ns in times.tolist())
+    def run_noted(self, inputs: Sequence[bytes | memoryview], tick: Tick) -> tuple[list[memoryview], list[StepNote]]:
+        return self._ready(tick).run_noted(inputs, tick)

@@ -28,12 +28,13 @@ class Program:
     """Steps in the order in which they are added.
 
     Attributes:
-        steps: what the team does.
+        steps: what the team does; nodes: that which each begins with.
         parts: its runs, and what the caller's thread does between them with the node that it is.
     """
 
     def __init__(self) -> None:
         self.steps: list[Step] = []
+        self.nodes: list[int] = []
         self.parts: list[Run | tuple[Aside, int]] = []
         self._waits: list[bool] = []
         self._hazards = Hazards()
@@ -45,6 +46,7 @@ class Program:
             self._first_node = node.index
         self._waits.append(self._hazards.waits(reads, writes))
         self.steps.append(step)
+        self.nodes.append(node.index)
 
     def flush(self) -> None:
         """What was added so far is a run."""
