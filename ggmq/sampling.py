@@ -88,6 +88,8 @@ class Sampler:
                 return int(ids[0])
         if p.temperature <= 0:
             best = int(x.argmax()) if ids is None else int(np.lexsort((ids, -x))[0])
+        elif x.max() == -np.inf:  # all that is allowed is banned
+            best = 0 if ids is None else int(ids.argmin())
         else:
             best = self._draw(x, ids)
         return best if ids is None else int(ids[best])
@@ -130,7 +132,7 @@ class Sampler:
             e = np.exp(x - x.max())
             total = float(e.sum())
             if p.min_p > 0:
-                n = int((e >= min(p.min_p, 1.0)).sum())
+                n = max(1, int((e >= p.min_p).sum()))
         order = _largest(x, n, ids)
         x = x[order]
         e = np.exp(x - x[0])
@@ -167,7 +169,7 @@ def log_probs(logits: npt.NDArray[Any], token: int, n: int) -> tuple[float, tupl
     Shapes: `logits` [n_vocab].
     """
     x = logits.astype(np.float64)
+    top = _largest(x, min(n, len(x)), None) if n > 0 else ()
     x -= x.max()
     x -= np.log(np.exp(x).sum())
-    top = _largest(x, min(n, len(x)), None) if n > 0 else ()
     return float(x[token]), tuple((int(i), float(x[i])) for i in top)

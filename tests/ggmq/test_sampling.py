@@ -53,16 +53,25 @@ def test_frequencies_follow_the_probabilities() -> None:
     assert np.abs(counts - [0.5, 0.3, 0.2]).max() < 0.02
 
 
-@given(
-    LOGITS, st.builds(
-        SamplingParams, st.sampled_from([0.0, 0.8, 2.0]), st.integers(0, 12), st.floats(0.1, 1), st.floats(0, 0.2),
-        st.sampled_from([1.0, 1.3, 0.7]), st.integers(-1, 4), st.integers(0, 99),
-        st.frozensets(st.integers(0, 1), max_size=2),
-    ), st.lists(st.integers(0, 1), max_size=6),
+NEAR = st.sampled_from([0.0, 0.5, 1.0, 2.0, -1.0, -3.0])
+"""Logits of which many are equal."""
+MANY = st.lists(st.one_of(NEAR, st.floats(-10, 10, width=32)), min_size=2, max_size=60).map(
+    lambda v: np.array(v, np.float32)
+)
+PARAMS = st.builds(
+    SamplingParams, st.sampled_from([0.0, 0.8, 2.0]), st.integers(0, 12), st.floats(0.1, 1), st.floats(0, 0.2),
+    st.sampled_from([1.0, 1.3, 0.7]), st.integers(-1, 4), st.integers(0, 99), st.frozensets(st.integers(0, 70), max_size=2),
+    st.sampled_from([0.0, 0.0, 1.5, -0.5]), st.sampled_from([0.0, 0.0, 0.7, -0.3]),
+    st.lists(st.tuples(st.integers(0, 70), st.sampled_from([-np.inf, -2.0, -0.5, 0.0, 3.0])), max_size=3).map(tuple),
 )  # fmt: skip
+
+
+@given(MANY, PARAMS, st.lists(st.integers(0, 70), max_size=6))
 def test_the_candidates_are_enough(x: np.ndarray, params: SamplingParams, previous: list[int]) -> None:
     """What is picked from the largest logits, in any order, is what is picked from all."""
     k = params.n_candidates(len(x))
+    if params.greedy:
+        assert k == 1 and Sampler(params).pick(x, previous) == int(x.argmax())
     if not k:
         return
     ids = np.argsort(-x.astype(np.float64), kind="stable")[:k]
@@ -70,33 +79,67 @@ def test_the_candidates_are_enough(x: np.ndarray, params: SamplingParams, previo
     some, every = Sampler(params), Sampler(params)
     assert [some.pick(x[ids], previous, ids) for _ in range(5)] == [every.pick(x, previous) for _ in range(5)]
 
-@given(st.data())
-def test_candidates_are_enough_whatever_the_options(data: st.DataObject) -> None:
-    """Picking from the largest that are asked for is picking from all."""
-    n = 64
-    logits = np.array(data.draw(st.lists(st.integers(-20, 20), min_size=n, max_size=n)), np.float32)
-    params = SamplingParams(
-        temperature=data.draw(st.sampled_from([0.0, 0.7])), top_k=data.draw(st.integers(0, 8)),
-        repeat_penalty=data.draw(st.sampled_from([0.5, 1.0, 1.5])), repeat_last_n=data.draw(st.integers(-1, 8)),
-        presence_penalty=data.draw(st.sampled_from([-1.0, 0.0, 2.0])), seed=1,
-        frequency_penalty=data.draw(st.sampled_from([-0.5, 0.0, 1.0])),
-        logit_bias=tuple(data.draw(st.lists(st.tuples(st.integers(0, n - 1), st.sampled_from([-50.0, 3.0])), max_size=3))),
-        banned=data.draw(st.frozensets(st.integers(0, n - 1), max_size=3)),
-    )  # fmt: skip
-    previous = data.draw(st.lists(st.integers(0, n - 1), max_size=12))
-    wanted = params.n_candidates(n)
-    if not wanted:
-        return
-    ids = np.sort(np.lexsort((np.arange(n), -logits))[:wanted])[::-1]  # in another order than that of all
-    assert Sampler(params).pick(logits[ids], previous, ids) == Sampler(params).pick(logits, previous)
+
+@given(MANY, PARAMS, st.lists(st.integers(0, 70), max_size=6), st.integers(1, 70), st.integers(0, 2**60 - 1))
+def test_where_candidates_are_said_to_be_enough_among_allowed_tokens_they_are(
+    x: np.ndarray, params: SamplingParams, previous: list[int], m: int, bits: int
+) -> None:
+    allowed = np.array([bits >> i & 1 for i in range(len(x))], bool)
+    allowed[bits % len(x)] = True
+    least = np.sort(x)[::-1][min(m, len(x)) - 1]  # of those that are equal any may be candidates
+    ids = np.random.default_rng(m).permutation(np.flatnonzero(x >= least))
+    ids = ids[np.argsort(-x[ids], kind="stable")][:m]
+    some, every = Sampler(params), Sampler(params)
+    for _ in range(4):
+        token = every.pick(x, previous, allowed=allowed)
+        assert allowed[token]
+        if some.enough(x[ids], ids, allowed):
+            assert some.pick(x[ids], previous, ids, allowed) == token
+        else:
+            assert some.pick(x, previous, allowed=allowed) == token
 
 
-def test_log_probabilities_are_the_models() -> None:
-    logits = np.array([1.0, 3.0, 2.0, 3.0], np.float32)
-    logprob, top = log_probs(logits, 2, 3)
-    p = np.exp(logits) / np.exp(logits).sum()
-    assert np.isclose(logprob, np.log(p[2])) and [i for i, _ in top] == [1, 3, 2]
-    assert np.allclose([x for _, x in top], np.log(p[[1, 3, 2]])) and log_probs(logits, 0, 0)[1] == ()
+def test_candidates_are_enough_in_most_cases_where_much_is_allowed() -> None:
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=1000).astype(np.float32)
+    ids, allowed = np.argsort(-x)[:128], rng.random(1000) < 0.7
+    assert Sampler(SamplingParams()).enough(x[ids], ids, allowed)
+    assert not Sampler(SamplingParams(top_k=0)).enough(x[ids], ids, allowed)
+    allowed[ids] = False
+    assert not Sampler(SamplingParams()).enough(x[ids], ids, allowed)
+
+
+@given(MANY, st.floats(-2, 2), st.floats(-2, 2), st.lists(st.integers(0, 70), max_size=12), st.integers(-1, 12))
+def test_penalties_and_biases_are_those_of_llama_cpp(
+    x: np.ndarray, presence: float, frequency: float, previous: list[int], n: int
+) -> None:
+    bias = ((0, 1.25), (1, -0.5))
+    y = x.astype(np.float64)
+    y[0] += 1.25
+    y[1] -= 0.5
+    window = previous if n < 0 else previous[len(previous) - n :] if n < len(previous) else previous
+    for token in {t for t in window if t < len(x)}:
+        y[token] = (y[token] / 1.5 if y[token] > 0 else y[token] * 1.5) - window.count(token) * frequency - presence
+    params = SamplingParams(0, 40, 1, 0, 1.5, n, presence_penalty=presence, frequency_penalty=frequency, logit_bias=bias)
+    assert Sampler(params).pick(x, previous) == int(y.argmax())
+    assert hash(params) == hash(SamplingParams(0, 40, 1, 0, 1.5, n, None, frozenset(), presence, frequency, bias))
+
+
+@given(MANY, st.integers(0, 70), st.integers(0, 80))
+def test_log_probabilities_are_those_of_all_logits(x: np.ndarray, token: int, n: int) -> None:
+    token %= len(x)
+    own, top = log_probs(x, token, n)
+    expected = np.log(np.exp(x.astype(np.float64)) / np.exp(x.astype(np.float64)).sum())
+    assert np.isclose(own, expected[token], rtol=1e-9, atol=1e-12)
+    assert [i for i, _ in top] == np.argsort(-x.astype(np.float64), kind="stable")[:n].tolist()
+    assert np.allclose([value for _, value in top], expected[[i for i, _ in top]], rtol=1e-9, atol=1e-12)
+
+
+def test_where_all_is_banned_what_is_allowed_is_taken() -> None:
+    x, allowed = np.zeros(4, np.float32), np.array([False, True, True, False])
+    for temperature in (0.0, 1.0):
+        s = Sampler(SamplingParams(temperature, seed=1, logit_bias=tuple((i, -np.inf) for i in range(4))))
+        assert s.pick(x, [], allowed=allowed) == 1
 
 
 def test_penalties_count_what_came() -> None:
@@ -115,3 +158,10 @@ def test_only_what_is_allowed_is_taken() -> None:
     assert Sampler(SamplingParams(temperature=0)).pick(logits, [], allowed=allowed) == 4
     free = [SamplingParams(2.0, top_p=1.0, min_p=0, seed=i) for i in range(40)]
     assert {Sampler(p).pick(logits, [], allowed=allowed) for p in free} == {1, 4}
+
+
+def test_logits_that_are_no_numbers_end_nothing() -> None:
+    x = np.array([1.0, np.nan, 2.0, np.nan] * 20, np.float32)
+    for params in (SamplingParams(seed=1), SamplingParams(top_k=0, seed=1), SamplingParams(1.0, 0, 1.0, 0.0, seed=1)):
+        with np.errstate(all="ignore"):
+            assert 0 <= Sampler(params).pick(x, []) < len(x)
