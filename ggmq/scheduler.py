@@ -182,13 +182,14 @@ class Scheduler:
         while self.waiting and len(self.running) < self.n_seq:
             s = self.waiting[0]
             if s.held is None:
-                n_shared = self.store.n_shared(s.tokens)
-                if any(_in_common(s, other) > max(n_shared, other.n_read) for other in self.running):
+                tokens = () if s.all_logits else s.tokens  # what is not read again has no logits
+                n_shared = self.store.n_shared(tokens)
+                if tokens and any(_in_common(s, other) > max(n_shared, other.n_read) for other in self.running):
                     return  # another is reading the same beginning: it is read once
                 short = any(n < 2 for n in self.store.n_free.values()) or (self._even and self.store.n_free_slots < 2)
                 if short and self.running:
                     return
-                s.held = self.store.begin(s.tokens)
+                s.held = self.store.begin(tokens)
                 s.n_read = s.held.n_past
                 if not s.n_made:
                     s.n_cached = s.n_read

@@ -316,3 +316,16 @@ def test_an_engine_says_what_cannot_be(three: Client, tmp_path: Path) -> None:
             engine.step()
     finally:
         three.drain()
+
+
+def test_logits_of_every_token_come_beside_a_sequence_with_the_same_beginning(three: Client) -> None:
+    model = loaded(three, BUNDLED, 512, n_seq=2)
+    prompt = [1 + i % 200 for i in range(300)]
+    alone = Engine(model).logits(np.array(prompt, np.int32))
+    engine = Engine(model)
+    twin = engine.add(prompt, GREEDY, 100)
+    while not twin.n_made:
+        engine.step()
+    beside = engine.logits(np.array(prompt, np.int32))
+    assert beside.shape == alone.shape == (300, model.arch.hp.n_vocab) and np.array_equal(beside, alone)
+    model.free()
