@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from ggmq.log import Log
-from ggmq.server import chat, cluster, completions, messages, native, page, responses
+from ggmq.server import chat, cluster, completions, embeddings, messages, native, page, responses
 from ggmq.server.access import Access, is_anthropic
 from ggmq.server.bodies import ClientGone
 from ggmq.server.context import ERROR, ROUTE, Context
@@ -33,6 +33,7 @@ ROUTES: Mapping[str, Mapping[str, Handler]] = {
     "/v1/completions": {"POST": completions.completions},
     "/v1/responses": {"POST": responses.responses},
     "/v1/responses/{id}": {"GET": responses.retrieve, "DELETE": responses.delete},
+    "/v1/embeddings": {"POST": embeddings.embeddings},
     "/v1/messages": {"POST": messages.messages},
     "/v1/messages/count_tokens": {"POST": messages.count_tokens},
     "/v1/models": {"GET": native.models},

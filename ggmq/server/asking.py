@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import NamedTuple, Protocol, Self
 
-from ggmq.answers import Answer, Content
+from ggmq.answers import Answer, Content, Reasoning
 from ggmq.answers import Piece as Part
 from ggmq.grammar import Grammar
 from ggmq.sampling import SamplingParams
@@ -136,17 +136,23 @@ class Answers:
 
     `async with Answers(...) as answers` asks; leaving the block cancels what has not ended. Choices are numbered through:
     first those of the first prompt.
+
+    Attributes:
+        n_reasoning: tokens that were thoughts.
     Errors: ApiError, when it is asked, and while pieces come.
     """
 
-    def __init__(self, registry: Registry, key: str, wanted: Iterable[Wanted]) -> None:
+    def __init__(self, registry: Registry, key: str, wanted: Iterable[Wanted], eager: bool = False) -> None:
+        """eager: pieces are wanted as they come, and not only in the end."""
         self._registry, self._key = registry, key
         self._choices = [(w, number) for w in wanted for number in range(w.n)]
-        self._feed = Feed()
+        self._feed = Feed(eager)
         self._jobs: list[Job | None] = []
         self._readers = [w.reader() for w, _ in self._choices]
         self.started_s = time.monotonic()
         self.usages: list[Usage] = []
+        self.n_reasoning = 0
+        self._thinks = [False] * len(self._choices)
 
     async def __aenter__(self) -> Self:
         self._registry.add(self._feed)
@@ -182,7 +188,10 @@ class Answers:
             for i, event in _merged(events):
                 match event:
                     case Delta(text, tokens):
-                        if (parts := self._readers[i].feed(text)) or tokens:
+                        parts = self._readers[i].feed(text)
+                        self._thinks[i] = isinstance(parts[0], Reasoning) if parts else self._thinks[i]
+                        self.n_reasoning += len(tokens) * self._thinks[i]
+                        if parts or tokens:
                             yield i, Piece(parts, tokens)
                     case Done():
                         self._jobs[i] = None
@@ -250,9 +259,10 @@ def timings_of(usage: Usage) -> dict[str, float]:
             "draft_n": usage.n_drafted, "draft_n_accepted": usage.n_accepted}  # fmt: skip
 
 
-def openai_usage(usage: Usage, n_reasoning: int = 0) -> dict[str, object]:
+def openai_usage(answers: Answers) -> dict[str, object]:
+    usage = answers.usage
     return {"prompt_tokens": usage.n_prompt, "completion_tokens": usage.n_made,
             "total_tokens": usage.n_prompt + usage.n_made, "prompt_tokens_details": {"cached_tokens": usage.n_cached},
-            "completion_tokens_details": {"reasoning_tokens": n_reasoning}}  # fmt: skip
+            "completion_tokens_details": {"reasoning_tokens": answers.n_reasoning}}  # fmt: skip
 
 

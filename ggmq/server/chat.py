@@ -27,7 +27,7 @@ from ggmq.tokenizer import Vocabulary
 async def chat_completions(context: Context, request: Request) -> Response:
     body = await context.bodies.decoded(request, ChatRequest)
     wanted = await _wanted(context, body)
-    answers = Answers(context.answers, key_of(request), [wanted])
+    answers = Answers(context.answers, key_of(request), [wanted], bool(body.stream))
     head = {"id": new_id("chatcmpl-"), "created": int(time.time()), "model": wanted.model.name}
     if body.stream:
         usage = bool(body.stream_options and body.stream_options.include_usage)
@@ -56,7 +56,7 @@ async def _whole(answers: Answers, head: dict[str, Any], wanted: Wanted) -> dict
     vocabulary = wanted.model.vocabulary
     return {**head, "object": "chat.completion", "system_fingerprint": FINGERPRINT,
             "choices": [_choice(i, c, vocabulary, wanted.n_probs) for i, c in enumerate(choices)],
-            "usage": openai_usage(answers.usage), "timings": timings_of(answers.usage)}  # fmt: skip
+            "usage": openai_usage(answers), "timings": timings_of(answers.usage)}  # fmt: skip
 
 
 def _choice(i: int, whole: Whole, vocabulary: Vocabulary, n_probs: int) -> dict[str, Any]:
@@ -101,7 +101,7 @@ async def _stream(answers: Answers, head: dict[str, Any], wanted: Wanted, with_u
             yield data(e.openai())
             return
     if with_usage:
-        yield data({**chunk, "choices": [], "usage": openai_usage(answers.usage), "timings": timings_of(answers.usage)})
+        yield data({**chunk, "choices": [], "usage": openai_usage(answers), "timings": timings_of(answers.usage)})
     yield DONE
 
 

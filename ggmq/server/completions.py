@@ -41,7 +41,7 @@ async def completions(context: Context, request: Request) -> Response:
     wanted = [Wanted(model, tokens, params, n_predict, stop, n_probs, body.n or 1, grammar=grammar)
               for tokens in prompts]
     shown = [await _shown(model, body.prompt, i, tokens) if body.echo else "" for i, tokens in enumerate(prompts)]
-    answers = Answers(context.answers, key_of(request), wanted)
+    answers = Answers(context.answers, key_of(request), wanted, bool(body.stream))
     head = {"id": new_id("cmpl-"), "object": "text_completion", "created": int(time.time()), "model": model.name}
     told = _Told(head, model.vocabulary, n_probs, [text for text in shown for _ in range(body.n or 1)])
     if body.stream:
@@ -95,7 +95,7 @@ async def _whole(answers: Answers, told: _Told) -> dict[str, Any]:
     async with answers:
         choices = await answers.whole()
     made = [told.choice(i, told.shown[i] + c.said.content, c.tokens, c.reason) for i, c in enumerate(choices)]
-    return {**told.head, "choices": made, "usage": openai_usage(answers.usage), "timings": timings_of(answers.usage)}
+    return {**told.head, "choices": made, "usage": openai_usage(answers), "timings": timings_of(answers.usage)}
 
 
 async def _stream(answers: Answers, told: _Told, with_usage: bool) -> AsyncGenerator[bytes]:
@@ -119,7 +119,7 @@ async def _stream(answers: Answers, told: _Told, with_usage: bool) -> AsyncGener
             yield data(e.openai())
             return
     if with_usage:
-        usage = {"usage": openai_usage(answers.usage), "timings": timings_of(answers.usage)}
+        usage = {"usage": openai_usage(answers), "timings": timings_of(answers.usage)}
         yield data({**told.head, "choices": [], **usage})
     yield DONE
 

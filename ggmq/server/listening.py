@@ -27,8 +27,12 @@ def bound_socket(host: str, port: int) -> socket.socket:
     try:
         family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         s = socket.socket(family, kind, proto)
-        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        s.bind(address)
+        try:
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            s.bind(address)
+        except OSError:
+            s.close()
+            raise
     except OSError as e:
         raise ConfigError(f"--host {host} --port {port}: {e.strerror}; choose another, or --port 0 for a free one") from None
     return s

@@ -43,7 +43,7 @@ async def messages(context: Context, request: Request) -> Response:
     body.stop, body.n = body.stop_sequences, 1
     wanted = await wanted_of(context, model, _talk(context, body), body, _form(body), body.max_tokens,
                              stop_path="stop_sequences")  # fmt: skip
-    answers = Answers(context.answers, key_of(request), [wanted])
+    answers = Answers(context.answers, key_of(request), [wanted], bool(body.stream))
     head = {"id": new_id("msg_"), "type": "message", "role": "assistant", "model": model.name}
     if body.stream:
         return await EventStream.begun(_stream(answers, head, wanted))

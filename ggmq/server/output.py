@@ -40,13 +40,13 @@ class Output:
                 tokens = ()
         return b"".join(out)
 
-    def end(self, end: End, usage: Usage) -> bytes:
+    def end(self, end: End, usage: Usage, n_reasoning: int) -> bytes:
         cut = end.reason == "length"
         events = self._close("incomplete" if cut else "completed")
         details = {"reason": "max_output_tokens"} if cut else None
         self.response |= {"status": "incomplete" if cut else "completed", "incomplete_details": details, "usage": {
             "input_tokens": usage.n_prompt, "input_tokens_details": {"cached_tokens": usage.n_cached},
-            "output_tokens": usage.n_made, "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens": usage.n_made, "output_tokens_details": {"reasoning_tokens": n_reasoning},
             "total_tokens": usage.n_prompt + usage.n_made}}  # fmt: skip
         return events + self._told("response.incomplete" if cut else "response.completed")
 

@@ -45,11 +45,13 @@ async def responses(context: Context, request: Request) -> Response:
     before = context.kept.find(key, body.previous_response_id, "previous_response_id").messages \
         if body.previous_response_id else []  # fmt: skip
     conversation = [*before, *messages_of(body.input)]
+    if not conversation:
+        raise bad("input", "expected something that is said")
     n_predict = limit_of(body.max_output_tokens, body.max_tokens, context.options.n_predict)
     n_probs = (body.top_logprobs or 0) if LOGPROBS in (body.include or ()) else -1
     wanted = await wanted_of(context, model, _talk(context, body, conversation), body, _form(body), n_predict, n_probs)
     output = Output(_head(body, model.name, wanted.params.temperature, wanted.params.top_p), model.vocabulary, n_probs)
-    answers = Answers(context.answers, key, [wanted])
+    answers = Answers(context.answers, key, [wanted], bool(body.stream))
 
     def keep() -> None:
         if body.store is not False:
@@ -120,10 +122,9 @@ def _talk(context: Context, body: ResponsesRequest, conversation: Sequence[Messa
     chosen = body.tool_choice
     effort = body.reasoning.effort if body.reasoning else None
     thinking, extra = thinking_of(body.chat_template_kwargs, effort, None, context.options.enable_thinking)
-    last = messages[-1]
     return Talk(messages, tools, chosen.name if isinstance(chosen, ChosenFunction) else chosen or "auto",
                 body.parallel_tool_calls is not False, thinking, extra,
-                last["role"] == "assistant" and not last.get("tool_calls"), ("input", "tools"))  # fmt: skip
+                paths=("input", "tools"))  # fmt: skip
 
 
 def messages_of(items: str | Sequence[dict[str, Any]], path: str = "input") -> list[Message]:
@@ -156,8 +157,8 @@ def messages_of(items: str | Sequence[dict[str, Any]], path: str = "input") -> l
         else:
             raise bad(f"{here}.type", "expected message, function_call, function_call_output or reasoning, got "
                       f"{str(kind)[:64]}", "unsupported_content")  # fmt: skip
-    if not out:
-        raise bad(path, "expected something that is said")
+    if thoughts:
+        out.append({"role": "assistant", "content": "", "reasoning_content": well_formed(thoughts)})
     return out
 
 
@@ -167,7 +168,7 @@ async def _whole(answers: Answers, output: Output, keep: Any) -> dict[str, Any]:
             if isinstance(event, Piece):
                 output.add(event)
             elif not isinstance(event, Alive):
-                output.end(event, answers.usage)
+                output.end(event, answers.usage, answers.n_reasoning)
     keep()
     return output.response
 
@@ -183,7 +184,7 @@ async def _stream(answers: Answers, output: Output, keep: Any) -> AsyncGenerator
                     if events := output.add(event):
                         yield events
                 else:
-                    last = output.end(event, answers.usage)
+                    last = output.end(event, answers.usage, answers.n_reasoning)
                     keep()
                     yield last
         except ApiError as e:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,16 +72,19 @@ async def wanted_of(
     params = params_of(body, context.options, model.vocabulary)
     stop = stops_of(body.stop, stop_path)
     grammar = await form.compiled(model)
+    if grammar is not None:  # it is of the whole answer: there is no place for thoughts, nor for calls
+        if talk.offered and talk.choice != "auto":
+            raise bad("tool_choice", f"a call is wanted, and {form.path} wants another answer; leave one of them out")
+        tokens, _ = await prompt_of(model, dataclasses.replace(talk, thinking=False))
+        return Wanted(model, tokens, params, n_predict, stop, n_probs, body.n or 1, grammar=grammar)
     tokens, prompt = await prompt_of(model, talk)
     written, tools = model.format(bool(talk.offered)), talk.offered
     thoughts = talk.continues and "reasoning_content" in talk.messages[-1] and not talk.messages[-1].get("content")
-    if tools and grammar is None:
+    if tools:
         lark = written.constraint(tools, talk.choice, talk.parallel, prompt, thoughts)
         if lark is not None:
             path = "tool_choice" if talk.choice != "auto" else talk.paths[1]
             grammar = await model.aside(lambda: model.grammars.lark(lark, path))
-    elif tools and talk.choice != "auto":
-        raise bad("tool_choice", f"a call is wanted, and {form.path} wants another answer; leave one of them out")
 
     def reader() -> AnswerReader:
         return written.reader(tools, True, prompt, thoughts)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,9 +10,9 @@ import httpx
 import openai
 import pytest
 
+from ggmq.cli import main
 from ggmq.server.options import is_loopback
 from tests.support.fixtures import ROOT
-from tests.support.processes import GGMQ
 from tests.support.serving import Running, serving
 
 SECRET, OTHER = "sk-first-0123", "sk-other-4567"
@@ -113,15 +112,18 @@ def test_what_happens_is_counted(server: Running) -> None:
     ("-a x -a y", "at most one"), ("-m /none.gguf", "/none.gguf"), ("--port 70000", "65535"),
     ("--host nowhere.invalid", "--host"),
 ])  # fmt: skip
-def test_what_would_be_unsafe_or_cannot_be_is_refused_at_the_start(words: str, story: str) -> None:
-    r = subprocess.run([*GGMQ, "serve", *words.split()], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert r.returncode in (1, 2) and story in r.stderr and len(r.stderr.splitlines()) == 1 and not r.stdout, r.stderr
+def test_what_would_be_unsafe_or_cannot_be_is_refused_at_the_start(
+    capsys: pytest.CaptureFixture[str], words: str, story: str
+) -> None:
+    code = main(["serve", *words.split()])
+    out, err = capsys.readouterr()
+    assert code in (1, 2) and story in err and len(err.splitlines()) == 1 and not out, err
 
 
-def test_an_address_that_is_taken_is_said_at_once(server: Running) -> None:
-    command = [*GGMQ, "serve", "--port", str(server.port)]
-    r = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert r.returncode == 2 and "Address already in use" in r.stderr and len(r.stderr.splitlines()) == 1
+def test_an_address_that_is_taken_is_said_at_once(capsys: pytest.CaptureFixture[str], server: Running) -> None:
+    assert main(["serve", "--port", str(server.port)]) == 2
+    err = capsys.readouterr().err
+    assert "Address already in use" in err and len(err.splitlines()) == 1
 
 
 def test_several_models_have_names(tmp_path: Path) -> None:
