@@ -16,6 +16,7 @@ from ggmq.model import MAX_TRIES, Model
 from ggmq.runner import ALL, ARGMAX, MIN_PIECE, PIECE, Rows, UnderWay
 from ggmq.sampling import Sampler, SamplingParams, log_probs
 from ggmq.scheduler import Piece, Scheduler, Sequence, Step
+from ggmq.speculation import Ask, Mode, NGram, Speculation
 from protocol.errors import HandleError, OutOfMemory, Unavailable
 
 if TYPE_CHECKING:
@@ -24,12 +25,14 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Timings:
-    """Units: tokens and seconds."""
+    """Units: tokens and seconds. Of what was drafted only what was right is part of what was decoded."""
 
     prefill_tokens: int = 0
     prefill_s: float = 0.0
     decode_tokens: int = 0
     decode_s: float = 0.0
+    n_drafted: int = 0
+    n_accepted: int = 0
 
 
 class Made(NamedTuple):
@@ -50,6 +53,7 @@ class Engine:
 
     Attributes:
         n_batch: tokens of prompts that go through the stages at once.
+        speculate: how drafts are made; the text is the same.
         end_ids: tokens after which a sequence is over.
         n_failed: steps in a row that a worker's silence ended.
         cut: what ended the last text of `generate` before the model did: `limit` (n_predict), `context` (it is full), or
@@ -60,11 +64,14 @@ class Engine:
     model: Model
     end_ids: frozenset[int] = frozenset()
     n_batch: int = 512
+    speculate: Mode = "off"
     timings: Timings = field(default_factory=Timings)
     n_failed: int = 0
     cut: Literal["", "limit", "context"] = ""
     scheduler: Scheduler = field(init=False)
-    _under_way: deque[tuple[Step, UnderWay]] = field(default_factory=deque)
+    _under_way: deque[tuple[Step, UnderWay, float]] = field(default_factory=deque)
+    _speculation: Speculation | None = None
+    _read_s: float = 0.0
     _logits: dict[int, list[npt.NDArray[np.float32]]] = field(default_factory=dict)
     _conversation: Sequence | None = None
     _interrupted: bool = False
@@ -74,6 +81,9 @@ class Engine:
         self.n_batch = min(self.n_batch, self.model.n_batch)
         self.scheduler = Scheduler(self.model.store, self.model.n_ctx, len(self.model.stages), self.n_batch,
                                    self.model.n_seq)  # fmt: skip
+        if self.speculate != "off" and not self.model.store.room.has_states:  # a state cannot go back
+            self._speculation = Speculation(self.speculate)
+            self.scheduler.draft = self._draft
 
     # -- many sequences ------------------------------------------------------------------------------------------------
 
@@ -90,7 +100,8 @@ class Engine:
 
     def adopt(self, sequence: Sequence) -> None:
         """Go on with a sequence of an engine whose model is gone: what it has made stays, all of it is read again."""
-        sequence.held, sequence.n_read, sequence.n_under_way = None, 0, 0
+        sequence.held, sequence.n_read, sequence.n_under_way, sequence.n_unsure = None, 0, 0, 0
+        sequence.drafters.clear()
         self.scheduler.waiting.append(sequence)
 
     def leave(self, sequence: Sequence) -> None:
@@ -117,7 +128,7 @@ class Engine:
             self._schedule()
             if not self._under_way:
                 return []
-            step, sent = self._under_way[0]
+            step, sent, sent_s = self._under_way[0]
             out = self.model.runner.wait(sent)
         except (Unavailable, HandleError) as e:
             self._recover(e)
@@ -128,10 +139,13 @@ class Engine:
         self._under_way.popleft()
         self.n_failed = 0
         self.scheduler.read(step)
-        made = [self._sample(piece, rows) for piece, rows in zip(step.pieces, out, strict=True)]
+        before_s, self._read_s = self._read_s, time.perf_counter()
+        if self._speculation is not None and step.decodes:
+            self._speculation.took(step.n_tokens, self._read_s - max(sent_s, before_s), sent.is_new)
+        made = [token for piece, rows in zip(step.pieces, out, strict=True) for token in self._sample(piece, rows)]
         self._go_on()
-        self._count(step, time.perf_counter() - start)
-        return [token for token in made if token is not None]
+        self._count(step, len(made), time.perf_counter() - start)
+        return made
 
     def _go_on(self) -> None:
         """Send what comes next before these tokens are told, so that the stages compute meanwhile."""
@@ -158,7 +172,8 @@ class Engine:
             if step.copies:
                 self._finish_under_way()
                 self.model.runner.copy_pages(step.copies)
-            self._under_way.append((step, self.model.runner.submit([self._rows(p) for p in step.pieces])))
+            now = time.perf_counter()
+            self._under_way.append((step, self.model.runner.submit([self._rows(p) for p in step.pieces]), now))
             self._interrupted = False
 
     def _set_turn(self) -> None:
@@ -176,61 +191,83 @@ class Engine:
         if not s.all_logits and s.n_probs < 0 and s.constraint is None:
             want = ARGMAX if params.greedy else params.n_candidates(self.model.arch.hp.n_vocab)
         pages = {window: list(pages) for window, pages in s.held.pages.items()}
-        return Rows(s.tokens[p.first : p.first + p.n], p.first, pages, range(p.n - p.outputs, p.n), want, p.slots)
+        tokens = [*s.tokens[p.first : p.first + p.n_sure], *p.drafted]
+        return Rows(tokens, p.first, pages, range(p.n - p.outputs, p.n), want, p.slots)
+
+    def _draft(self, sequences: list[Sequence]) -> list[list[int]]:
+        """Guesses of what comes next, for each sequence of a decode."""
+        assert self._speculation is not None  # nobody asks otherwise
+        asks = []
+        for s in sequences:
+            if not s.drafters:
+                s.drafters.append(NGram())
+            room = min(self.model.n_ctx - len(s.tokens), self.n_batch - 1)
+            asks.append(Ask(s.drafters, s.tokens, room, room if s.n_predict < 0 else s.n_predict - s.n_made - 1))
+        return self._speculation.drafts(asks)
 
     def _finish_under_way(self) -> None:
         """Wait for what was sent, and keep the answers: pages are copied when nothing writes to them."""
-        for _, sent in self._under_way:
+        for _, sent, _ in self._under_way:
             self.model.client.await_reply(sent.seq)
 
-    def _sample(self, piece: Piece, rows: npt.NDArray[Any]) -> Made | None:
-        s = piece.sequence
+    def _sample(self, piece: Piece, rows: npt.NDArray[Any]) -> list[Made]:
+        """The token behind a piece; behind each drafted one that was right another."""
+        s, made = piece.sequence, list[Made]()
         if s.finished or not piece.outputs:
-            return None
+            return made
         if s.all_logits:
             self._logits[id(s)].append(rows)
             if s.n_read == len(s.tokens):
                 self.scheduler.leave(s, "end")
-            return None
+            return made
         if s is self._conversation and not s.n_made and s.held is not None:
             self.model.store.snap(s.held)
-        token = self._pick(s, rows)
-        if token is None:
-            self.scheduler.leave(s, "end", keep=s is self._conversation)
-            return None
-        logprob, top = log_probs(rows[0], token, s.n_probs) if s.n_probs >= 0 else (None, ())
-        s.tokens.append(token)
         why = ""
-        if token in self.end_ids or (s.constraint is not None and s.constraint.ended):
-            why = "end"
-        elif 0 <= s.n_predict <= s.n_made:
-            why = "limit"
-        elif len(s.tokens) > self.model.n_ctx:
-            why = "context"
+        for row, drafted in zip(rows, (*piece.drafted, None), strict=True):
+            token = self._pick(s, row)
+            if token is None:
+                why = "end"
+                break
+            logprob, top = log_probs(row, token, s.n_probs) if s.n_probs >= 0 else (None, ())
+            s.tokens.append(token)
+            made.append(Made(s, token, logprob, top))
+            if token in self.end_ids or (s.constraint is not None and s.constraint.ended):
+                why = "end"
+            elif 0 <= s.n_predict <= s.n_made:
+                why = "limit"
+            elif len(s.tokens) > self.model.n_ctx:
+                why = "context"
+            if why or token != drafted:
+                break
+        if piece.drafted:
+            n_right = max(0, len(made) - 1)
+            self.scheduler.settle(piece, n_right)
+            self.timings.n_drafted += len(piece.drafted)
+            self.timings.n_accepted += n_right
         if why:
             self.scheduler.leave(s, why, keep=s is self._conversation)
-        return Made(s, token, logprob, top)
+        return made
 
     @staticmethod
-    def _pick(s: Sequence, rows: npt.NDArray[Any]) -> int | None:
+    def _pick(s: Sequence, row: npt.NDArray[Any]) -> int | None:
         """The next token of a sequence; None where its constraint allows none."""
-        if rows.dtype == np.int32:
-            return int(rows[0])
-        if rows.dtype != np.float32:
-            return s.sampler.pick(rows[0]["logit"], s.tokens, rows[0]["id"])
+        if row.dtype == np.int32:
+            return int(row)
+        if row.dtype != np.float32:
+            return s.sampler.pick(row["logit"], s.tokens, row["id"])
         if s.constraint is None:
-            return s.sampler.pick(rows[0], s.tokens)
+            return s.sampler.pick(row, s.tokens)
         allowed = s.constraint.mask()
         if not allowed.any():
             return None
-        token = s.sampler.pick(rows[0], s.tokens, allowed=allowed)
+        token = s.sampler.pick(row, s.tokens, allowed=allowed)
         s.constraint.take(token)
         return token
 
-    def _count(self, step: Step, seconds: float) -> None:
+    def _count(self, step: Step, n_made: int, seconds: float) -> None:
         t = self.timings
         if step.decodes:
-            t.decode_tokens, t.decode_s = t.decode_tokens + step.n_tokens, t.decode_s + seconds
+            t.decode_tokens, t.decode_s = t.decode_tokens + n_made, t.decode_s + seconds
         else:
             t.prefill_tokens, t.prefill_s = t.prefill_tokens + step.n_tokens, t.prefill_s + seconds
 
@@ -280,6 +317,9 @@ class Engine:
                 most = min(old.n_read, len(tokens) - 1)
                 n = next((i for i in range(most) if old.tokens[i] != tokens[i]), most)
                 new.held, old.held, new.n_read = held, None, self.model.store.rewind(held, n)
+            new.drafters, old.drafters = old.drafters, []
+            for drafter in new.drafters:
+                drafter.begin()
         self._conversation = new
 
     def _forget_conversation(self) -> bool:

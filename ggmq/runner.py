@@ -62,12 +62,16 @@ class Rows(Struct, frozen=True):
 
 
 class UnderWay(NamedTuple):
-    """A batch that was sent: in it, for each of its `Rows`, what is wanted and which rows of that kind are theirs."""
+    """A batch that was sent: in it, for each of its `Rows`, what is wanted and which rows of that kind are theirs.
+
+    `is_new`: its graphs were put for it.
+    """
 
     seq: int
     batch: Batch
     n_tokens: int
     wants: list[tuple[int, range]]
+    is_new: bool = False
 
 
 class Compiled(Struct, frozen=True):
@@ -143,6 +147,7 @@ class Runner:
         layout = _Layout(parts, self.room)
         n_ctx = -(-self.n_ctx // CTX_STEP) * CTX_STEP  # as llama.cpp counts it when it chooses between LongRoPE's factors
         batch = layout.batch(n_ctx, n_vocab, self.activations)
+        is_new = batch not in self._graphs
         compiled = self._compile(batch)
         feeds: dict[str, Frame] = {}
         payloads: list[list[Frame]] = []
@@ -156,7 +161,7 @@ class Runner:
         header = m.GraphCompute(self.client.session, compiled.digests[0], len(payloads[0]), route)
         frames = [f for payload in payloads for f in payload]
         seq = self.client.submit(header, frames, self.stages[0].assignment.device)
-        return UnderWay(seq, batch, layout.n, layout.wants)
+        return UnderWay(seq, batch, layout.n, layout.wants, is_new)
 
     def wait(self, sent: UnderWay) -> list[npt.NDArray[Any]]:
         """What a batch gave, for each of its `Rows`. Errors: what the workers report.

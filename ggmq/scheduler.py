@@ -12,6 +12,8 @@ Threads: use from one.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
+from collections.abc import Sequence as Tokens
 from typing import TYPE_CHECKING
 
 from msgspec import Struct, field
@@ -19,6 +21,7 @@ from msgspec import Struct, field
 from ggmq.archs.memory import PAGE
 from ggmq.pages import Held, PageCopy, Store
 from ggmq.sampling import Sampler
+from ggmq.speculation import Drafter
 from protocol.errors import FormatError
 
 if TYPE_CHECKING:
@@ -38,6 +41,9 @@ class Sequence(Struct, eq=False):
         n_cached: tokens that were there already when it first ran.
         n_read: tokens whose keys and values are there for certain; those up to `held.n_past` are on their way.
         held: what it holds while it runs.
+        drafters: who guesses its tokens; none while nobody has.
+        n_drafted, n_accepted: tokens that were guessed and checked, and those of them that were right.
+        n_unsure: guessed tokens at the end of what is on its way.
         finished: why it has ended: `end` (of its own), `limit`, `context` (it is full), `left`; empty while it has not.
     """
 
@@ -53,6 +59,10 @@ class Sequence(Struct, eq=False):
     held: Held | None = None
     finished: str = ""
     n_under_way: int = 0
+    drafters: list[Drafter] = field(default_factory=list)
+    n_drafted: int = 0
+    n_accepted: int = 0
+    n_unsure: int = 0
 
     def __post_init__(self) -> None:
         self.n_prompt = len(self.tokens)
@@ -64,7 +74,7 @@ class Sequence(Struct, eq=False):
     @property
     def n_pending(self) -> int:
         """Tokens that no batch has yet."""
-        return len(self.tokens) - (self.held.n_past if self.held is not None else 0)
+        return len(self.tokens) - (self.held.n_past - self.n_unsure if self.held is not None else 0)
 
 
 class Piece(Struct, frozen=True):
@@ -74,6 +84,7 @@ class Piece(Struct, frozen=True):
         first, n: position of the first, and how many.
         outputs: how many of the last of them are followed by logits: none, 1, or all.
         slots: where the sequence's state is read from and written to; zeros where it has none.
+        drafted: the last of them, where those are guesses; behind the token before them and each of them are logits.
     """
 
     sequence: Sequence
@@ -81,6 +92,11 @@ class Piece(Struct, frozen=True):
     n: int
     outputs: int
     slots: tuple[int, int] = (0, 0)
+    drafted: Tokens[int] = ()
+
+    @property
+    def n_sure(self) -> int:
+        return self.n - len(self.drafted)
 
 
 class Step(Struct):
@@ -95,8 +111,8 @@ class Step(Struct):
 
     @property
     def decodes(self) -> bool:
-        """Whether each sequence has one token in it, behind which another is made."""
-        return all(p.n == 1 and p.outputs for p in self.pieces)
+        """Whether each sequence has one token of its own in it, behind which another is made."""
+        return all(p.n_sure == 1 and p.outputs for p in self.pieces)
 
 
 class Scheduler:
@@ -104,11 +120,13 @@ class Scheduler:
     n_batch: tokens of prompts in a batch, at most.
     n_seq: sequences that run at once, at most.
     n_turn: the same while others wait for the stages, or their tokens would come late.
+    draft: guesses what comes next, for each sequence of a decode.
     """
 
     def __init__(self, store: Store, n_ctx: int, n_stages: int, n_batch: int, n_seq: int) -> None:
         self.store, self.n_ctx, self.n_stages, self.n_seq = store, n_ctx, n_stages, n_seq
         self.n_batch = self.n_turn = n_batch
+        self.draft: Callable[[list[Sequence]], Tokens[Tokens[int]]] = lambda sequences: [()] * len(sequences)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self._even = store.room.n_slots > 0  # layers with states take as many tokens of each sequence
@@ -136,12 +154,14 @@ class Scheduler:
         if sequence.held is not None and not keep:
             self.store.release(sequence.held)
             sequence.held = None
+        while sequence.drafters and not keep:
+            sequence.drafters.pop().close()
 
     def next(self) -> Step | None:
         """The next batch, or None while there is nothing that could be computed."""
         for s in self.running:
             if s.held is not None:  # what was sent is computed before what comes now
-                s.held.reads_from = s.held.n_past
+                s.held.reads_from = s.held.n_past - s.n_unsure
         self._admit()
         decode = [s for s in self.running if s.n_pending == 1 and not s.all_logits and s.n_read >= s.n_prompt - 1]
         prompts = [s for s in self.running if s.n_pending and s not in decode]
@@ -164,14 +184,22 @@ class Scheduler:
         for p in step.pieces:
             p.sequence.n_under_way -= 1
             if p.sequence.held is not None:
-                p.sequence.n_read = p.first + p.n
+                p.sequence.n_read = p.first + p.n_sure
                 self.store.note_read(p.sequence.held, p.sequence.tokens, p.sequence.n_read)
+
+    def settle(self, p: Piece, n_right: int) -> None:
+        """So many of the drafted tokens of a piece were right; what was read of the others is forgotten."""
+        s = p.sequence
+        s.n_drafted, s.n_accepted = s.n_drafted + len(p.drafted), s.n_accepted + n_right
+        if s.n_unsure and s.held is not None:
+            s.n_read, s.n_unsure = p.first + p.n_sure + n_right, 0
+            self.store.rewind(s.held, s.n_read)
 
     def begin_again(self, held: bool) -> None:
         """What was under way is lost. held: the stages still have what was read before."""
         self._n_decoding = 0
         for s in self.running:
-            s.n_under_way = 0
+            s.n_under_way = s.n_unsure = 0
             if s.held is not None:
                 s.n_read = self.store.rewind(s.held, s.n_read if held else 0)
 
@@ -199,8 +227,9 @@ class Scheduler:
         """A token of each, of as many as keep every stage busy."""
         n = -(-len([s for s in self.running if s.n_read >= s.n_prompt - 1]) // self.n_stages)
         step = Step([])
-        for s in sequences[:n]:
-            self._add(step, s, 1, make_room=True)
+        chosen = sequences[:n]
+        for s, drafted in zip(chosen, self.draft(chosen), strict=True):
+            self._add(step, s, 1, make_room=True, drafted=drafted)
         return step if step.pieces else None
 
     def _prompts(self, sequences: list[Sequence]) -> Step | None:
@@ -216,13 +245,18 @@ class Scheduler:
                 break
         return step if step.pieces else None
 
-    def _add(self, step: Step, s: Sequence, n: int, make_room: bool) -> bool:
-        """Put the next n tokens of a sequence into a batch. Returns: whether there was room for them."""
+    def _add(self, step: Step, s: Sequence, n: int, make_room: bool, drafted: Tokens[int] = ()) -> bool:
+        """Put the next n tokens of a sequence into a batch, and guesses behind them if there is room for those too.
+
+        Returns: whether there was room for the n.
+        """
         held = s.held
         if held is None:  # it has just been sent back to wait
             return False
         first = held.n_past
-        copies = self.store.grow(held, first + n)
+        copies = self.store.grow(held, first + n + len(drafted))
+        if copies is None and drafted:  # nobody goes for a guess
+            drafted, copies = (), self.store.grow(held, first + n)
         while copies is None and make_room and self._preempt(s):
             copies = self.store.grow(held, first + n)
         if copies is None:
@@ -231,9 +265,10 @@ class Scheduler:
         if slots is None:
             return False
         last = first + n == len(s.tokens)
-        step.pieces.append(Piece(s, first, n, n if s.all_logits else int(last), slots))
+        n_out = n if s.all_logits else last + len(drafted)
+        step.pieces.append(Piece(s, first, n + len(drafted), n_out, slots, drafted))
         step.copies += copies
-        held.n_past = first + n
+        held.n_past, s.n_unsure = first + n + len(drafted), len(drafted)
         s.n_under_way += 1
         return True
 

@@ -157,7 +157,7 @@ class Job:
         self._decoder = StreamDecoder(service.vocabulary, shown=request.preserved)
         self._stops = StopTexts(request.stop)
         self._unshown: deque[tuple[Token, int]] = deque()
-        self._n_text = self._n_shown = 0
+        self._n_text = self._n_shown = self.n_made = 0
         self.asked_s = time.monotonic()
         self.started_s = self.first_s = 0.0
 
@@ -178,6 +178,7 @@ class Job:
         """A token was made. Returns: whether a stop text has come."""
         if not self.first_s:
             self.first_s = time.monotonic()
+        self.n_made += 1
         if is_end:
             return False
         text = self._decoder.feed(made.token)
@@ -208,7 +209,7 @@ class Job:
         if not stop and s.finished in ("limit", "context"):
             reason = "length" if s.finished == "limit" else "context"
         last = s.tokens[-1]
-        end = last if s.finished == "end" and last in self._service.vocabulary.end_ids else None
+        end = last if not stop and s.finished == "end" and last in self._service.vocabulary.end_ids else None
         self.emit(Done(reason, self.usage(), stop, end))
 
     def usage(self) -> Usage:
@@ -216,8 +217,8 @@ class Job:
         if s is None:
             return Usage(len(self.request.tokens), waited_s=now - self.asked_s)
         first = self.first_s or now
-        return Usage(s.n_prompt, min(s.n_cached, s.n_prompt), s.n_made, self.started_s - self.asked_s,
-                     first - self.started_s, now - first)  # fmt: skip
+        return Usage(s.n_prompt, min(s.n_cached, s.n_prompt), self.n_made, self.started_s - self.asked_s,
+                     first - self.started_s, now - first, s.n_drafted, s.n_accepted)  # fmt: skip
 
 
 class Service:
@@ -308,7 +309,7 @@ class Service:
             slot = slots[job.slot]
             slot.state = "decode" if seq.n_made else "prompt"
             slot.n_prompt, slot.n_read, slot.n_made = seq.n_prompt, min(seq.n_read, seq.n_prompt), seq.n_made
-            slot.seconds = now - job.started_s
+            slot.seconds, slot.n_drafted, slot.n_accepted = now - job.started_s, seq.n_drafted, seq.n_accepted
         recent = [r for r in rates if now - r[0] <= LATELY_S]
         span = max(1.0, now - recent[0][0]) if recent else 1.0
         store = self.model.store
@@ -410,7 +411,7 @@ class Service:
                 self._told("first token", job=job)
             if stopped:
                 self._engine.leave(made.sequence)
-            if made.sequence.finished:
+            if stopped or (made.sequence.finished and job.n_made == made.sequence.n_made):  # a step may make several
                 self._end(job)
         for job in [j for j in self._running.values() if j.sequence is not None and j.sequence.finished]:
             self._end(job)
@@ -426,6 +427,8 @@ class Service:
         usage = job.usage()
         self._state.n_prompt_tokens += usage.n_prompt
         self._state.n_made_tokens += usage.n_made
+        self._state.n_drafted_tokens += usage.n_drafted
+        self._state.n_accepted_tokens += usage.n_accepted
         self._queue.charge(job.request.key, usage.n_prompt - usage.n_cached + usage.n_made)
 
     def _rate(self, n_prompt: int, n_made: int) -> None:

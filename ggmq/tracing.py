@@ -105,8 +105,8 @@ class NotedEngine(Engine):
     def _schedule(self) -> None:
         self._noted("schedule", super()._schedule)
 
-    def _sample(self, *args: Any) -> Made | None:
-        return self._noted("sample", lambda: super(NotedEngine, self)._sample(*args))
+    def _sample(self, *args: Any) -> list[Made]:
+        return list(self._noted("sample", lambda: super(NotedEngine, self)._sample(*args)))
 
     def _noted(self, name: str, do: Callable[[], Any]) -> Any:
         begun = time.monotonic_ns()

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from ggmq.archs.memory import PAGE, Room
 from ggmq.pages import Store
 from ggmq.sampling import Sampler, SamplingParams
-from ggmq.scheduler import Scheduler, Sequence, Step
+from ggmq.scheduler import Piece, Scheduler, Sequence, Step
 
 WINDOW = 90
 N_CTX = 640
@@ -49,9 +49,23 @@ class Ground:
     n_joined: int = 0
     n_left: int = 0
     most_running: int = 0
+    guesser: random.Random | None = None
 
     def __post_init__(self) -> None:
         self.scheduler = Scheduler(Store(self.room), N_CTX, self.n_stages, 128, N_SEQ)
+        if self.guesser is not None:
+            self.scheduler.draft = self.guess
+
+    def guess(self, sequences: list[Sequence]) -> list[list[int]]:
+        """Drafts of all lengths, right and wrong."""
+        assert self.guesser is not None
+        out = []
+        for s in sequences:
+            tokens = list(s.tokens)
+            for _ in range(self.guesser.choice([0, 1, 3, 7, 13])):
+                tokens.append(next_token(tuple(tokens)) if self.guesser.random() < 0.8 else self.guesser.randrange(5))
+            out.append(tokens[len(s.tokens) :][: N_CTX - len(s.tokens)])
+        return out
 
     def join(self, prompt: list[int], n: int) -> None:
         s = Sequence(prompt, Sampler(GREEDY), n)
@@ -66,11 +80,14 @@ class Ground:
             del self.wanted[s]
             self.n_left += 1
 
-    def past(self, s: Sequence) -> list[int]:
+    def past(self, p: Piece) -> list[int]:
         """A hash of all tokens up to each."""
-        past = self.pasts.setdefault(s, [])
-        for token in s.tokens[len(past) :]:
+        past = self.pasts.setdefault(p.sequence, [])
+        for token in p.sequence.tokens[len(past) :]:
             past.append(hash((past[-1] if past else 0, token)))
+        past = past[: p.first + p.n_sure]
+        for token in p.drafted:
+            past.append(hash((past[-1], token)))
         return past
 
     def send(self) -> bool:
@@ -82,13 +99,13 @@ class Ground:
         assert 0 < step.n_tokens <= 128 and len({id(p.sequence) for p in step.pieces}) == len(step.pieces)
         for p in step.pieces:
             s = p.sequence
-            assert s.held is not None and p.first + p.n <= len(s.tokens)
-            past = self.past(s)
+            assert s.held is not None and p.first + p.n_sure <= len(s.tokens) and p.first + p.n <= N_CTX
+            past = self.past(p)
             for window, pages in s.held.pages.items():
                 for at in range(p.first, p.first + p.n):
                     self.cells[window, PAGE * pages[at // PAGE] + at % PAGE] = past[at]
         for p in step.pieces:  # a batch writes all its cells before it reads any
-            past, pages_of = self.past(p.sequence), p.sequence.held.pages if p.sequence.held is not None else {}
+            past, pages_of = self.past(p), p.sequence.held.pages if p.sequence.held is not None else {}
             for window, pages in pages_of.items():
                 for at in range(max(0, p.first + 1 - window) if window else 0, p.first + p.n):
                     assert self.cells[window, PAGE * pages[at // PAGE] + at % PAGE] == past[at]
@@ -105,8 +122,15 @@ class Ground:
         for p in step.pieces:
             s = p.sequence
             if p.outputs and not s.finished:
-                assert p.first + p.n == len(s.tokens)
-                s.tokens.append(next_token(tuple(s.tokens)))
+                assert p.first + p.n_sure == len(s.tokens)
+                n_right = -1
+                for guess in (*p.drafted, None):
+                    s.tokens.append(next_token(tuple(s.tokens)))
+                    n_right += 1
+                    if s.n_made == s.n_predict or s.tokens[-1] != guess:
+                        break
+                self.scheduler.settle(p, n_right)
+                assert s.held is not None and s.held.n_past == s.n_read == len(s.tokens) - 1, "no page was lost"
                 if s.n_made == s.n_predict:
                     self.scheduler.leave(s, "limit")
                     assert s.tokens[s.n_prompt :] == self.wanted.pop(s)
@@ -165,6 +189,32 @@ def test_a_thousand_join_and_leave_and_each_has_its_own_tokens(n_stages: int, se
             ground.join(prompt_of(rng), rng.randrange(1, 60))
     ground.end()
     assert ground.n_left == ground.n_joined and ground.most_running > 3
+
+
+@pytest.mark.parametrize("n_stages", [1, 2])
+@settings(max_examples=3, deadline=None, phases=(Phase.explicit, Phase.generate))
+@given(st.integers(0, 1 << 32))
+def test_drafts_right_and_wrong_change_no_token_and_lose_no_page(n_stages: int, seed: int) -> None:
+    rng = random.Random(seed)
+    ground = Ground(n_stages, guesser=random.Random(seed))
+    while ground.n_joined < 150:
+        match rng.randrange(40):
+            case 0 | 1 | 2:
+                if len(ground.wanted) < 12:
+                    ground.join(prompt_of(rng), rng.randrange(1, 200))
+            case 3:
+                if rng.random() < 0.3:
+                    ground.leave(rng)
+            case 4:
+                if rng.random() < 0.05:
+                    ground.lose(rng.random() < 0.7)
+            case n if n < 22:
+                ground.send()
+            case _:
+                ground.take()
+        if not ground.wanted:
+            ground.join(prompt_of(rng), rng.randrange(1, 200))
+    ground.end()
 
 
 @pytest.mark.parametrize("n_stages", [1, 3])
