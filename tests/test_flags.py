@@ -100,6 +100,18 @@ def test_every_option_of_llama_cpp_here_is_ours_or_told_never_both() -> None:
         assert not [n for n in named if n not in ours and n != "--device"], name  # what is proposed exists
 
 
+def test_a_server_is_told_as_llama_server_is(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "-m a.gguf -hf b/c -np 8 -cb --metrics --jinja -fa on --host 0.0.0.0 --port 0 --threads-http 4 -c 512 -ctk q8_0"
+    a = _parser().parse_args(["serve", *words.split()])
+    assert (a.parallel, a.host, a.port, a.ctx_size, a.hf_repo) == (8, "0.0.0.0", 0, 512, ["b/c"])
+    assert "--threads-http: one thread" in capsys.readouterr().err
+    for words, story in (("--ssl-key-file x", "reverse proxy"), ("--pooling mean", "a request says it"), ("-nocb", "-np 1"),
+                         ("--models-dir x", "-m FILE for each"), ("--grammar x", "a request says it")):  # fmt: skip
+        assert story in refusal(capsys, "serve", *words.split())
+    commands = next(iter(a for a in _parser()._actions if a.choices)).choices
+    assert not set(commands["serve"]._option_string_actions) & set(commands["serve"].foreign)
+
+
 WORDS = ["-m", "-cnv", "-t4", "x", "-f", "--temp", "--temp=1", "--", "-", "-fa", "on", "--mod", "--model=y", "-c", "-cx",
          "--quiet", "--quie"]  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What llama.cpp's programs take and `ggmq run` does not have: each named with what holds here instead."""
+"""What llama.cpp's programs take and `ggmq run` and `ggmq serve` do not have: each named with what holds here instead."""
 
 from __future__ import annotations
 
@@ -107,3 +107,32 @@ RUN = {
     name: Foreign(story, value, taken, neutral) for names, value, taken, story, neutral in _ROWS for name in names.split()
 }
 """Options that `ggmq run` is told about by people who know llama-cli."""
+
+_REQUEST = "a request says it; leave it out here"
+_ONE_SERVER = "one `ggmq serve` has several models: -m FILE for each"
+_SERVER_ROWS = (
+    ("--metrics --slots --props -cb --cont-batching --webui --ui --jinja --prefill-assistant", "none", True, "", ()),
+    ("--kv-unified -kvu --no-kv-unified -no-kvu", "none", True, "pages of the KV cache are shared by all slots", ()),
+    ("-nocb --no-cont-batching", "none", False, "batching is continuous, always; -np 1 makes one answer at a time", ()),
+    ("--no-webui --no-ui --no-slots", "none", False, "--api-key is what keeps others out; leave it out", ()),
+    ("--threads-http", "one", True, "one thread serves all connections", ()),
+    ("--ssl-key-file --ssl-cert-file", "one", False, "there is no TLS here; put a reverse proxy in front", ()),
+    ("--api-prefix --path --public-path", "one", False, "put a reverse proxy in front that changes paths", ()),
+    ("--embedding --embeddings --rerank --reranking", "none", False, "a request says what it wants; leave it out", ()),
+    ("--pooling", "one", False, _REQUEST, ()),
+    ("--reasoning-format", "one", True, "thoughts are told apart, always", ("auto", "deepseek")),
+    ("--chat-template-kwargs --presence-penalty --frequency-penalty -l --logit-bias", "one", False, _REQUEST, ("0",)),
+    ("--grammar --grammar-file -j --json-schema -jf --json-schema-file", "one", False, _REQUEST, ()),
+    ("--no-prefill-assistant", "none", False, "continue_final_message: false in a request says it", ()),
+    ("-sps --slot-prompt-similarity --cache-reuse", "one", True, "what was read is found by its content", ()),
+    ("--models-dir --models-preset --models-max", "one", False, _ONE_SERVER, ()),
+    ("--sleep-idle-seconds", "one", False, "a server keeps its models until it ends", ("-1",)),
+    ("--slot-save-path --media-path", "one", False, "it writes and reads no files for clients; leave it out", ()),
+)  # fmt: skip
+
+SERVE = {
+    **{name: f for name, f in RUN.items() if name not in ("-np", "--parallel", "--host", "--port")},
+    **{name: Foreign(story, value, taken, neutral) for names, value, taken, story, neutral in _SERVER_ROWS
+       for name in names.split()},
+}  # fmt: skip
+"""Options that `ggmq serve` is told about by people who know llama-server."""

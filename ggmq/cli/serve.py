@@ -57,7 +57,7 @@ def add(commands: Any) -> None:
     add_sampling(p)
     add_bus(p)
     add_security(p)
-    p.foreign = {name: f for name, f in foreign.RUN.items() if name not in p._option_string_actions}
+    p.foreign = {name: f for name, f in foreign.SERVE.items() if name not in p._option_string_actions}
     p.set_defaults(run=_serve)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from typing import Any, cast
 
 import h11
@@ -25,9 +26,11 @@ class Connection(H11Protocol):
     options: ServerOptions
     _due: asyncio.TimerHandle | None = None
     _unread: asyncio.TimerHandle | None = None
+    _since_s = 0.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._since_s = self.loop.time()
         if len(self.connections) > self.options.max_connections and not self._displace():
             transport.write(_FULL)
             self._close()
@@ -65,6 +68,7 @@ class Connection(H11Protocol):
             self.cycle.keep_alive = False
 
     def on_response_complete(self) -> None:
+        self._since_s = self.loop.time()
         super().on_response_complete()
         if self.transport.is_closing():
             self._linger()
@@ -90,13 +94,25 @@ class Connection(H11Protocol):
         return self.cycle is None or self.cycle.response_complete
 
     def _displace(self) -> bool:
-        """Close a connection on which nothing goes on, to make room for this one."""
-        for other in self.connections:
-            if other is not self and isinstance(other, Connection) and other.cycle is not None and other._waits:
-                other._close()
-                self.connections.discard(other)
-                return True
-        return False
+        """Make room for this one: of those on which nothing is being answered the oldest goes, of the address that has most
+        of them, so that nobody who only holds connections keeps others out."""
+        others = [c for c in self.connections if isinstance(c, Connection) and c is not self and c._idle]
+        if not others:
+            return False
+        n_of = Counter(c._address for c in others)
+        most = max(others, key=lambda c: (n_of[c._address], -c._since_s))
+        most._close()
+        self.connections.discard(most)
+        return True
+
+    @property
+    def _idle(self) -> bool:
+        """Nothing is being answered: no request is there, or not all of it."""
+        return self._waits or bool(self.cycle.more_body)
+
+    @property
+    def _address(self) -> str:
+        return self.client[0] if self.client else ""
 
     def _await_head(self) -> None:
         self._due = self.loop.call_later(self.options.timeout_s, self._close)
