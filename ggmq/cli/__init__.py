@@ -84,7 +84,7 @@ def _terminated(signum: int, frame: FrameType | None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from ggmq.cli import bench, clusters, inspect, logits, models, run, serve, trace
+    from ggmq.cli import bench, clusters, inspect, logits, models, run, serve, top, trace
 
     p = Parser(
         prog="ggmq",
@@ -104,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     logits.add(commands)
     bench.add(commands)
     trace.add(commands)
+    top.add(commands)
     return p
 
 
