@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ggmq.model import MAX_TRIES, Model
-from ggmq.runner import ALL, ARGMAX, MIN_PIECE, PIECE, Rows, UnderWay
+from ggmq.runner import ALL, ARGMAX, HIDDEN, MIN_PIECE, PIECE, Rows, UnderWay
 from ggmq.sampling import Sampler, SamplingParams, log_probs
 from ggmq.scheduler import Piece, Scheduler, Sequence, Step
 from ggmq.speculation import Ask, Mode, NGram, Speculation
@@ -33,6 +33,10 @@ class Timings:
     decode_s: float = 0.0
     n_drafted: int = 0
     n_accepted: int = 0
+
+
+Want = Literal["logits", "hidden", "last"]
+"""What is wanted of a text that is only read: logits behind all tokens, hidden states, or the last token's."""
 
 
 class Made(NamedTuple):
@@ -72,7 +76,6 @@ class Engine:
     _under_way: deque[tuple[Step, UnderWay, float]] = field(default_factory=deque)
     _speculation: Speculation | None = None
     _read_s: float = 0.0
-    _logits: dict[int, list[npt.NDArray[np.float32]]] = field(default_factory=dict)
     _conversation: Sequence | None = None
     _interrupted: bool = False
     _error: BaseException | None = None
@@ -95,6 +98,18 @@ class Engine:
         Errors: FormatError for a prompt that is empty or does not fit.
         """
         sequence = Sequence(list(tokens), Sampler(params), n_predict, n_probs=n_probs, constraint=constraint)
+        self.scheduler.add(sequence)
+        return sequence
+
+    def read(self, tokens: Tokens[int], want: Want) -> Sequence:
+        """Have a text read without going on: its `rows` are what is wanted when it has `finished`.
+
+        Shapes: float32 [n, n_vocab] for `logits`, [n, n_embd] for `hidden`, the hidden states behind the last norm, and
+        [1, n_embd] for `last`, that of the last token.
+        Errors: FormatError for a text that is empty or does not fit.
+        """
+        sequence = Sequence(list(tokens), Sampler(SamplingParams()), all_logits=want == "logits",
+                            embed="" if want == "logits" else want)  # fmt: skip
         self.scheduler.add(sequence)
         return sequence
 
@@ -187,8 +202,8 @@ class Engine:
     def _rows(self, p: Piece) -> Rows:
         s, params = p.sequence, p.sequence.sampler.params
         assert s.held is not None  # it runs
-        want = ALL
-        if not s.all_logits and s.n_probs < 0 and s.constraint is None:
+        want = HIDDEN if s.embed else ALL
+        if not s.is_read and s.n_probs < 0 and s.constraint is None:
             want = ARGMAX if params.greedy else params.n_candidates(self.model.arch.hp.n_vocab)
         pages = {window: list(pages) for window, pages in s.held.pages.items()}
         tokens = [*s.tokens[p.first : p.first + p.n_sure], *p.drafted]
@@ -215,8 +230,11 @@ class Engine:
         s, made = piece.sequence, list[Made]()
         if s.finished or not piece.outputs:
             return made
-        if s.all_logits:
-            self._logits[id(s)].append(rows)
+        if s.is_read:
+            if s.rows is None:
+                s.rows = np.empty((len(s.tokens) if s.is_read_whole else 1, rows.shape[1]), np.float32)
+            at = piece.first + piece.n - piece.outputs - (len(s.tokens) - len(s.rows))
+            s.rows[at : at + piece.outputs] = rows
             if s.n_read == len(s.tokens):
                 self.scheduler.leave(s, "end")
             return made
@@ -347,17 +365,24 @@ class Engine:
             self.cut = "limit" if s.finished == "limit" else "context"
 
     def logits(self, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
-        """Logits behind every token. Shapes: int32 [n] to float32 [n, n_vocab]. Errors: as `step`'s."""
-        s = Sequence(tokens.tolist(), Sampler(SamplingParams()), all_logits=True)
-        out: list[npt.NDArray[np.float32]] = []
-        self._logits[id(s)] = out
-        self.scheduler.add(s)
+        """Logits behind every token. Shapes: int32 [n] to float32 [n, n_vocab]. Errors: as `read`'s and `step`'s."""
+        return self._rows_of(self.read(tokens.tolist(), "logits"))
+
+    def embed(self, tokens: Tokens[int]) -> npt.NDArray[np.float32]:
+        """Hidden states of all tokens behind the last norm; `ggmq.embeddings` makes one vector of them.
+
+        Shapes: [n] to float32 [n, n_embd]. Errors: as `read`'s and `step`'s.
+        """
+        return self._rows_of(self.read(tokens, "hidden"))
+
+    def _rows_of(self, s: Sequence) -> npt.NDArray[np.float32]:
         try:
             while not s.finished:
                 self.step()
         finally:
-            del self._logits[id(s)]
-        return np.concatenate(out)
+            self.leave(s)
+        assert s.rows is not None  # it was read to its end
+        return s.rows
 
 
 def chosen_seed(seed: int) -> int | None:

@@ -35,8 +35,8 @@ PIECE = 64
 """Tokens of a prompt that move on together when there are several stages."""
 MAX_GRAPHS = 128
 
-ARGMAX, ALL = -1, 0
-"""What is wanted behind a token: the id with the largest logit, all logits, or a number of candidates."""
+HIDDEN, ARGMAX, ALL = -2, -1, 0
+"""What is wanted behind a token: its hidden state, the id with the largest logit, all logits, or a number of candidates."""
 
 CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32)])
 """A token that may be taken."""
@@ -49,7 +49,7 @@ class Rows(Struct, frozen=True):
         first: position of the first of them in the sequence.
         pages: the sequence's pages, by window.
         outputs: indices of those behind which something is wanted.
-        want: what: ARGMAX, ALL, or a number of candidates.
+        want: what: HIDDEN, ARGMAX, ALL, or a number of candidates.
         slots: where the sequence's state is read from and written to.
     """
 
@@ -166,8 +166,8 @@ class Runner:
     def wait(self, sent: UnderWay) -> list[npt.NDArray[Any]]:
         """What a batch gave, for each of its `Rows`. Errors: what the workers report.
 
-        Shapes: int32 [n] for ARGMAX, CANDIDATE [n, at least as many as wanted], float32 [n, n_vocab] for ALL, where n are
-        the outputs.
+        Shapes: int32 [n] for ARGMAX, CANDIDATE [n, at least as many as wanted], float32 [n, n_vocab] for ALL,
+        float32 [n, n_embd] for HIDDEN, where n are the outputs.
         """
         reply = self.client.wait(sent.seq)
         assert isinstance(reply.header, m.ComputeDone)  # the decoder gives GRAPH_COMPUTE's reply this type
@@ -184,6 +184,8 @@ class Runner:
             candidates["logit"] = np.frombuffer(raw.pop(0), np.float32).reshape(candidates.shape)
         if b.n_logits:
             given[ALL] = np.frombuffer(raw.pop(0), np.float32).reshape(b.n_logits, self.arch.hp.n_vocab)
+        if b.n_hidden:
+            given[HIDDEN] = np.frombuffer(raw.pop(0), np.float32).reshape(b.n_hidden, self.arch.hp.n_embd)
         out = []
         for want, rows in sent.wants:
             kind = 1 if want == ARGMAX and b.n_top else min(want, 1)
@@ -254,8 +256,8 @@ class _Layout:
         if padding:
             for numbers in (self.tokens, self.positions, self.rows, self.n_seen):
                 numbers += [0] * padding
-        # rows of one kind stand together: ARGMAX, then candidates, then all logits
-        self.counts, self.out_ids = dict.fromkeys((ARGMAX, 1, ALL), 0), list[int]()
+        # rows of one kind stand together: ARGMAX, then candidates, then all logits, then hidden states
+        self.counts, self.out_ids = dict.fromkeys((ARGMAX, 1, ALL, HIDDEN), 0), list[int]()
         for kind in self.counts:
             if ids := groups.get(kind):
                 n = self.counts[kind] = bucket(len(ids))
@@ -267,7 +269,8 @@ class _Layout:
         if self.counts[1]:
             top_k = min(n_vocab, 1 << max(0, self.top_k - 1).bit_length())
         return Batch(n, self.n_seqs, self.n_pages, self.counts[ARGMAX], self.counts[1], top_k, self.counts[ALL],
-                     self.out_ids == list(range(n)), self.room.windows, self.room.has_states, n_ctx, hidden)  # fmt: skip
+                     self.counts[HIDDEN], self.out_ids == list(range(n)), self.room.windows, self.room.has_states, n_ctx,
+                     hidden)  # fmt: skip
 
     def part(self, name: str) -> Sequence[int]:
         """Numbers of the batch by their name in the graphs."""

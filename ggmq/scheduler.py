@@ -14,8 +14,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Tokens
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+import numpy.typing as npt
 from msgspec import Struct, field
 
 from ggmq.archs.memory import PAGE
@@ -36,6 +38,8 @@ class Sequence(Struct, eq=False):
         n_prompt: tokens of the prompt.
         n_predict: tokens to make at most; negative: no bound.
         all_logits: the logits of every token are wanted, and nothing is made.
+        embed: the hidden states of all tokens are wanted, or that of the last, and nothing is made.
+        rows: of what is wanted of a sequence that makes nothing, what has come.
         n_probs: the log-probability of each token that is made is wanted, with so many of the most likely; negative: not.
         constraint: what its text may be.
         n_cached: tokens that were there already when it first ran.
@@ -51,6 +55,8 @@ class Sequence(Struct, eq=False):
     sampler: Sampler
     n_predict: int = -1
     all_logits: bool = False
+    embed: Literal["", "hidden", "last"] = ""
+    rows: npt.NDArray[np.float32] | None = None
     n_probs: int = -1
     constraint: Constraint | None = None
     n_prompt: int = 0
@@ -70,6 +76,16 @@ class Sequence(Struct, eq=False):
     @property
     def n_made(self) -> int:
         return len(self.tokens) - self.n_prompt
+
+    @property
+    def is_read(self) -> bool:
+        """Nothing is made of it."""
+        return self.all_logits or self.embed != ""
+
+    @property
+    def is_read_whole(self) -> bool:
+        """Something is wanted behind each of its tokens, so that none is taken from others."""
+        return self.all_logits or self.embed == "hidden"
 
     @property
     def n_pending(self) -> int:
@@ -137,7 +153,7 @@ class Scheduler:
         """Errors: FormatError for a prompt that is empty or does not fit."""
         if not sequence.tokens:
             raise FormatError("prompt: expected at least one token; give some text with -p")
-        if len(sequence.tokens) >= self.n_ctx + sequence.all_logits:
+        if len(sequence.tokens) >= self.n_ctx + sequence.is_read:
             raise FormatError(f"prompt: {len(sequence.tokens)} tokens do not fit a context of {self.n_ctx}; use a larger -c")
         self.waiting.append(sequence)
 
@@ -163,7 +179,7 @@ class Scheduler:
             if s.held is not None:  # what was sent is computed before what comes now
                 s.held.reads_from = s.held.n_past - s.n_unsure
         self._admit()
-        decode = [s for s in self.running if s.n_pending == 1 and not s.all_logits and s.n_read >= s.n_prompt - 1]
+        decode = [s for s in self.running if s.n_pending == 1 and not s.is_read and s.n_read >= s.n_prompt - 1]
         prompts = [s for s in self.running if s.n_pending and s not in decode]
         step = None
         free = self._n_decoding < self.n_stages  # one for each stage: with more, they would never fill up
@@ -210,7 +226,7 @@ class Scheduler:
         while self.waiting and len(self.running) < self.n_seq:
             s = self.waiting[0]
             if s.held is None:
-                tokens = () if s.all_logits else s.tokens  # what is not read again has no logits
+                tokens = () if s.is_read_whole else s.tokens
                 n_shared = self.store.n_shared(tokens)
                 if tokens and any(_in_common(s, other) > max(n_shared, other.n_read) for other in self.running):
                     return  # another is reading the same beginning: it is read once
@@ -265,7 +281,7 @@ class Scheduler:
         if slots is None:
             return False
         last = first + n == len(s.tokens)
-        n_out = n if s.all_logits else last + len(drafted)
+        n_out = n if s.is_read_whole else last + len(drafted)
         step.pieces.append(Piece(s, first, n + len(drafted), n_out, slots, drafted))
         step.copies += copies
         held.n_past, s.n_unsure = first + n + len(drafted), len(drafted)
@@ -298,7 +314,7 @@ class Scheduler:
 
 def _in_common(a: Sequence, b: Sequence) -> int:
     """Tokens in full pages of the prompt of b, which it is reading, that a begins with too."""
-    if b.n_read >= b.n_prompt or b.all_logits:
+    if b.n_read >= b.n_prompt or b.is_read_whole:
         return 0
     n = 0
     most = min(len(a.tokens) - 1, b.n_prompt) // PAGE * PAGE

@@ -13,13 +13,16 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from msgspec import Struct, field
+import numpy as np
+import numpy.typing as npt
+from msgspec import Struct
 
 from ggmq.engine import Engine, Made
 from ggmq.model import Model
 from ggmq.queues import FairQueue
 from ggmq.sampling import SamplingParams
 from ggmq.scheduler import Sequence
+from ggmq.service_state import ServiceState, SlotState
 from ggmq.stops import StopTexts
 from ggmq.tokenizer import StreamDecoder, Vocabulary
 from protocol.errors import FormatError, GgmqError, HandleError, InternalError, Unavailable
@@ -101,48 +104,15 @@ class Failed(NamedTuple):
     error: GgmqError
 
 
-Event = Delta | Done | Failed
+class Rows(NamedTuple):
+    """What is wanted of a text that was only read, and its end. Shapes: as `Engine.read`'s."""
+
+    rows: npt.NDArray[np.float32]
+    usage: Usage
+
+
+Event = Delta | Done | Failed | Rows
 Emit = Callable[[Event], None]
-
-
-class SlotState(Struct):
-    """What a slot does. Units: tokens, seconds."""
-
-    id: int
-    state: Literal["idle", "prompt", "decode"] = "idle"
-    n_prompt: int = 0
-    n_read: int = 0
-    n_made: int = 0
-    n_ctx: int = 0
-    seconds: float = 0.0
-    n_drafted: int = 0
-    n_accepted: int = 0
-
-
-class ServiceState(Struct):
-    """Attributes:
-    prompt_tokens_per_s, decode_tokens_per_s: over the last LATELY_S seconds.
-    n_pages, n_free_pages: of all windows.
-    error: why nothing can be answered now; empty while it can.
-    """
-
-    name: str
-    slots: list[SlotState] = field(default_factory=list)
-    n_waiting: int = 0
-    n_queue: int = 0
-    n_done: int = 0
-    n_failed: int = 0
-    n_left: int = 0
-    n_prompt_tokens: int = 0
-    n_cached_tokens: int = 0
-    n_made_tokens: int = 0
-    n_drafted_tokens: int = 0
-    n_accepted_tokens: int = 0
-    prompt_tokens_per_s: float = 0.0
-    decode_tokens_per_s: float = 0.0
-    n_pages: int = 0
-    n_free_pages: int = 0
-    error: str = ""
 
 
 class Job:
@@ -160,6 +130,12 @@ class Job:
         self._n_text = self._n_shown = self.n_made = 0
         self.asked_s = time.monotonic()
         self.started_s = self.first_s = 0.0
+
+    def begin(self, engine: Engine) -> Sequence:
+        """Its sequence, as it waits in an engine. Errors: FormatError."""
+        r = self.request
+        return engine.add(r.tokens, r.params, r.n_predict, n_probs=r.n_probs,
+                          constraint=r.grammar.start() if r.grammar is not None else None)  # fmt: skip
 
     def cancel(self) -> None:
         """It is not wanted any more: its slot is free within a step."""
@@ -260,14 +236,15 @@ class Service:
 
     # -- from any thread -----------------------------------------------------------------------------------------------
 
-    def check(self, tokens: list[int]) -> None:
-        """Errors: FormatError for a prompt that is empty, does not fit, or has tokens that there are not."""
-        n_ctx, n_vocab = self.model.n_ctx, self.model.arch.hp.n_vocab
+    def check(self, tokens: list[int], n_more: int = 1) -> None:
+        """Errors: FormatError for a prompt that is empty, does not fit with `n_more` tokens, or has tokens that there are
+        not."""
+        n_most, n_vocab = self.model.n_ctx - n_more, self.model.arch.hp.n_vocab
         if not tokens:
             raise FormatError("prompt: expected at least one token, got none")
-        if len(tokens) >= n_ctx:
-            raise FormatError(f"prompt: {len(tokens)} tokens do not fit a context of {n_ctx}; make it shorter, or start the "
-                              "server with a larger -c")  # fmt: skip
+        if len(tokens) > n_most:
+            raise FormatError(f"prompt: {len(tokens)} tokens do not fit a context of {self.model.n_ctx}; make it shorter, "
+                              "or start the server with a larger -c")  # fmt: skip
         if not all(0 <= t < n_vocab for t in tokens):
             raise FormatError(f"prompt: expected tokens of 0 to {n_vocab - 1}")
 
@@ -275,13 +252,16 @@ class Service:
         """Have a request answered. Errors: FormatError; Overloaded when too many wait; Unavailable when it is closing, or
         when workers are missing."""
         self.check(request.tokens)
-        job = Job(self, request, emit)
+        return self.put(Job(self, request, emit))
+
+    def put(self, job: Job) -> Job:
+        """Have a job wait for its turn. Errors: Overloaded, Unavailable, as `submit`'s."""
         with self._lock:
             if self._closing:
                 raise Unavailable(CLOSING)
             if self.error:
                 raise Unavailable(self.error)
-            self._queue.put(request.key, job)
+            self._queue.put(job.request.key, job)
             self._n_jobs += 1
             job.number = self._n_jobs
             self._lock.notify()
@@ -379,11 +359,9 @@ class Service:
             self._start(job)
 
     def _start(self, job: Job) -> None:
-        r = job.request
         job.started_s = time.monotonic()
         try:
-            job.sequence = self._engine.add(r.tokens, r.params, r.n_predict, n_probs=r.n_probs,
-                                             constraint=r.grammar.start() if r.grammar is not None else None)  # fmt: skip
+            job.sequence = job.begin(self._engine)
         except GgmqError as e:
             self._state.n_failed += 1
             job.emit(Failed(e))
@@ -392,7 +370,7 @@ class Service:
         job.slot = next(i for i in range(self.n_slots) if i not in taken)
         self._running[id(job.sequence)] = job
         self._told("started", job=job)
-        if r.n_predict == 0:
+        if job.request.n_predict == 0:
             self._engine.leave(job.sequence)
             job.sequence.finished = "limit"
             self._end(job)
@@ -406,8 +384,7 @@ class Service:
             first = not job.first_s
             stopped = job.take(made, self.vocabulary, made.token in self._engine.end_ids)
             if first:
-                self._state.n_cached_tokens += min(made.sequence.n_cached, made.sequence.n_prompt)
-                self._rate(made.sequence.n_prompt - made.sequence.n_cached, 0)
+                self._has_read(made.sequence)
                 self._told("first token", job=job)
             if stopped:
                 self._engine.leave(made.sequence)
@@ -420,8 +397,15 @@ class Service:
         del self._running[id(job.sequence)]
         self._state.n_done += 1
         self._account(job)
+        if job.sequence is not None and job.sequence.is_read:
+            self._has_read(job.sequence)
         job.finish()
         self._told("done", job=job)
+
+    def _has_read(self, s: Sequence) -> None:
+        """The whole of a prompt."""
+        self._state.n_cached_tokens += min(s.n_cached, s.n_prompt)
+        self._rate(s.n_prompt - s.n_cached, 0)
 
     def _account(self, job: Job) -> None:
         usage = job.usage()

@@ -93,8 +93,7 @@ class Arch:
         return s.b.scale(x, self.embed_scale()) if self.embed_scale() != 1.0 else x
 
     def head(self, s: StageGraph, x: T) -> T:
-        """Final norm and logits."""
-        x = self.norm(s, "output_norm", x)
+        """Logits of what the last norm gives."""
         own = self.tied is False or (self.tied is None and s.has("output.weight"))
         name = "output" if own else "token_embd"
         y = s.product(name, x, self.hp.n_vocab)
@@ -349,33 +348,36 @@ class Arch:
         if stage.last:
             if not batch.in_order:
                 x = s.b.get_rows(x, s.numbers("out_ids", batch.n_outputs))
-            return s.b.graph(self._outputs(s, self.head(s, x)))
+            return s.b.graph(self._outputs(s, self.norm(s, "output_norm", x)))
         if batch.hidden != GGMLType.F32:
             x = s.b.dup(x, batch.hidden)
         elif s.b.tensors[x].view_src >= 0 or s.b.tensors[x].op == "NONE":
             x = s.b.cont(x)
         return s.b.graph([x])
 
-    @staticmethod
-    def _outputs(s: StageGraph, logits: T) -> list[T]:
-        """What a batch asks for: the rows' ids, then ids and logits of the largest, then all logits."""
-        b, batch, out, at = s.b, s.batch, list[T](), 0
-        n_vocab, n_rows = b.ne(logits)[:2]
-
-        def rows(n: int) -> T:
-            return logits if n == n_rows else b.view(logits, (n_vocab, n), (4 * n_vocab,), 4 * n_vocab * at)
-
-        if batch.n_argmax:
-            out.append(b.argmax(rows(batch.n_argmax)))
-            at += batch.n_argmax
-        if batch.n_top:
-            x = rows(batch.n_top)
-            ids = b.top_k(x, batch.top_k)
-            out += [ids, b.get_rows(b.reshape(x, 1, n_vocab, batch.n_top), ids)]
-            at += batch.n_top
-        if batch.n_logits:
-            out.append(rows(batch.n_logits))
+    def _outputs(self, s: StageGraph, hidden: T) -> list[T]:
+        """What a batch asks for: the rows' ids, then ids and logits of the largest, then all logits, then hidden states."""
+        b, batch, out = s.b, s.batch, list[T]()
+        at = batch.n_outputs - batch.n_hidden
+        if at:
+            logits, first = self.head(s, _rows(b, hidden, 0, at)), batch.n_argmax + batch.n_top
+            if batch.n_argmax:
+                out.append(b.argmax(_rows(b, logits, 0, batch.n_argmax)))
+            if batch.n_top:
+                x = _rows(b, logits, batch.n_argmax, batch.n_top)
+                ids = b.top_k(x, batch.top_k)
+                out += [ids, b.get_rows(b.reshape(x, 1, b.ne(logits)[0], batch.n_top), ids)]
+            if batch.n_logits:
+                out.append(_rows(b, logits, first, batch.n_logits))
+        if batch.n_hidden:
+            out.append(_rows(b, hidden, at, batch.n_hidden))
         return out
+
+
+def _rows(b: GraphBuilder, x: T, first: int, n: int) -> T:
+    """n rows of x [width, ...] from `first` on."""
+    width, n_rows = b.ne(x)[:2]
+    return x if n == n_rows else b.view(x, (width, n), (4 * width,), 4 * width * first)
 
 
 NEOX = ROPE_NEOX

@@ -21,6 +21,8 @@ EVERY: dict[str, Any] = {
     "feed_forward_length": None, "expert_count": 0, "expert_used_count": 0, "rope.scaling.type": "linear",
     # read to be refused: what they ask for is not done here
     "attention.causal": True, "nextn_predict_layers": 0, "expert_group_count": 0,
+    # of embeddings
+    "pooling_type": 0,
 }  # fmt: skip
 """Read for every architecture, with what their absence means; None where it follows from other keys."""
 ATTENDING: dict[str, Any] = EVERY | {

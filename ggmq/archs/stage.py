@@ -51,7 +51,8 @@ class Batch:
         n_pages: pages that a sequence may have.
         n_argmax: the first rows of the output: a token's id each.
         n_top, top_k: the rows behind them: ids and logits of the top_k tokens with the largest.
-        n_logits: the rows behind those: all logits. Without any rows only the memory is filled.
+        n_logits: the rows behind those: all logits.
+        n_hidden: the rows behind those: the hidden state behind the last norm. Without any rows only the memory is filled.
         in_order: the rows are those of all tokens, in their order.
         windows, has_states: what the layers keep.
         n_ctx: context of a sequence, in tokens.
@@ -65,6 +66,7 @@ class Batch:
     n_top: int = 0
     top_k: int = 0
     n_logits: int = 0
+    n_hidden: int = 0
     in_order: bool = False
     windows: tuple[int, ...] = (0,)
     has_states: bool = False
@@ -73,7 +75,7 @@ class Batch:
 
     @property
     def n_outputs(self) -> int:
-        return self.n_argmax + self.n_top + self.n_logits
+        return self.n_argmax + self.n_top + self.n_logits + self.n_hidden
 
     def numbers(self) -> dict[str, int]:
         """The whole numbers that come with a step, in their order: how many by name. They are one input, of one frame."""

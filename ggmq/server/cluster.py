@@ -14,7 +14,8 @@ from ggmq.overview import ClusterState, HeldLayers, ModelState, Queue, Rates, Sl
 from ggmq.server.context import Context
 from ggmq.server.replies import json_of
 from ggmq.server.streaming import EventStream, data
-from ggmq.service import Service, ServiceState
+from ggmq.service import Service
+from ggmq.service_state import ServiceState
 
 EVERY_S = 0.5
 LOOK_S = 0.05

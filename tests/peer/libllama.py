@@ -95,6 +95,10 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_free": (None, [_POINTER]),
     "llama_decode": (_INT, [_POINTER, _Batch]),
     "llama_get_logits_ith": (_POINTER, [_POINTER, _INT]),
+    "llama_set_embeddings": (None, [_POINTER, _BOOL]),
+    "llama_get_embeddings_ith": (_POINTER, [_POINTER, _INT]),
+    "llama_get_embeddings_seq": (_POINTER, [_POINTER, _INT]),
+    "llama_model_n_embd": (_INT, [_POINTER]),
     "llama_get_memory": (_POINTER, [_POINTER]),
     "llama_memory_clear": (None, [_POINTER, _BOOL]),
     "llama_vocab_type": (_INT, [_POINTER]),
@@ -216,8 +220,9 @@ class _Library:
         if failed:
             raise RuntimeError(f"llama_decode of {n} tokens at {at} answered {failed}: {''.join(self._said).strip()}")
 
-    def _context(self, n_ctx: int, n_threads: int) -> int:
+    def _context(self, n_ctx: int, n_threads: int, pooling: int = -1) -> int:
         p = self._lib.llama_context_default_params()
+        p.pooling_type = pooling
         p.n_ctx = p.n_batch = p.n_ubatch = n_ctx
         p.n_threads = p.n_threads_batch = n_threads
         p.flash_attn_type, p.type_k, p.type_v = FLASH_OFF, F16, F16
@@ -238,6 +243,18 @@ class _Library:
             return np.stack([self._row(context, i) for i in range(len(tokens))])
         finally:
             self._lib.llama_free(context)
+
+    def embeddings(self, tokens: list[int], n_ctx: int, n_threads: int, pooling: int) -> npt.NDArray[np.float32]:
+        lib = self._lib
+        context, n_embd = self._context(n_ctx, n_threads, pooling), lib.llama_model_n_embd(self._model)
+        try:
+            lib.llama_set_embeddings(context, True)
+            self._decode(context, np.array(tokens, np.int32), 0, True)
+            at = [lib.llama_get_embeddings_seq(context, 0)] if pooling else \
+                 [lib.llama_get_embeddings_ith(context, i) for i in range(len(tokens))]  # fmt: skip
+            return np.stack([np.ctypeslib.as_array((ctypes.c_float * n_embd).from_address(x)) for x in at])
+        finally:
+            lib.llama_free(context)
 
     def greedy(self, tokens: list[int], n: int, n_ctx: int, n_threads: int, banned: list[int]) -> list[int]:
         context = self._context(n_ctx, n_threads)
@@ -335,6 +352,13 @@ class Peer:
     def logits(self, tokens: Sequence[int], n_ctx: int = 512, n_threads: int = 1) -> npt.NDArray[np.float32]:
         """Logits at every position, on the CPU, f16 KV, without flash attention. Shapes: (tokens, vocabulary)."""
         rows: npt.NDArray[np.float32] = self._ask("logits", [int(t) for t in tokens], n_ctx, n_threads)
+        return rows
+
+    def embeddings(
+        self, tokens: Sequence[int], pooling: int, n_ctx: int = 512, n_threads: int = 1
+    ) -> npt.NDArray[np.float32]:
+        """One vector by its number of a pooling, or for 0 those of all tokens. Shapes: (1 or tokens, width)."""
+        rows: npt.NDArray[np.float32] = self._ask("embeddings", [int(t) for t in tokens], n_ctx, n_threads, pooling)
         return rows
 
     def greedy(
