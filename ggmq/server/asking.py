@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import NamedTuple, Protocol, Self
@@ -22,6 +23,9 @@ from ggmq.server.sampling import for_choice
 from ggmq.server.streaming import Feed
 from ggmq.service import Delta, Done, Failed, Job, Request, Token, Usage
 from protocol.errors import GgmqError, Unavailable
+
+NUMBERS: ContextVar[list[int]] = ContextVar("numbers")
+"""The numbers that the jobs of the request have which is being answered, for the log."""
 
 
 class Reader(Protocol):
@@ -160,7 +164,9 @@ class Answers:
             for i, (w, number) in enumerate(self._choices):
                 request = Request(w.tokens, for_choice(w.params, number), w.n_predict, w.stop, w.n_probs, self._key,
                                   w.preserved, w.grammar)  # fmt: skip
-                self._jobs.append(w.model.service.submit(request, self._feed.emit_as(i)))
+                job = w.model.service.submit(request, self._feed.emit_as(i))
+                self._jobs.append(job)
+                NUMBERS.get([]).append(job.number)
         except GgmqError as e:
             self._cancel()
             raise of_ggmq(e) from e

@@ -53,13 +53,13 @@ async def completions(context: Context, request: Request) -> Response:
 async def tokens_of(model: ServedModel, prompts: str | Sequence[str | int | list[int]], path: str) -> list[list[int]]:
     """The tokens of each prompt: a text, several, one's tokens or several's. Errors: ApiError 400."""
     if isinstance(prompts, str):
-        return [await model.encode(prompts)]
+        return [await model.encode(prompts, path=path)]
     ids = [p for p in prompts if isinstance(p, int)]
     if len(ids) == len(prompts):
         return [ids]
     if ids:
         raise bad(path, "expected texts, or tokens, and not both in one list")
-    return [p if isinstance(p, list) else await model.encode(p) for p in prompts if not isinstance(p, int)]
+    return [p if isinstance(p, list) else await model.encode(p, path=path) for p in prompts if not isinstance(p, int)]
 
 
 async def _shown(model: ServedModel, prompts: str | Sequence[str | int | list[int]], i: int, tokens: list[int]) -> str:

@@ -84,7 +84,7 @@ def bad(param: str, message: str, code: str = "invalid_value") -> ApiError:
     return ApiError(400, f"{param}: {message}" if param else message, code, param)
 
 
-def too_long(n_prompt: str, n_ctx: int, param: str) -> ApiError:
+def too_long(n_prompt: str, n_ctx: int, param: str = "") -> ApiError:
     """A prompt that does not fit, in words by which clients know it."""
     return ApiError(400, f"This model's maximum context length is {n_ctx} tokens, and the prompt has {n_prompt}; make it "
                     "shorter, or start the server with a larger -c", "context_length_exceeded", param)  # fmt: skip
@@ -111,7 +111,7 @@ def of_ggmq(e: GgmqError) -> ApiError:
     text = str(e)
     if isinstance(e, FormatError):
         if fits := _FITS.match(text):
-            return too_long(fits[1], int(fits[2]), "messages")
+            return too_long(fits[1], int(fits[2]))
         return ApiError(400, text, "invalid_value")
     if isinstance(e, Overloaded):
         return ApiError(429, text, "queue_full", retry_s=RETRY_S)

@@ -58,11 +58,11 @@ class ServedModel:
             raise of_ggmq(e) from e
 
     async def encode(
-        self, text: str, add_special: bool = True, parse_special: bool = True, bounded: bool = True
+        self, text: str, add_special: bool = True, parse_special: bool = True, path: str = ""
     ) -> list[int]:
-        """Tokens of a text. Errors: ApiError 400 for one that cannot fit, when it is `bounded`."""
-        if bounded:
-            self._check(text)
+        """Tokens of a text. Errors: ApiError 400 for one that cannot fit, where `path` says which field it is."""
+        if path:
+            self._check(text, path)
         return await self.aside(lambda: self.vocabulary.encode(text, add_special, parse_special))
 
     async def render(self, messages: Sequence[Message], **how: Any) -> str:
@@ -73,11 +73,11 @@ class ServedModel:
         """Tokens of a conversation's prompt, and its text. Errors: ApiError 400."""
         for message in messages:
             if isinstance(content := message.get("content"), str):
-                self._check(content)
+                self._check(content, "messages")
 
         def work() -> tuple[list[int], str]:
             text = self._rendered(messages, how)
-            self._check(text)
+            self._check(text, "messages")
             return self.vocabulary.encode(text), text
 
         return await self.aside(work)
@@ -87,11 +87,11 @@ class ServedModel:
             self._template = ChatTemplate(self.vocabulary)
         return self._template.render(messages, **how)
 
-    def _check(self, text: str) -> None:
+    def _check(self, text: str, path: str) -> None:
         """Refuse at once what is so long that it has too many tokens, however it is divided."""
         n_least = len(text.encode("utf-8", "replace")) // self._longest
         if n_least > self.n_ctx:
-            raise too_long(f"at least {n_least}", self.n_ctx, "messages")
+            raise too_long(f"at least {n_least}", self.n_ctx, path)
 
 
 class Models:

@@ -50,7 +50,7 @@ def _rfc3339(seconds: int) -> str:
 async def tokenize(context: Context, request: Request) -> Response:
     body = await context.bodies.decoded(request, TokenizeRequest)
     m = context.models.find(body.model)
-    tokens = await m.encode(body.content, body.add_special, body.parse_special, bounded=False)
+    tokens = await m.encode(body.content, body.add_special, body.parse_special)
     if not body.with_pieces:
         return json_of({"tokens": tokens})
     return json_of({"tokens": [{"id": t, "piece": _piece(m.vocabulary.piece(t, True))} for t in tokens]})

@@ -162,7 +162,7 @@ class EmbeddingRequest(Struct, kw_only=True):
     model: str = ""
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Annotated[int, Meta(ge=1)] | None = None
-    pooling: Literal["mean", "last"] | None = None
+    pooling: Literal["mean", "last", "cls"] | None = None
 
 
 class TokenizeRequest(Struct, kw_only=True):

@@ -8,6 +8,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ggmq.log import Level, Log
+from ggmq.server.asking import NUMBERS
 from ggmq.server.context import ERROR, ROUTE, new_id
 from ggmq.server.counts import Metrics
 
@@ -24,6 +25,8 @@ class Watched:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        numbers = list[int]()
+        NUMBERS.set(numbers)
         id, start, status = new_id("req_"), time.monotonic(), 499  # the client has gone before it had an answer
 
         async def send_with(message: Message) -> None:
@@ -41,8 +44,8 @@ class Watched:
             self._metrics.answered(route, status)
             client = scope.get("client")
             self._log.event(_level(route, status), "answered" if status < 400 else "refused", id=id, route=route,
-                            status=status, error=error, seconds=time.monotonic() - start,
-                            client=client[0] if client else None)  # fmt: skip
+                            request=",".join(map(str, numbers)) or None, status=status, error=error,
+                            seconds=time.monotonic() - start, client=client[0] if client else None)  # fmt: skip
 
 
 def _level(route: str, status: int) -> Level:

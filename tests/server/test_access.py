@@ -30,6 +30,7 @@ def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
             yield running
         written = (folder / "log").read_text()
     assert "route=other status=401 error=invalid_api_key" in written
+    assert re.search(r"event=answered \S+ route=/v1/chat/completions request=1,2 status=200", written)
     assert not re.search("sk-|never to be logged|Once", written), written
 
 
@@ -45,8 +46,15 @@ def test_a_key_is_asked_for(keyed: Running) -> None:
         assert httpx.get(keyed.url + path).status_code == 200
     for path in ("/slots", "/metrics", "/cluster", "/cluster/events", "/props", "/nothing", "/web", "//health"):
         assert httpx.get(keyed.url + path).status_code == 401, path
-    with pytest.raises(openai.AuthenticationError):
-        openai.OpenAI(base_url=keyed.url + "/v1", api_key="no", max_retries=0).models.list()
+    with openai.OpenAI(base_url=keyed.url + "/v1", api_key="no", max_retries=0) as client:
+        with pytest.raises(openai.AuthenticationError):
+            client.models.list()
+
+
+def test_a_request_is_in_the_log_with_the_numbers_of_its_answers(keyed: Running) -> None:
+    body = {"messages": [{"role": "user", "content": "Once, never to be logged"}], "max_tokens": 2, "n": 2}
+    r = httpx.post(keyed.url + "/v1/chat/completions", json=body, headers={"x-api-key": OTHER}, timeout=60)
+    assert r.status_code == 200 and len(r.json()["choices"]) == 2
 
 
 def test_pages_of_other_origins_are_let_in_by_name(keyed: Running) -> None:

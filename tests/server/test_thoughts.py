@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import anthropic
 import openai
@@ -29,8 +31,9 @@ def thinker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 
 @pytest.fixture(scope="module")
-def client(thinker: Running) -> openai.OpenAI:
-    return openai.OpenAI(base_url=thinker.url + "/v1", api_key="none", max_retries=0)
+def client(thinker: Running) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=thinker.url + "/v1", api_key="none", max_retries=0) as client:
+        yield client
 
 
 def test_chats(client: openai.OpenAI) -> None:
@@ -48,8 +51,13 @@ def test_chats(client: openai.OpenAI) -> None:
         assert plain.choices[0].message.content and not hasattr(plain.choices[0].message, "reasoning_content")
 
 
-def test_messages(thinker: Running) -> None:
-    claude = anthropic.Anthropic(base_url=thinker.url, api_key="none", max_retries=0)
+@pytest.fixture(scope="module")
+def claude(thinker: Running) -> Iterator[anthropic.Anthropic]:
+    with anthropic.Anthropic(base_url=thinker.url, api_key="none", max_retries=0) as client:
+        yield client
+
+
+def test_messages(claude: anthropic.Anthropic) -> None:
     made = claude.messages.create(model="x", max_tokens=12, messages=ASKED)
     assert [b.type for b in made.content] == ["thinking"]
     with claude.messages.stream(model="x", max_tokens=12, messages=ASKED) as stream:
@@ -84,3 +92,16 @@ def test_an_answer_of_a_form_is_said_and_not_thought(client: openai.OpenAI) -> N
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     made = client.chat.completions.create(model="x", messages=ASKED, max_tokens=200, response_format=form)
     assert json.loads(made.choices[0].message.content or "")["a"] in (1, 2)
+
+
+def test_a_template_that_does_not_end_holds_up_nobody(tmp_path: Path) -> None:
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    with serving("--temp", "0", model=with_template(tmp_path / "endless.gguf", endless)) as running:
+        answers: list[int] = []
+        asking = threading.Thread(target=lambda: answers.append(
+            running.post("/v1/chat/completions", messages=ASKED, max_tokens=1).status_code))  # fmt: skip
+        asking.start()
+        assert running.get("/health").status_code == 200 and running.get("/v1/models").status_code == 200
+        assert not answers  # it is still being rendered
+        asking.join()
+        assert answers == [400] and running.post("/v1/completions", prompt="Once", max_tokens=1).status_code == 200
