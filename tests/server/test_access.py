@@ -46,9 +46,10 @@ def test_a_key_is_asked_for(keyed: Running) -> None:
         assert httpx.get(keyed.url + path).status_code == 200
     for path in ("/slots", "/metrics", "/cluster", "/cluster/events", "/props", "/nothing", "/web", "//health"):
         assert httpx.get(keyed.url + path).status_code == 401, path
-    with openai.OpenAI(base_url=keyed.url + "/v1", api_key="no", max_retries=0) as client:
-        with pytest.raises(openai.AuthenticationError):
-            client.models.list()
+    with openai.OpenAI(base_url=keyed.url + "/v1", api_key="no", max_retries=0) as client, pytest.raises(
+        openai.AuthenticationError
+    ):
+        client.models.list()
 
 
 def test_a_request_is_in_the_log_with_the_numbers_of_its_answers(keyed: Running) -> None:
