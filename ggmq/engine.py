@@ -334,7 +334,11 @@ class Engine:
             if held is not None:
                 most = min(old.n_read, len(tokens) - 1)
                 n = next((i for i in range(most) if old.tokens[i] != tokens[i]), most)
-                new.held, old.held, new.n_read = held, None, self.model.store.rewind(held, n)
+                if self.model.store.n_shared(tokens) > n:  # of some other text more is kept
+                    self.scheduler.let_go(old)
+                else:
+                    new.held, old.held, new.n_read = held, None, self.model.store.rewind(held, n)
+                    new.n_cached = new.n_read
             new.drafters, old.drafters = old.drafters, []
             for drafter in new.drafters:
                 drafter.begin()
@@ -345,8 +349,7 @@ class Engine:
         s = self._conversation
         if s is None or not s.finished or s.held is None:
             return False
-        self.model.store.release(s.held)
-        s.held = None
+        self.scheduler.let_go(s)
         return True
 
     def generate(self, n_predict: int) -> Iterator[int]:

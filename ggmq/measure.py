@@ -57,6 +57,7 @@ def measure(engine: Engine, n_prompt: int, n_gen: int, n_depth: int = 0, n_strea
     client, vocabulary = model.client, model.arch.hp.n_vocab
     prompt = [(7 * i + 100) % vocabulary for i in range(n_prompt)]
     for _ in range(2):
+        model.store.drop_kept()
         start = time.perf_counter()
         _make(engine, [engine.add(prompt, GREEDY, 1)], 1)
         prefill_s = time.perf_counter() - start

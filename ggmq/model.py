@@ -305,6 +305,7 @@ class Model:
         if copies is None:
             raise FormatError(f"context: no pages are left for {n} tokens; load the model for more sequences")
         self.runner.copy_pages(copies)
+        held.unsure = None
         slots = self.store.next_slot(held) if self.store.room.n_slots else (0, 0)
         if slots is None:
             raise FormatError("context: no state is free for another sequence; load the model for more of them")

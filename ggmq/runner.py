@@ -7,6 +7,7 @@ first. That is how the pieces of a prompt and several sequences keep every stage
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -34,6 +35,8 @@ MIN_PIECE = 16
 PIECE = 64
 """Tokens of a prompt that move on together when there are several stages."""
 MAX_GRAPHS = 128
+MAX_COPIES = 256
+"""Parts of pages that are on their way to be copied at once."""
 
 HIDDEN, ARGMAX, ALL = -2, -1, 0
 """What is wanted behind a token: its hidden state, the id with the largest logit, all logits, or a number of candidates."""
@@ -118,13 +121,15 @@ class Runner:
 
     def copy_pages(self, copies: Sequence[PageCopy]) -> None:
         """Copy pages on every stage, in all layers of their window. Errors: what the workers report."""
-        session, asked = self.client.session, []
+        session, asked = self.client.session, deque[int]()
         places = [(stage.assignment.device, memory, c) for stage in self.stages for memory in stage.memory.values()
                   for c in copies if memory.has_window(c.window)]  # fmt: skip
         for device, memory, c in places:
             for (source, n), (target, _) in zip(memory.page_bytes(c.source), memory.page_bytes(c.target), strict=True):
                 copy = m.CopyTensor(session, memory.buffer, source, memory.buffer, target, n, n)
                 asked.append(self.client.submit(copy, device=device))
+                if len(asked) == MAX_COPIES:
+                    self.client.wait(asked.popleft())
         for seq in asked:
             self.client.wait(seq)
 

@@ -167,11 +167,17 @@ class Scheduler:
             self.running.remove(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
-        if sequence.held is not None and not keep:
+        if not keep:
+            self.let_go(sequence)
+            while sequence.drafters:
+                sequence.drafters.pop().close()
+
+    def let_go(self, sequence: Sequence) -> None:
+        """A sequence gives up what it holds. What it has read stays there under its name while there is room."""
+        if sequence.held is not None:
+            self.store.note_read(sequence.held, sequence.tokens, sequence.n_read, part=True)
             self.store.release(sequence.held)
             sequence.held = None
-        while sequence.drafters and not keep:
-            sequence.drafters.pop().close()
 
     def next(self) -> Step | None:
         """The next batch, or None while there is nothing that could be computed."""
@@ -198,10 +204,11 @@ class Scheduler:
         """A batch has been computed."""
         self._n_decoding -= step.decodes
         for p in step.pieces:
-            p.sequence.n_under_way -= 1
-            if p.sequence.held is not None:
-                p.sequence.n_read = p.first + p.n_sure
-                self.store.note_read(p.sequence.held, p.sequence.tokens, p.sequence.n_read)
+            s = p.sequence
+            s.n_under_way -= 1
+            if s.held is not None:
+                s.n_read, s.held.unsure = p.first + p.n_sure, None
+                self.store.note_read(s.held, s.tokens, s.n_read, part=s.n_read == s.n_prompt)
 
     def settle(self, p: Piece, n_right: int) -> None:
         """So many of the drafted tokens of a piece were right; what was read of the others is forgotten."""
@@ -214,10 +221,12 @@ class Scheduler:
     def begin_again(self, held: bool) -> None:
         """What was under way is lost. held: the stages still have what was read before."""
         self._n_decoding = 0
-        for s in self.running:
+        if not held:
+            self.store.forget()
+        for s in (*self.running, *self.waiting):
             s.n_under_way = s.n_unsure = 0
             if s.held is not None:
-                s.n_read = self.store.rewind(s.held, s.n_read if held else 0)
+                s.n_read = self.store.rewind(s.held, s.n_read)
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
@@ -226,9 +235,9 @@ class Scheduler:
         while self.waiting and len(self.running) < self.n_seq:
             s = self.waiting[0]
             if s.held is None:
-                tokens = () if s.is_read_whole else s.tokens
-                n_shared = self.store.n_shared(tokens)
-                if tokens and any(_in_common(s, other) > max(n_shared, other.n_read) for other in self.running):
+                tokens = () if s.is_read_whole else s.tokens  # what is not read again has no logits
+                common = max((n for other in self.running if (n := _in_common(s, other)) > other.n_read), default=0)
+                if tokens and common > self.store.n_shared(tokens):
                     return  # another is reading the same beginning: it is read once
                 short = any(n < 2 for n in self.store.n_free.values()) or (self._even and self.store.n_free_slots < 2)
                 if short and self.running:
@@ -270,6 +279,9 @@ class Scheduler:
         if held is None:  # it has just been sent back to wait
             return False
         first = held.n_past
+        while self._even and not self.store.has_slot(held):  # first: copies that are promised are carried out
+            if not make_room or not self._preempt(s):
+                return False
         copies = self.store.grow(held, first + n + len(drafted))
         if copies is None and drafted:  # nobody goes for a guess
             drafted, copies = (), self.store.grow(held, first + n)
@@ -277,9 +289,8 @@ class Scheduler:
             copies = self.store.grow(held, first + n)
         if copies is None:
             return False
-        slots = self._slots(s, make_room)
-        if slots is None:
-            return False
+        slots = self.store.next_slot(held) if self._even else (0, 0)
+        assert slots is not None  # there was one, and those that were sent back hold fewer
         last = first + n == len(s.tokens)
         n_out = n if s.is_read_whole else last + len(drafted)
         step.pieces.append(Piece(s, first, n + len(drafted), n_out, slots, drafted))
@@ -288,24 +299,15 @@ class Scheduler:
         s.n_under_way += 1
         return True
 
-    def _slots(self, s: Sequence, make_room: bool) -> tuple[int, int] | None:
-        """Where a sequence's state is read from and written to; None when there is no room for it."""
-        if not self._even or s.held is None:
-            return 0, 0
-        slots = self.store.next_slot(s.held)
-        while slots is None and make_room and self._preempt(s):
-            slots = self.store.next_slot(s.held)
-        return slots
-
     def _preempt(self, s: Sequence) -> bool:
-        """Have the youngest of those that came later and are in no batch wait again; it will be read anew.
+        """Have the youngest of those that came later and are in no batch wait again; what is not kept is read anew.
 
         Returns: whether there was one. The oldest is never sent back, so everyone's turn comes.
         """
         for other in reversed(self.running[self.running.index(s) + 1 :]):
             if not other.n_under_way and other.held is not None:
-                self.store.release(other.held)
-                other.held, other.n_read = None, 0
+                self.let_go(other)
+                other.n_read = 0
                 self.running.remove(other)
                 self.waiting.appendleft(other)
                 return True

@@ -225,6 +225,55 @@ def test_a_conversation_that_has_ended_makes_way_for_others(three: Client, tmp_p
         three.drain()
 
 
+@pytest.mark.parametrize("split", [[1], [1, 1]], ids=["1 worker", "2 workers"])
+@pytest.mark.parametrize("kind", ["F16", "Q8_0", "windowed"])
+def test_what_was_read_before_is_not_read_again_and_changes_no_text(
+    three: Client, tmp_path: Path, split: list[float], kind: str
+) -> None:
+    path, config = BUNDLED, {"cache_type_k": GGMLType.Q8_0, "cache_type_v": GGMLType.Q8_0} if kind == "Q8_0" else {}
+    if kind == "windowed":
+        m = base("gemma3", random.Random("gemma3 5"), False).having(attention__sliding_window=40)
+        path = write(tmp_path / "m.gguf", m)
+    model, rng = loaded(three, path, 320, split, n_seq=3, **config), random.Random(5)
+    common = [rng.randrange(3, model.arch.hp.n_vocab) for _ in range(180)]
+    prompts = [[*common, *(rng.randrange(3, model.arch.hp.n_vocab) for _ in range(10))] for _ in range(3)]
+    engine = Engine(model)
+
+    def text(*wanted: list[int], n: int = 30) -> list[Sequence]:
+        sequences = [engine.add(p, SamplingParams(seed=1), n) for p in wanted]
+        while engine.busy:
+            engine.step()
+        return sequences
+
+    try:
+        alone = []
+        for p in prompts:
+            model.store.drop_kept()
+            alone += text(p)
+        assert [s.n_cached for s in alone] == [0, 0, 0]
+        model.store.drop_kept()
+        first, *others = text(prompts[0]) + text(*prompts[1:])
+        assert [s.n_cached for s in (first, *others)] == [0, 180, 180]
+        assert [s.tokens for s in (first, *others)] == [s.tokens for s in alone]
+        longer = [*first.tokens, 5, 6, 7]
+        on = text(longer)[0]
+        assert on.n_cached == len(first.tokens) - 1, "the last token that was made has not been read"
+        assert text(longer)[0].n_cached == len(longer) - 1
+        model.store.drop_kept()
+        assert text(longer)[0].tokens == on.tokens
+        running = engine.add(prompts[0], SamplingParams(seed=1), 100)
+        while running.n_made < 30:
+            engine.step()
+        beside = text(prompts[1])[0]
+        assert beside.n_cached == 180 and beside.tokens == alone[1].tokens
+        logits = engine.logits(np.array(prompts[0], np.int32))
+        assert len(logits) == 190 and np.array_equal(logits, engine.logits(np.array(prompts[0], np.int32)))
+        engine.start(prompts[2], SamplingParams(seed=1))
+        assert list(engine.generate(30)) == alone[2].tokens[190:]
+    finally:
+        three.drain()
+
+
 def test_a_forked_sequence_goes_its_own_way(three: Client, tmp_path: Path) -> None:
     model = loaded(three, tiny_model(tmp_path / "m.gguf", "llama"), 256, [1, 1], n_seq=2)
     prompt = [7 * i % 50 for i in range(100)]

@@ -50,6 +50,8 @@ class Ground:
     n_left: int = 0
     most_running: int = 0
     guesser: random.Random | None = None
+    n_copies: int = 0
+    n_cached: int = 0
 
     def __post_init__(self) -> None:
         self.scheduler = Scheduler(Store(self.room), N_CTX, self.n_stages, 128, N_SEQ)
@@ -93,8 +95,10 @@ class Ground:
     def send(self) -> bool:
         if len(self.under_way) >= 2 * self.n_stages or (step := self.scheduler.next()) is None:
             return False
-        if step.copies:
-            assert not self.under_way, "nobody forks here"
+        for c in step.copies:
+            self.n_copies += 1
+            for i in range(PAGE):
+                self.cells[c.window, PAGE * c.target + i] = self.cells.get((c.window, PAGE * c.source + i), 0)
         assert len(self.scheduler.running) <= N_SEQ
         assert 0 < step.n_tokens <= 128 and len({id(p.sequence) for p in step.pieces}) == len(step.pieces)
         for p in step.pieces:
@@ -134,6 +138,7 @@ class Ground:
                 if s.n_made == s.n_predict:
                     self.scheduler.leave(s, "limit")
                     assert s.tokens[s.n_prompt :] == self.wanted.pop(s)
+                    self.n_cached += s.n_cached
                     self.n_left += 1
 
     def lose(self, held: bool) -> None:
@@ -189,6 +194,7 @@ def test_a_thousand_join_and_leave_and_each_has_its_own_tokens(n_stages: int, se
             ground.join(prompt_of(rng), rng.randrange(1, 60))
     ground.end()
     assert ground.n_left == ground.n_joined and ground.most_running > 3
+    assert ground.n_copies and ground.n_cached > 1000
 
 
 @pytest.mark.parametrize("n_stages", [1, 2])

@@ -148,6 +148,7 @@ def test_a_full_context_a_bound_and_a_conversation_end_where_they_would(two: Cli
     said: dict[Mode, list[list[int]]] = {"off": [], "ngram": []}
     try:
         for mode, out in said.items():
+            model.store.drop_kept()
             engine, tokens = Engine(model, speculate=mode), [1, 2, 3] * 6
             for n in (5, 1, 20, -1):
                 engine.start(tokens, GREEDY)
