@@ -16,10 +16,11 @@ from ggmq.model import MAX_TRIES, Model
 from ggmq.runner import ALL, ARGMAX, HIDDEN, MIN_PIECE, PIECE, Rows, UnderWay
 from ggmq.sampling import Sampler, SamplingParams, log_probs
 from ggmq.scheduler import Piece, Scheduler, Sequence, Step
-from ggmq.speculation import Ask, Mode, NGram, Speculation
+from ggmq.speculation import Ask, Mode, NGram, Speculation, one_by_one
 from protocol.errors import HandleError, OutOfMemory, Unavailable
 
 if TYPE_CHECKING:
+    from ggmq.draftmodel import DraftModel
     from ggmq.grammar import Constraint
 
 
@@ -58,6 +59,7 @@ class Engine:
     Attributes:
         n_batch: tokens of prompts that go through the stages at once.
         speculate: how drafts are made; the text is the same.
+        draft: a small model that makes them.
         end_ids: tokens after which a sequence is over.
         n_failed: steps in a row that a worker's silence ended.
         cut: what ended the last text of `generate` before the model did: `limit` (n_predict), `context` (it is full), or
@@ -69,6 +71,7 @@ class Engine:
     end_ids: frozenset[int] = frozenset()
     n_batch: int = 512
     speculate: Mode = "off"
+    draft: DraftModel | None = None
     timings: Timings = field(default_factory=Timings)
     n_failed: int = 0
     cut: Literal["", "limit", "context"] = ""
@@ -85,7 +88,7 @@ class Engine:
         self.scheduler = Scheduler(self.model.store, self.model.n_ctx, len(self.model.stages), self.n_batch,
                                    self.model.n_seq)  # fmt: skip
         if self.speculate != "off" and not self.model.store.room.has_states:  # a state cannot go back
-            self._speculation = Speculation(self.speculate)
+            self._speculation = Speculation(self.speculate, self.draft.draft_all if self.draft is not None else one_by_one)
             self.scheduler.draft = self._draft
 
     # -- many sequences ------------------------------------------------------------------------------------------------
@@ -215,7 +218,10 @@ class Engine:
         asks = []
         for s in sequences:
             if not s.drafters:
-                s.drafters.append(NGram())
+                if self.speculate != "draft":
+                    s.drafters.append(NGram())
+                if self.speculate != "ngram" and self.draft is not None:
+                    s.drafters.append(self.draft.drafter())
             room = min(self.model.n_ctx - len(s.tokens), self.n_batch - 1)
             asks.append(Ask(s.drafters, s.tokens, room, room if s.n_predict < 0 else s.n_predict - s.n_made - 1))
         return self._speculation.drafts(asks)

@@ -468,6 +468,8 @@ class Service:
             old.model.client.settle()
         with contextlib.suppress(GgmqError):
             old.model.free()
+            if old.draft is not None:
+                old.draft.free()
         engine = self._engine_of(self._place())
         engine.timings = old.timings
         for sequence in (*old.scheduler.running, *old.scheduler.waiting):

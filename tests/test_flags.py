@@ -55,7 +55,7 @@ def test_what_changes_nothing_is_taken_with_a_note(capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize(("words", "story"), [
-    ("-np 4", "-np: .*ggmq bench --streams"), ("-md draft", "-md: there are no"),
+    ("-np 4", "-np: .*ggmq bench --streams"), ("-hfd user/repo", "-hfd: get it with"),
     ("--grammar root", "--grammar: .*grammar"), ("--lora x", "--lora: merge it"), ("-r User:", "-r: .*end token"),
     ("-hft token", "-hft: set HF_TOKEN"), ("--list-devices", "ggmq worker --device"), ("-sm row", "--tensor-split"),
     ("--mirostat 2", "--mirostat: .*--top-k"), ("-i", "-i: leave -p out"), ("--chat-template chatml", "--raw"),

@@ -6,7 +6,7 @@ from config.commandline import Foreign
 
 _SAMPLERS = "the samplers here are --temp, --top-k, --top-p, --min-p and --repeat-penalty; leave it out"
 _WEIGHTS = "weights lie in the memory of the workers, whatever it says"
-_DRAFT = "there are no draft models here; leave it out"
+_DRAFT = "how many tokens are guessed follows from what it brings"
 _TEXT_ONLY = "models here read text only; leave it out"
 _ROPE = "what the file says about positions holds; leave it out"
 _ADAPTERS = "merge it into the model first; leave it out here"
@@ -93,11 +93,15 @@ _ROWS = (
     ("-mm --mmproj -mmu --mmproj-url --image --audio --video --image-min-tokens --image-max-tokens", "one", False,
      _TEXT_ONLY, ()),
     ("--no-mmproj --no-mmproj-auto --no-mmproj-offload", "none", True, "", ()),
-    ("-md --model-draft --draft --draft-n --draft-max --draft-min --draft-n-min --draft-p-min --draft-p-split -hfd -hfrd "
-     "--hf-repo-draft -td --threads-draft -ngld --gpu-layers-draft --n-gpu-layers-draft -devd --device-draft -ctkd "
-     "--cache-type-k-draft -ctvd --cache-type-v-draft --spec-type --spec-draft-model --spec-draft-n-max --spec-draft-n-min "
-     "-lcs --lookup-cache-static -lcd --lookup-cache-dynamic", "one", False, _DRAFT, ()),
-    ("--spec-default", "none", False, _DRAFT, ()),
+    ("--draft --draft-n --draft-max --draft-min --draft-n-min --draft-p-min --draft-p-split --spec-draft-n-max "
+     "--spec-draft-n-min", "one", True, _DRAFT, ()),
+    ("-td --threads-draft -ngld --gpu-layers-draft --n-gpu-layers-draft -devd --device-draft -ctkd --cache-type-k-draft "
+     "-ctvd --cache-type-v-draft", "one", True, "a draft model lies whole on one device", ()),
+    ("-hfd -hfrd --hf-repo-draft", "one", False, "get it with `ggmq pull` and name its file with --spec-draft-model", ()),
+    ("--spec-type", "one", False, "--spec auto|ngram|draft|off says how tokens are guessed", ()),
+    ("-lcs --lookup-cache-static -lcd --lookup-cache-dynamic", "one", False,
+     "tokens are looked up in the prompt and the text; leave it out", ()),
+    ("--spec-default", "none", True, "", ()),
     ("--prompt-cache --slot-save-path", "one", False, "prompts are read anew in each run; leave it out", ()),
     ("--prompt-cache-all --prompt-cache-ro", "none", False, "prompts are read anew in each run; leave it out", ()),
     ("--server-base --host --port", "one", False, "this is no server; `--broker` and `--rpc` name what runs elsewhere", ()),

@@ -110,6 +110,14 @@ def add_model(p: argparse.ArgumentParser) -> None:
                    help="model of the Hugging Face hub, downloaded once")  # fmt: skip
 
 
+def add_speculation(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--spec", choices=["auto", "ngram", "draft", "off"], default="auto",
+                   help="have tokens guessed, and several checked at once, which changes no text: by what it had before "
+                   "(ngram), by --spec-draft-model (draft), or by whatever is measured to win (default auto)")  # fmt: skip
+    p.add_argument("-md", "--model-draft", "--spec-draft-model", dest="spec_draft_model", type=Path, metavar="FILE",
+                   help="a small model with the same vocabulary that guesses tokens")  # fmt: skip
+
+
 def add_security(p: argparse.ArgumentParser) -> None:
     p.add_argument("--keys", type=Path, help=f"cluster key file (default {default_key_file()}, if it is there)")
     p.add_argument("--insecure", action="store_true", help="no encryption, no authentication")

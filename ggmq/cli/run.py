@@ -15,6 +15,7 @@ from ggmq.cli.clusterfile import apply_cluster
 from ggmq.cli.options import (
     add_model,
     add_security,
+    add_speculation,
     endpoint,
     endpoints,
     expanded,
@@ -25,7 +26,7 @@ from ggmq.cli.options import (
     text_of,
     whole,
 )
-from ggmq.cli.session import model_config, note, open_session, print_summary
+from ggmq.cli.session import check_speculation, engine_of, model_config, note, open_session, print_summary
 from ggmq.engine import Engine, chosen_seed
 from ggmq.gguf import GGUF
 from ggmq.sampling import SamplingParams
@@ -110,6 +111,7 @@ def add(commands: Any) -> None:
     add_sampling(p)
     p.add_argument("--no-display-prompt", action="store_true",
                    help="print only what the model makes; as it is with a chat template")  # fmt: skip
+    add_speculation(p)
     add_bus(p)
     add_security(p)
     p.set_defaults(run=_run)
@@ -127,6 +129,7 @@ def _run(args: argparse.Namespace) -> int:
     file = GGUF(config.path)
     vocabulary = Vocabulary(file)
     template = _template(args, vocabulary)
+    check_speculation(args, vocabulary)
     with open_session(config, file) as model:
         hp = model.arch.hp
         if len(vocabulary.tokens) != hp.n_vocab:
@@ -136,7 +139,7 @@ def _run(args: argparse.Namespace) -> int:
             note(f"-c {args.ctx_size}: {config.path.name} was trained with a context of {hp.n_ctx_train} tokens; "
                  "beyond that its text may make no sense")  # fmt: skip
         params = sampling_params(args, vocabulary.suppressed | (vocabulary.end_ids if args.ignore_eos else frozenset()))
-        engine = Engine(model, vocabulary.end_ids, args.batch_size)
+        engine = engine_of(args, model, vocabulary)
         terminal = sys.stdin.isatty() and sys.stdout.isatty() and args.file != "-"
         goes_on = template is not None and terminal and not args.single_turn
         try:
@@ -224,3 +227,5 @@ def _print_timings(engine: Engine) -> None:
     for name, n, seconds in (("prefill", t.prefill_tokens, t.prefill_s), ("decode", t.decode_tokens, t.decode_s)):
         rate = f"{n / seconds:.1f} tokens/s" if seconds else "-"
         print(f"{name:7} {seconds:8.2f} s  {n} tokens, {rate}", file=sys.stderr)
+    if t.n_drafted:
+        print(f"drafts  {t.n_accepted} of {t.n_drafted} guessed tokens were right", file=sys.stderr)

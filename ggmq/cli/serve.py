@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from config.terminal import print_line
 from ggmq.cli import foreign
 from ggmq.cli.clusterfile import apply_cluster
-from ggmq.cli.options import add_security, real, require_file, text_of, whole
+from ggmq.cli.options import add_security, add_speculation, real, require_file, text_of, whole
 from ggmq.cli.progress import progress_bars
 from ggmq.cli.run import add_bus, add_sampling, sampling_params
-from ggmq.cli.session import model_config, note
+from ggmq.cli.session import engine_of, model_config, note
 from ggmq.engine import Engine
 from ggmq.log import LEVELS, Log
 from ggmq.model import Model, ModelConfig
@@ -55,6 +55,7 @@ def add(commands: Any) -> None:
     p.add_argument("--log-level", choices=list(LEVELS), default="info", help="events to write from (default info)")
     p.add_argument("--cluster", type=Path, metavar="FILE", help="use the cluster that `ggmq up FILE` started")
     add_sampling(p)
+    add_speculation(p)
     add_bus(p)
     add_security(p)
     p.foreign = {name: f for name, f in foreign.SERVE.items() if name not in p._option_string_actions}
@@ -90,7 +91,7 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _engine(args: argparse.Namespace) -> Callable[[Model, Vocabulary], Engine]:
-    return lambda model, vocabulary: Engine(model, vocabulary.end_ids, args.batch_size)
+    return lambda model, vocabulary: engine_of(args, model, vocabulary)
 
 
 def _configs(args: argparse.Namespace) -> list[ModelConfig]:

@@ -9,13 +9,17 @@ from collections.abc import Iterator, Sequence
 
 from config.terminal import print_line
 from ggmq.bus import BusConfig
-from ggmq.cli.options import keys_of, model_path
+from ggmq.cli.options import keys_of, model_path, require_file
 from ggmq.cli.progress import progress_bars
+from ggmq.draftmodel import check_same, load_draft
+from ggmq.engine import Engine
 from ggmq.gguf import GGUF
 from ggmq.model import Model, ModelConfig, load
 from ggmq.placement import Assignment
+from ggmq.tokenizer import Vocabulary
 from protocol import messages as m
 from protocol.dtypes import GGMLType
+from protocol.errors import ConfigError
 
 MIB = 1 << 20
 
@@ -43,6 +47,23 @@ def open_session(config: ModelConfig, file: GGUF | None = None) -> Iterator[Mode
     """The model, loaded, with bars while it is. Everything ends with the block. file: as `load`'s."""
     with load(config, progress_bars, note, file) as model:
         yield model
+
+
+def check_speculation(args: argparse.Namespace, vocabulary: Vocabulary) -> None:
+    """Errors: ConfigError for a draft model that is missing, not there, or of another vocabulary; FormatError."""
+    if args.spec == "draft" and args.spec_draft_model is None:
+        raise ConfigError("--spec draft: expected a model that guesses; name its file with --spec-draft-model")
+    if args.spec_draft_model is not None and args.spec in ("auto", "draft"):
+        check_same(vocabulary, Vocabulary(GGUF(require_file(args.spec_draft_model))))
+
+
+def engine_of(args: argparse.Namespace, model: Model, vocabulary: Vocabulary) -> Engine:
+    """The engine that the options describe. Errors: as `check_speculation`'s, and what loading a draft model raises."""
+    check_speculation(args, vocabulary)
+    draft = None
+    if args.spec_draft_model is not None and args.spec in ("auto", "draft"):
+        draft = load_draft(args.spec_draft_model, model, vocabulary)
+    return Engine(model, vocabulary.end_ids, args.batch_size, args.spec, draft)
 
 
 def note(text: str) -> None:

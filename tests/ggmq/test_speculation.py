@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from ggmq import engine as engine_module
 from ggmq.cli.options import BUNDLED
 from ggmq.cluster import Client
+from ggmq.draftmodel import DraftModel, check_same
 from ggmq.engine import Engine
 from ggmq.gguf import GGUF
 from ggmq.grammar import Grammars
@@ -22,8 +24,10 @@ from ggmq.model import Model
 from ggmq.sampling import SamplingParams
 from ggmq.speculation import SIZES, Ask, Drafter, Mode, NGram, Odds, Speculation
 from ggmq.tokenizer import Vocabulary
+from protocol.errors import ConfigError
 from tests.support.gguf_factory import tiny_model
 from tests.support.loaded import cpu_workers, loaded
+from tests.support.processes import children_of
 from tests.support.random_models import base, write
 
 GREEDY = SamplingParams(temperature=0)
@@ -258,3 +262,76 @@ def test_a_graph_is_not_put_for_a_draft_that_cannot_pay_for_it() -> None:
         n_sent += bool(speculation.drafts([ask])[0])
         speculation.took(1, 100.0 if not i else 1.0, not i)  # putting one takes as long as a hundred passes
     assert not n_sent
+
+
+# -- a model that drafts ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["draft", "auto"])
+@pytest.mark.parametrize("n_seq", [1, 3])
+def test_a_draft_model_changes_no_text_whatever_it_says(two: Client, tmp_path: Path, mode: Mode, n_seq: int) -> None:
+    path = tiny_model(tmp_path / "m.gguf", "llama")
+    model = loaded(two, path, 192, [1, 0], n_seq=n_seq)
+    rng = random.Random(n_seq)
+    wanted = wishes(7, model.arch.hp.n_vocab, rng)
+    try:
+        plain = alone(model, wanted)
+        for seed in (1, 2):
+            small = tiny_model(tmp_path / f"{seed}.gguf", "llama", seed=seed)
+            draft = DraftModel(loaded(two, small, 192, [0, 1], n_seq=n_seq))
+            free = dict(draft.model.store.n_free)
+            engine = Engine(model, speculate=mode, draft=draft)
+            assert texts(engine, wanted, rng) == plain
+            t = engine.timings
+            assert mode == "auto" or t.n_drafted > 0
+            if mode == "draft" and seed == 1:
+                greedy = [w for w in wanted if w.params == GREEDY]
+                t.n_drafted = t.n_accepted = 0
+                assert texts(engine, greedy) == [x for x, w in zip(plain, wanted, strict=True) if w.params == GREEDY]
+                assert t.n_accepted > 0.7 * t.n_drafted, "it is the same model: what is wrong is behind an end"
+            assert draft.model.store.n_free == free
+    finally:
+        two.drain()
+
+
+def test_a_draft_model_whose_worker_sleeps_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("protocol.limits.COMPUTE_STALL_S", 1.5)
+    others = set(children_of(os.getpid()))
+    path = tiny_model(tmp_path / "m.gguf", "llama")
+    prompt = [1, 2, 3] * 5
+    with cpu_workers(2) as client:
+        pids = sorted(set(children_of(os.getpid())) - others)
+        model = loaded(client, path, 256, [1, 0])
+        draft = DraftModel(loaded(client, path, 256, [0, 1]))
+        name = client.devices()[draft.model.stages[0].assignment.device].worker
+        pid = pids[int(name.removeprefix("local"))]
+        plain = Engine(model)
+        plain.start(prompt, GREEDY)
+        text = list(plain.generate(-1))
+        plain.scheduler.leave(plain._conversation)  # type: ignore[arg-type]
+        plain._forget_conversation()
+        notes: list[str] = []
+        draft.model.note = notes.append
+        engine = Engine(model, speculate="draft", draft=draft)
+        engine.start(prompt, GREEDY)
+        made = []
+        for token in engine.generate(-1):
+            made.append(token)
+            if len(made) == 20:
+                os.kill(pid, signal.SIGSTOP)
+            if notes and len(made) > 60:
+                os.kill(pid, signal.SIGCONT)
+        assert made == text and notes and draft.error
+        client.drain()
+
+
+def test_a_draft_model_must_have_the_same_vocabulary(tmp_path: Path) -> None:
+    a = Vocabulary(GGUF(BUNDLED))
+    b = Vocabulary(GGUF(BUNDLED))
+    check_same(a, b)
+    b.tokens[300] = "other"
+    with pytest.raises(ConfigError, match=r"token 300 is .* there and 'other' here"):
+        check_same(a, b)
+    b.tokens = a.tokens[:-5]
+    with pytest.raises(ConfigError, match=f"with {len(a.tokens)} tokens, got {len(a.tokens) - 5}"):
+        check_same(a, b)
