@@ -443,4 +443,3 @@ class Store:
         if held.snapshot is not None:
             self._let_go(held.snapshot[0])
         held.slot, held.snapshot = ZERO_SLOT, None
-

@@ -237,7 +237,7 @@ class Scheduler:
             if s.held is None:
                 tokens = () if s.is_read_whole else s.tokens  # what is not read again has no logits
                 common = max((n for other in self.running if (n := _in_common(s, other)) > other.n_read), default=0)
-                if tokens and common > self.store.n_shared(tokens):
+                if tokens and common and common > self.store.n_shared(tokens):
                     return  # another is reading the same beginning: it is read once
                 short = any(n < 2 for n in self.store.n_free.values()) or (self._even and self.store.n_free_slots < 2)
                 if short and self.running:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from ggmq.engine import Engine, Made
 from ggmq.model import Model
@@ -177,7 +177,6 @@ class Job:
         assert s is not None  # it ran
         if not self._stops.found:
             rest = self._stops.feed(self._decoder.finish()) + self._stops.finish()
-            self._n_text = self._n_shown + len(rest)
             if rest or (self._unshown and not self._stops.found):
                 self.emit(Delta(rest, tuple(t for t, _ in self._unshown)))
         stop = self._stops.found
@@ -224,7 +223,7 @@ class Service:
         self._n_jobs = 0
         self._closing = False
         self.error = ""
-        self._state = ServiceState(name)
+        self._counts = ServiceState(name)
         self._rates: deque[tuple[int, int, int]] = deque(maxlen=LATELY_S + 1)
         self._thread = threading.Thread(target=self._run, name=f"engine of {name}", daemon=True)
         self._thread.start()
@@ -272,12 +271,12 @@ class Service:
         with self._lock:
             if not self._queue.remove(job.request.key, job):
                 self._left.append(job)
-            self._state.n_left += 1
+            self._counts.n_left += 1
             self._lock.notify()
 
     def state(self) -> ServiceState:
         """What it does now."""
-        now, s = time.monotonic(), self._state
+        now = time.monotonic()
         with self._lock:
             slots = [SlotState(i, n_ctx=self.model.n_ctx) for i in range(self.n_slots)]
             jobs, n_waiting = list(self._running.values()), len(self._queue)
@@ -293,11 +292,10 @@ class Service:
         recent = [r for r in rates if now - r[0] <= LATELY_S]
         span = max(1.0, now - recent[0][0]) if recent else 1.0
         store = self.model.store
-        return ServiceState(
-            self.name, slots, n_waiting, self._queue.n_max, s.n_done, s.n_failed, s.n_left, s.n_prompt_tokens,
-            s.n_cached_tokens, s.n_made_tokens, s.n_drafted_tokens, s.n_accepted_tokens,
-            sum(r[1] for r in recent) / span, sum(r[2] for r in recent) / span,
-            sum(store.room.n_pages.values()), sum(store.n_free.values()), self.error,
+        return structs.replace(
+            self._counts, slots=slots, n_waiting=n_waiting, n_queue=self._queue.n_max,
+            prompt_tokens_per_s=sum(r[1] for r in recent) / span, decode_tokens_per_s=sum(r[2] for r in recent) / span,
+            n_pages=sum(store.room.n_pages.values()), n_free_pages=sum(store.n_free.values()), error=self.error,
         )  # fmt: skip
 
     def close(self) -> None:
@@ -363,7 +361,7 @@ class Service:
         try:
             job.sequence = job.begin(self._engine)
         except GgmqError as e:
-            self._state.n_failed += 1
+            self._counts.n_failed += 1
             job.emit(Failed(e))
             return
         taken = {j.slot for j in self._running.values()}
@@ -395,7 +393,7 @@ class Service:
 
     def _end(self, job: Job) -> None:
         del self._running[id(job.sequence)]
-        self._state.n_done += 1
+        self._counts.n_done += 1
         self._account(job)
         if job.sequence is not None and job.sequence.is_read:
             self._has_read(job.sequence)
@@ -404,15 +402,15 @@ class Service:
 
     def _has_read(self, s: Sequence) -> None:
         """The whole of a prompt."""
-        self._state.n_cached_tokens += min(s.n_cached, s.n_prompt)
+        self._counts.n_cached_tokens += min(s.n_cached, s.n_prompt)
         self._rate(s.n_prompt - s.n_cached, 0)
 
     def _account(self, job: Job) -> None:
         usage = job.usage()
-        self._state.n_prompt_tokens += usage.n_prompt
-        self._state.n_made_tokens += usage.n_made
-        self._state.n_drafted_tokens += usage.n_drafted
-        self._state.n_accepted_tokens += usage.n_accepted
+        self._counts.n_prompt_tokens += usage.n_prompt
+        self._counts.n_made_tokens += usage.n_made
+        self._counts.n_drafted_tokens += usage.n_drafted
+        self._counts.n_accepted_tokens += usage.n_accepted
         self._queue.charge(job.request.key, usage.n_prompt - usage.n_cached + usage.n_made)
 
     def _rate(self, n_prompt: int, n_made: int) -> None:
@@ -438,7 +436,7 @@ class Service:
             while self._queue and (self._closing or self.error):
                 jobs.append(self._queue.take())
         for job in jobs:
-            self._state.n_failed += 1
+            self._counts.n_failed += 1
             job.emit(Failed(error))
             self._told("failed", job=job, error=error)
 
@@ -466,10 +464,10 @@ class Service:
         with contextlib.suppress(GgmqError):
             old.model.client.cancel()
             old.model.client.settle()
-        with contextlib.suppress(GgmqError):
-            old.model.free()
-            if old.draft is not None:
-                old.draft.free()
+        for model in (old.model, old.draft):
+            with contextlib.suppress(GgmqError):
+                if model is not None:
+                    model.free()
         engine = self._engine_of(self._place())
         engine.timings = old.timings
         for sequence in (*old.scheduler.running, *old.scheduler.waiting):

@@ -21,7 +21,7 @@ from ggmq.model import DRAIN_S, Model, ModelConfig, place_model
 from ggmq.service import Service
 from ggmq.tokenizer import Vocabulary
 from ggmq.watching import BusWatch, Watched
-from protocol.errors import FormatError, GgmqError
+from protocol.errors import GgmqError
 
 REVIVE_S = 5.0
 
@@ -62,9 +62,7 @@ def serving(
         try:
             for i, (config, g, arch) in enumerate(zip(configs, files, archs, strict=True)):
                 vocabulary = Vocabulary(g)
-                if len(vocabulary.tokens) != arch.hp.n_vocab:
-                    raise FormatError(f"{g.path.name}: {len(vocabulary.tokens)} tokens in the vocabulary, "
-                                      f"{arch.hp.n_vocab} rows in token_embd.weight")  # fmt: skip
+                vocabulary.check_rows(arch.hp.n_vocab)
                 clients.append(own := client if not i else client.another())
                 own.note = note
 

@@ -114,6 +114,12 @@ class Vocabulary:
                 raise FormatError(f"{self.name}: token {i}: expected a byte token <0x00> to <0xFF>, "
                                   f"got {self.tokens[i]!r}")  # fmt: skip
 
+    def check_rows(self, n_vocab: int) -> None:
+        """Errors: FormatError when the model that it is for has another number of tokens."""
+        if len(self.tokens) != n_vocab:
+            raise FormatError(f"{self.name}: {len(self.tokens)} tokens in the vocabulary, "
+                              f"{n_vocab} rows in token_embd.weight")  # fmt: skip
+
     # -- encoding ------------------------------------------------------------------------------------------------------
 
     def encode(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:

@@ -16,7 +16,6 @@ from ggmq.engine import Engine, Made
 from ggmq.model import Model
 from ggmq.runner import Rows, Runner, UnderWay
 from protocol import messages as m
-from protocol.graph import Graph
 from protocol.tracing import Noted, TracedCompute, TracedHop, TracedStep, decode_noted
 
 ROUND_TRIPS = 12
@@ -151,11 +150,6 @@ class Tracing:
                 _shift(c, clock.ahead_ns)
         return Trace(self.spans, self.sent, noted[0].hops, [n.computes for n in noted[1:]], self._clocks,
                      sum(n.n_dropped for n in noted))  # fmt: skip
-
-    def graph(self, sent: Sent, i_stage: int) -> Graph:
-        """The graph that a stage ran for a batch."""
-        s = self.model.stages[i_stage]
-        return self.model.arch.build(s.stage, s.placed, s.memory, sent.under_way.batch)[0]
 
     def _ask(self, device: int | None, n_computes: int) -> tuple[int, Noted]:
         """The clock, and what was noted. device: None is the broker."""

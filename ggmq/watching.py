@@ -69,9 +69,7 @@ class BusWatch:
             try:
                 self.picture = Picture(self._look())
             except GgmqError as e:
-                gone = {i: msgspec.structs.replace(d, info=msgspec.structs.replace(d.info, state="lost"))
-                        for i, d in self.picture.devices.items()}  # fmt: skip
-                self.picture = Picture(gone, str(e))
+                self.picture = Picture({i: _lost(d) for i, d in self.picture.devices.items()}, str(e))
                 if self._client.lost:
                     return
 
@@ -81,10 +79,9 @@ class BusWatch:
             if info.state != "none":
                 after[i] = self._seen(before.get(i), info, now)
         for i, d in before.items():  # a number that is given to another is another device
-            lost = d.info if d.info.state == "lost" else msgspec.structs.replace(d.info, state="lost")
             back = any(x.info.worker == d.info.worker and x.info.name == d.info.name for x in after.values())
             if i not in after and not back and now - d.seen_s < LOST_KEPT_S:
-                after[i] = msgspec.structs.replace(d, info=lost)
+                after[i] = _lost(d)
         for i, d in after.items():
             if i not in before or before[i].info.state != d.info.state:
                 self._on_change(d)
@@ -99,7 +96,7 @@ class BusWatch:
         if before is None:
             return Watched(info, seen_s=now)
         if info.state == "lost" and not info.worker:
-            info = msgspec.structs.replace(before.info, state="lost")
+            return _lost(before)
         seen_s = now if info.state == "ready" else before.seen_s
         return msgspec.structs.replace(before, info=info, seen_s=seen_s)
 
@@ -111,3 +108,7 @@ class BusWatch:
             header = self._client.wait(seq).header
             if device is not None and isinstance(header, m.Stats):
                 device.stats, device.round_trip_s = header, time.monotonic() - asked_s
+
+
+def _lost(d: Watched) -> Watched:
+    return msgspec.structs.replace(d, info=msgspec.structs.replace(d.info, state="lost"))

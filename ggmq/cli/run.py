@@ -31,7 +31,7 @@ from ggmq.engine import Engine, chosen_seed
 from ggmq.gguf import GGUF
 from ggmq.sampling import SamplingParams
 from ggmq.tokenizer import StreamDecoder, Vocabulary, well_formed
-from protocol.errors import ConfigError, FormatError
+from protocol.errors import ConfigError
 
 
 def add_bus(p: argparse.ArgumentParser) -> None:
@@ -132,9 +132,7 @@ def _run(args: argparse.Namespace) -> int:
     check_speculation(args, vocabulary)
     with open_session(config, file) as model:
         hp = model.arch.hp
-        if len(vocabulary.tokens) != hp.n_vocab:
-            raise FormatError(f"{config.path.name}: {len(vocabulary.tokens)} tokens in the vocabulary, "
-                              f"{hp.n_vocab} rows in token_embd.weight")  # fmt: skip
+        vocabulary.check_rows(hp.n_vocab)
         if args.ctx_size > hp.n_ctx_train:
             note(f"-c {args.ctx_size}: {config.path.name} was trained with a context of {hp.n_ctx_train} tokens; "
                  "beyond that its text may make no sense")  # fmt: skip

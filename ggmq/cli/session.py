@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from config.terminal import print_line
 from ggmq.bus import BusConfig
@@ -50,20 +51,25 @@ def open_session(config: ModelConfig, file: GGUF | None = None) -> Iterator[Mode
 
 
 def check_speculation(args: argparse.Namespace, vocabulary: Vocabulary) -> None:
-    """Errors: ConfigError for a draft model that is missing, not there, or of another vocabulary; FormatError."""
-    if args.spec == "draft" and args.spec_draft_model is None:
-        raise ConfigError("--spec draft: expected a model that guesses; name its file with --spec-draft-model")
-    if args.spec_draft_model is not None and args.spec in ("auto", "draft"):
-        check_same(vocabulary, Vocabulary(GGUF(require_file(args.spec_draft_model))))
+    """Before anything is loaded. Errors: as `_draft_path`'s; ConfigError for another vocabulary; FormatError."""
+    path = _draft_path(args)
+    if path is not None:
+        check_same(vocabulary, Vocabulary(GGUF(path)))
 
 
 def engine_of(args: argparse.Namespace, model: Model, vocabulary: Vocabulary) -> Engine:
-    """The engine that the options describe. Errors: as `check_speculation`'s, and what loading a draft model raises."""
-    check_speculation(args, vocabulary)
-    draft = None
-    if args.spec_draft_model is not None and args.spec in ("auto", "draft"):
-        draft = load_draft(args.spec_draft_model, model, vocabulary)
+    """The engine that the options describe. Errors: as `_draft_path`'s, and what loading a draft model raises."""
+    path = _draft_path(args)
+    draft = load_draft(path, model, vocabulary) if path is not None else None
     return Engine(model, vocabulary.end_ids, args.batch_size, args.spec, draft)
+
+
+def _draft_path(args: argparse.Namespace) -> Path | None:
+    """The file of the model that drafts, if one is to. Errors: ConfigError for one that is not named, or not there."""
+    if args.spec == "draft" and args.spec_draft_model is None:
+        raise ConfigError("--spec draft: expected a model that guesses; name its file with --spec-draft-model")
+    wanted = args.spec_draft_model is not None and args.spec in ("auto", "draft")
+    return require_file(args.spec_draft_model) if wanted else None
 
 
 def note(text: str) -> None:

@@ -6,7 +6,6 @@ An API turns its body into `Wanted`s, reads pieces from `Answers`, and writes th
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from ggmq.server.errors import ApiError, of_ggmq
 from ggmq.server.models import ServedModel
 from ggmq.server.sampling import for_choice
 from ggmq.server.streaming import Feed
-from ggmq.service import Delta, Done, Failed, Job, Request, Token, Usage
+from ggmq.service import CLOSING, Delta, Done, Failed, Job, Request, Token, Usage
 from protocol.errors import GgmqError, Unavailable
 
 NUMBERS: ContextVar[list[int]] = ContextVar("numbers")
@@ -107,11 +106,6 @@ class Whole:
     def reason(self) -> str:
         return self.end.reason if self.end is not None else ""
 
-    @property
-    def stop(self) -> str:
-        """The text that ended it; empty for none."""
-        return self.end.done.stop if self.end is not None else ""
-
 
 class Registry:
     """Answers that are being made, so that a server that ends can end them. Attributes: closing."""
@@ -122,7 +116,7 @@ class Registry:
 
     def add(self, feed: Feed) -> None:
         if self.closing.is_set():
-            raise ApiError(503, "the server is shutting down", "unavailable", retry_s=2)
+            raise ApiError(503, CLOSING, "unavailable", retry_s=2)
         self._feeds.add(feed)
 
     def remove(self, feed: Feed) -> None:
@@ -132,7 +126,7 @@ class Registry:
         """End all of them with an error. From the loop's thread."""
         self.closing.set()
         for feed in self._feeds:
-            feed.emit_as(0)(Failed(Unavailable("the server is shutting down")))
+            feed.emit_as(0)(Failed(Unavailable(CLOSING)))
 
 
 class Answers:
@@ -153,7 +147,6 @@ class Answers:
         self._feed = Feed(eager)
         self._jobs: list[Job | None] = []
         self._readers = [w.reader() for w, _ in self._choices]
-        self.started_s = time.monotonic()
         self.usages: list[Usage] = []
         self.n_reasoning = 0
         self._thinks = [False] * len(self._choices)
@@ -270,5 +263,3 @@ def openai_usage(answers: Answers) -> dict[str, object]:
     return {"prompt_tokens": usage.n_prompt, "completion_tokens": usage.n_made,
             "total_tokens": usage.n_prompt + usage.n_made, "prompt_tokens_details": {"cached_tokens": usage.n_cached},
             "completion_tokens_details": {"reasoning_tokens": answers.n_reasoning}}  # fmt: skip
-
-

@@ -8,7 +8,6 @@ import random
 import signal
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +29,7 @@ from tests.support.gguf_factory import tiny_model
 from tests.support.loaded import cpu_workers, loaded
 from tests.support.processes import WORKER, started
 from tests.support.random_models import base, write
+from tests.support.wishes import Wish
 
 GREEDY = SamplingParams(temperature=0)
 OPENINGS = ("Once upon a time", "One day", "The dog", "Tom and Lily", "A cat", "In a small village", "It was", "Ben saw")
@@ -40,13 +40,6 @@ SPLITS = {"1 worker": [1], "2 workers": [1, 1], "3 workers": [1, 1, 1]}
 def three() -> Iterator[Client]:
     with cpu_workers(3) as client:
         yield client
-
-
-@dataclass(frozen=True)
-class Wish:
-    tokens: tuple[int, ...]
-    params: SamplingParams
-    n: int
 
 
 def wishes(n: int, seed: int) -> list[Wish]:

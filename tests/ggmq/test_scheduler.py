@@ -170,16 +170,13 @@ def prompt_of(rng: random.Random) -> list[int]:
     return [(which + i // 50) % 5 for i in range(n)] + [rng.randrange(5) for _ in range(rng.randrange(3))]
 
 
-@pytest.mark.parametrize("n_stages", [1, 2, 3])
-@settings(max_examples=3, deadline=None, phases=(Phase.explicit, Phase.generate))
-@given(st.integers(0, 1 << 32))
-def test_a_thousand_join_and_leave_and_each_has_its_own_tokens(n_stages: int, seed: int) -> None:
-    ground, rng = Ground(n_stages), random.Random(seed)
-    while ground.n_joined < 1000:
+def play(ground: Ground, rng: random.Random, n_joins: int, longest: int) -> None:
+    """So many join, each for less than `longest` tokens, leave, and lose what they had, at random; then all have ended."""
+    while ground.n_joined < n_joins:
         match rng.randrange(40):
             case 0 | 1 | 2:
                 if len(ground.wanted) < 12:
-                    ground.join(prompt_of(rng), rng.randrange(1, 60))
+                    ground.join(prompt_of(rng), rng.randrange(1, longest))
             case 3:
                 if rng.random() < 0.3:
                     ground.leave(rng)
@@ -191,8 +188,16 @@ def test_a_thousand_join_and_leave_and_each_has_its_own_tokens(n_stages: int, se
             case _:
                 ground.take()
         if not ground.wanted:
-            ground.join(prompt_of(rng), rng.randrange(1, 60))
+            ground.join(prompt_of(rng), rng.randrange(1, longest))
     ground.end()
+
+
+@pytest.mark.parametrize("n_stages", [1, 2, 3])
+@settings(max_examples=3, deadline=None, phases=(Phase.explicit, Phase.generate))
+@given(st.integers(0, 1 << 32))
+def test_a_thousand_join_and_leave_and_each_has_its_own_tokens(n_stages: int, seed: int) -> None:
+    ground, rng = Ground(n_stages), random.Random(seed)
+    play(ground, rng, 1000, 60)
     assert ground.n_left == ground.n_joined and ground.most_running > 3
     assert ground.n_copies and ground.n_cached > 1000
 
@@ -203,24 +208,7 @@ def test_a_thousand_join_and_leave_and_each_has_its_own_tokens(n_stages: int, se
 def test_drafts_right_and_wrong_change_no_token_and_lose_no_page(n_stages: int, seed: int) -> None:
     rng = random.Random(seed)
     ground = Ground(n_stages, guesser=random.Random(seed))
-    while ground.n_joined < 150:
-        match rng.randrange(40):
-            case 0 | 1 | 2:
-                if len(ground.wanted) < 12:
-                    ground.join(prompt_of(rng), rng.randrange(1, 200))
-            case 3:
-                if rng.random() < 0.3:
-                    ground.leave(rng)
-            case 4:
-                if rng.random() < 0.05:
-                    ground.lose(rng.random() < 0.7)
-            case n if n < 22:
-                ground.send()
-            case _:
-                ground.take()
-        if not ground.wanted:
-            ground.join(prompt_of(rng), rng.randrange(1, 200))
-    ground.end()
+    play(ground, rng, 150, 200)
 
 
 @pytest.mark.parametrize("n_stages", [1, 3])

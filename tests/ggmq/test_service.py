@@ -57,6 +57,11 @@ class Asked:
         return "".join(d.text for d in self.deltas)
 
 
+def endless(service: Service) -> SamplingParams:
+    """Nothing but a limit ends it."""
+    return SamplingParams(banned=service.vocabulary.end_ids)
+
+
 def idle(service: Service) -> bool:
     return all(s.state == "idle" for s in service.state().slots)
 
@@ -94,7 +99,7 @@ def test_the_end_is_told(service: Service) -> None:
 
 
 def test_who_goes_away_frees_the_slot(service: Service) -> None:
-    asked = [Asked(service, "Once upon a time", n=-1, params=SamplingParams(banned=service.vocabulary.end_ids))
+    asked = [Asked(service, "Once upon a time", n=-1, params=endless(service))
              for _ in range(6)]  # fmt: skip
     asked[0].until_text()
     for a in asked:
@@ -175,7 +180,7 @@ def test_it_closes_though_a_worker_sleeps() -> None:
     before = children_of(os.getpid())
     with serving([ModelConfig(BUNDLED, bus=BusConfig(workers=1))]) as (services, _):
         service = services["stories"]
-        asked = Asked(service, "Once upon a time", n=-1, params=SamplingParams(banned=service.vocabulary.end_ids))
+        asked = Asked(service, "Once upon a time", n=-1, params=endless(service))
         asked.until_text()
         for pid in set(_workers()) - set(before):
             os.kill(pid, signal.SIGSTOP)
@@ -190,7 +195,7 @@ def test_nobody_is_left_and_requests_are_told(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("ggmq.bus.Bus.revive", lambda bus: False)
     with serving([ModelConfig(BUNDLED, bus=BusConfig(workers=1))]) as (services, _):
         service = services["stories"]
-        asked = Asked(service, "Once upon a time", n=-1, params=SamplingParams(banned=service.vocabulary.end_ids))
+        asked = Asked(service, "Once upon a time", n=-1, params=endless(service))
         asked.until_text()
         for pid in set(_workers()) - set(before):
             os.kill(pid, signal.SIGKILL)

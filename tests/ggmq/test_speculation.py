@@ -6,7 +6,6 @@ import os
 import random
 import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -29,6 +28,7 @@ from tests.support.gguf_factory import tiny_model
 from tests.support.loaded import cpu_workers, loaded
 from tests.support.processes import children_of
 from tests.support.random_models import base, write
+from tests.support.wishes import Wish
 
 GREEDY = SamplingParams(temperature=0)
 KINDS = (
@@ -44,13 +44,6 @@ LONG = bool(os.environ.get("GGMQ_LONG"))
 def two() -> Iterator[Client]:
     with cpu_workers(2) as client:
         yield client
-
-
-@dataclass(frozen=True)
-class Wish:
-    tokens: tuple[int, ...]
-    params: SamplingParams
-    n: int
 
 
 def wishes(n: int, n_vocab: int, rng: random.Random) -> list[Wish]:
