@@ -48,6 +48,20 @@ class ConfigError(GgmqError):
     code = "config"
 
 
+class InvalidValue(GgmqError):
+    """A field of a request, or an argument, is not what it should be; the message starts with its path.
+
+    Attributes:
+        param: the path, `messages[0].content`.
+    """
+
+    code = "invalid_value"
+
+    def __init__(self, message: str, param: str = "") -> None:
+        super().__init__(message)
+        self.param = param
+
+
 class FormatError(GgmqError):
     """A GGUF file breaks the format; the message gives the byte offset, what was expected and what came."""
 

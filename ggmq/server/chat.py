@@ -10,17 +10,18 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ggmq.answers import Content, Reasoning, ToolCall
+from ggmq.conversation import continues, messages_of, thinking_of, tools_of
 from ggmq.server.asking import Alive, Answers, Piece, Wanted, Whole, openai_usage, timings_of
 from ggmq.server.context import Context, key_of, new_id
-from ggmq.server.conversation import continues, messages_of, thinking_of, tools_of
 from ggmq.server.errors import ApiError, bad
 from ggmq.server.forms import form_of
 from ggmq.server.replies import json_of
 from ggmq.server.sampling import limit_of
 from ggmq.server.schema import ChatRequest, ChosenTool
 from ggmq.server.streaming import ALIVE, DONE, EventStream, data, unless_gone
-from ggmq.server.talks import Talk, wanted_of
+from ggmq.server.talks import wanted_of
 from ggmq.service import Token
+from ggmq.texts import Talk
 from ggmq.tokenizer import Vocabulary
 
 
@@ -43,8 +44,9 @@ async def _wanted(context: Context, body: ChatRequest) -> Wanted:
     if body.top_logprobs and not body.logprobs:
         raise bad("top_logprobs", "expected logprobs to be true with it")
     chosen = body.tool_choice
+    goes_on = continues(messages, body.continue_final_message, body.add_generation_prompt)
     talk = Talk(messages, tools_of(body.tools), chosen.function.name if isinstance(chosen, ChosenTool) else chosen or "auto",
-                body.parallel_tool_calls is not False, thinking, extra, continues(body, messages))  # fmt: skip
+                body.parallel_tool_calls is not False, thinking, extra, goes_on)  # fmt: skip
     n_predict = limit_of(body.max_completion_tokens, body.max_tokens, body.n_predict, options.n_predict)
     n_probs = (body.top_logprobs or 0) if body.logprobs else -1
     return await wanted_of(context, model, talk, body, form_of(body, body.response_format), n_predict, n_probs)

@@ -34,7 +34,7 @@ async def completions(context: Context, request: Request) -> Response:
     n_probs = -1 if body.logprobs is None or body.logprobs is False else int(body.logprobs)
     if body.echo and n_probs >= 0:
         raise bad("echo", "expected no logprobs with it: those of a prompt are not computed")
-    params, stop = params_of(body, context.options, model.vocabulary), stops_of(body.stop)
+    params, stop = params_of(body, context.options, model.texts), stops_of(body.stop)
     grammar = await form_of(body, body.response_format).compiled(model)
     prompts = await tokens_of(model, body.prompt, "prompt")
     n_predict = limit_of(body.max_tokens, body.n_predict, context.options.n_predict)

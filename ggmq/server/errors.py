@@ -14,13 +14,14 @@ from protocol.errors import (
     DeadlineExceeded,
     FormatError,
     GgmqError,
+    InvalidValue,
     OutOfMemory,
     Overloaded,
     Unavailable,
 )
 
 RETRY_S = 2
-_FITS = re.compile(r"prompt: (\d+) tokens do not fit a context of (\d+)")
+_FITS = re.compile(r"prompt: ((?:at least )?\d+) tokens do not fit a context of (\d+)")
 _PLACE = re.compile(r" - at `(?:key in )?\$?\.?([^`]*)`$")
 
 
@@ -109,6 +110,8 @@ def undecodable(e: msgspec.DecodeError, prefix: str = "") -> ApiError:
 def of_ggmq(e: GgmqError) -> ApiError:
     """What an error of ggmq's own is over HTTP."""
     text = str(e)
+    if isinstance(e, InvalidValue):
+        return ApiError(400, text, e.code, e.param)
     if isinstance(e, FormatError):
         if fits := _FITS.match(text):
             return too_long(fits[1], int(fits[2]))

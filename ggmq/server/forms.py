@@ -8,33 +8,24 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from ggmq.grammar import Grammar
-from ggmq.server.errors import ApiError, bad
+from ggmq.server.errors import bad
 from ggmq.server.models import ServedModel
 from ggmq.server.schema import ResponseFormat, Sampling
-
-Kind = Literal["text", "json_object", "json_schema", "regex", "grammar"]
+from ggmq.texts import Kind
 
 
 class Form(NamedTuple):
     """A form, what it is given by, and the field that says so."""
 
-    kind: Kind = "text"
+    kind: Kind | Literal["text"] = "text"
     source: Any = None
     path: str = ""
 
     async def compiled(self, model: ServedModel) -> Grammar | None:
         """What an answer must be; None for anything. Errors: ApiError 400 for a form that is none."""
-        kind, source, path, grammars = self.kind, self.source, self.path, model.grammars
-        if kind == "text":
+        if (kind := self.kind) == "text":
             return None
-        make = {
-            "json_object": lambda: grammars.json_object(path), "json_schema": lambda: grammars.json_schema(source, path),
-            "regex": lambda: grammars.regex(source, path), "grammar": lambda: grammars.any(source, path),
-        }[kind]  # fmt: skip
-        try:
-            return await model.aside(make)
-        except ApiError as e:
-            raise ApiError(e.status, e.message, e.code, path) from None
+        return await model.aside(lambda: model.texts.form(kind, self.source, self.path))
 
 
 def form_of(body: Sampling, said: ResponseFormat | None = None) -> Form:

@@ -30,8 +30,9 @@ from ggmq.server.schema_messages import (
     ToolUseBlock,
 )
 from ggmq.server.streaming import EventStream, named, unless_gone
-from ggmq.server.talks import Talk, prompt_of, wanted_of
+from ggmq.server.talks import prompt_of, wanted_of
 from ggmq.service import Usage
+from ggmq.texts import Talk
 from ggmq.tokenizer import well_formed
 
 _PING = named({"type": "ping"})

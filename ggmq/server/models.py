@@ -8,11 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from ggmq.answers import AnswerFormat
-from ggmq.chat import ChatTemplate, Message
-from ggmq.grammar import Grammars
+from ggmq.chat import Message
 from ggmq.server.errors import ApiError, of_ggmq, too_long
 from ggmq.service import Service
+from ggmq.texts import Texts
 from ggmq.tokenizer import Vocabulary
 from protocol.errors import GgmqError
 
@@ -25,10 +24,7 @@ class ServedModel:
     def __init__(self, name: str, service: Service) -> None:
         self.name, self.service, self.created = name, service, int(time.time())
         self._thread = ThreadPoolExecutor(1, f"texts of {name}")
-        self._template: ChatTemplate | None = None
-        self.grammars = Grammars(self.vocabulary)
-        self._formats: dict[str, AnswerFormat] = {}
-        self._longest = max(len(self.vocabulary.piece(i, True)) for i in range(len(self.vocabulary.tokens)))
+        self.texts = Texts(service.vocabulary)
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -37,15 +33,6 @@ class ServedModel:
     @property
     def n_ctx(self) -> int:
         return self.service.model.n_ctx
-
-    def format(self, with_tools: bool) -> AnswerFormat:
-        """How its answers are written; in some models otherwise where there are tools."""
-        v = self.vocabulary
-        source = (with_tools and v.tool_template) or v.chat_template
-        known = self._formats.get(source)
-        if known is None:
-            known = self._formats[source] = AnswerFormat.of(source, v)
-        return known
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
@@ -67,7 +54,7 @@ class ServedModel:
 
     async def render(self, messages: Sequence[Message], **how: Any) -> str:
         """The prompt of a conversation, as `ChatTemplate.render` makes it."""
-        return await self.aside(lambda: self._rendered(messages, how))
+        return await self.aside(lambda: self.texts.render(messages, how))
 
     async def encode_chat(self, messages: Sequence[Message], **how: Any) -> tuple[list[int], str]:
         """Tokens of a conversation's prompt, and its text. Errors: ApiError 400."""
@@ -76,20 +63,15 @@ class ServedModel:
                 self._check(content, "messages")
 
         def work() -> tuple[list[int], str]:
-            text = self._rendered(messages, how)
+            text = self.texts.render(messages, how)
             self._check(text, "messages")
             return self.vocabulary.encode(text), text
 
         return await self.aside(work)
 
-    def _rendered(self, messages: Sequence[Message], how: Mapping[str, Any]) -> str:
-        if self._template is None:
-            self._template = ChatTemplate(self.vocabulary)
-        return self._template.render(messages, **how)
-
     def _check(self, text: str, path: str) -> None:
         """Refuse at once what is so long that it has too many tokens, however it is divided."""
-        n_least = len(text.encode("utf-8", "replace")) // self._longest
+        n_least = self.texts.n_least(text)
         if n_least > self.n_ctx:
             raise too_long(f"at least {n_least}", self.n_ctx, path)
 

@@ -9,8 +9,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ggmq import __version__
+from ggmq.conversation import continues, messages_of, thinking_of, tools_of
 from ggmq.server.context import Context
-from ggmq.server.conversation import continues, messages_of, thinking_of, tools_of
 from ggmq.server.errors import ApiError, bad
 from ggmq.server.models import ServedModel
 from ggmq.server.replies import json_of
@@ -80,7 +80,7 @@ async def apply_template(context: Context, request: Request) -> Response:
     thinking, extra = thinking_of(body.chat_template_kwargs, body.reasoning_effort, body.enable_thinking,
                                   context.options.enable_thinking)  # fmt: skip
     messages = messages_of(body.messages)
-    goes_on = continues(body, messages)
+    goes_on = continues(messages, body.continue_final_message, body.add_generation_prompt)
     prompt = await m.render(messages, add_generation_prompt=body.add_generation_prompt and not goes_on,
                             enable_thinking=thinking, tools=tools_of(body.tools), extra=extra, continue_final=goes_on)
     return json_of({"prompt": prompt})

@@ -11,10 +11,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ggmq.chat import Message
+from ggmq.conversation import text_of, thinking_of
 from ggmq.server.asking import Alive, Answers, Piece
 from ggmq.server.bodies import convert
 from ggmq.server.context import Context, key_of, new_id
-from ggmq.server.conversation import text_of, thinking_of
 from ggmq.server.errors import ApiError, bad
 from ggmq.server.forms import Form, form_of
 from ggmq.server.output import Output
@@ -30,7 +30,8 @@ from ggmq.server.schema_responses import (
     ResponsesRequest,
 )
 from ggmq.server.streaming import ALIVE, EventStream, unless_gone
-from ggmq.server.talks import Talk, wanted_of
+from ggmq.server.talks import wanted_of
+from ggmq.texts import Talk
 from ggmq.tokenizer import well_formed
 
 LOGPROBS = "message.output_text.logprobs"

@@ -9,11 +9,12 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
+from ggmq.conversation import ChatMessage, Text, Tool
+
 Share = Annotated[float, Meta(ge=0, le=1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Count = Annotated[int, Meta(ge=0, le=1 << 24)]
 Limit = Annotated[int, Meta(ge=-1, le=1 << 24)]
-Text = Annotated[str, Meta(max_length=1 << 24)]
 Stops = Annotated[list[Annotated[str, Meta(max_length=1024)]], Meta(max_length=64)]
 Prompts = Text | Annotated[list[Text | int | list[int]], Meta(min_length=1, max_length=2048)]
 """A text, several, the tokens of one, or those of several."""
@@ -78,45 +79,6 @@ class ResponseFormat(Struct, kw_only=True):
     grammar: Text | None = None
     regex: Text | None = None
     pattern: Text | None = None
-
-
-class Part(Struct, kw_only=True):
-    type: str
-    text: Text | None = None
-    refusal: Text | None = None
-
-
-class CalledFunction(Struct, kw_only=True):
-    name: str
-    arguments: Text | dict[str, Any] | None = None
-
-
-class ToolCall(Struct, kw_only=True):
-    function: CalledFunction
-    id: str | None = None
-    type: Literal["function"] = "function"
-
-
-class ChatMessage(Struct, kw_only=True):
-    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: Text | list[Part] | None = None
-    name: str | None = None
-    tool_calls: list[ToolCall] | None = None
-    tool_call_id: str | None = None
-    reasoning_content: Text | None = None
-    reasoning: Text | None = None
-
-
-class Function(Struct, kw_only=True):
-    name: Annotated[str, Meta(min_length=1, max_length=256)]
-    description: Text | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class Tool(Struct, kw_only=True):
-    type: Literal["function"]
-    function: Function
 
 
 class Named(Struct, kw_only=True):

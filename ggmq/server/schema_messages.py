@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
-from ggmq.server.schema import Count, Effort, Sampling, Stops, Text
+from ggmq.conversation import Text
+from ggmq.server.schema import Count, Effort, Sampling, Stops
 
 
 class TextBlock(Struct, tag_field="type", tag="text", kw_only=True):

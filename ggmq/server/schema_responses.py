@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
-from ggmq.server.schema import MAX_TOP, Count, Effort, Part, Sampling, Text
+from ggmq.conversation import Part, Text
+from ggmq.server.schema import MAX_TOP, Count, Effort, Sampling
 
 
 class Format(Struct, kw_only=True):
