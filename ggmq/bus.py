@@ -73,9 +73,12 @@ class Bus:
 
 @contextlib.contextmanager
 def open_bus(
-    config: BusConfig, n_layers: int, model: Path, ngl: int | None, note: Callable[[str], None]
+    config: BusConfig, n_layers: int, model: Path | None, ngl: int | None, note: Callable[[str], None]
 ) -> Iterator[Bus]:
-    """The bus, until the block ends. Errors: ConfigError, Unavailable, WorkerLost."""
+    """The bus, until the block ends. model: the file that workers of this host will read; None: one that is not known yet.
+
+    Errors: ConfigError, Unavailable, WorkerLost.
+    """
     if config.broker:
         client = connect(config.broker, config.keys, note, config.cluster_id)
         try:
@@ -93,7 +96,7 @@ def open_bus(
         if sum(threads) > n_cores():
             note(f"{sum(threads)} threads on {n_cores()} cores: they wait for each other; use fewer with -t or --workers")
         # workers of this host read the file themselves, unless they are to keep a cache
-        extra = ["--cache"] if config.cache else ["--model-dir", str(model.parent)]
+        extra = ["--cache"] if config.cache else ["--model-dir", str(model.parent)] if model is not None else []
         if n_local + keep_here >= n_cores():  # a worker that looks out for work would take a core from one that has some
             extra += ["--spin-us", "0"]
 

@@ -25,7 +25,7 @@ from config.installed import module_command, module_environment
 from config.keys import KeyPair
 from config.reaching import Happening, Reaching
 from config.terminal import print_line
-from ggmq import __version__
+from ggmq.version import __version__
 from protocol import PROTOCOL_VERSION, limits, tokens
 from protocol import messages as m
 from protocol.errors import (

@@ -13,6 +13,8 @@ from typing import Any
 
 from protocol.errors import ConfigError, Unavailable
 
+BUNDLED = Path(__file__).resolve().parent / "data" / "stories.gguf"
+"""The model that is used where none is named."""
 PREFERRED = ("Q4_K_M", "Q4_0", "Q8_0")
 ASK_S = 15.0
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$", re.IGNORECASE)

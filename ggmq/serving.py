@@ -12,7 +12,8 @@ from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 from ggmq.archs import open_arch
-from ggmq.bus import open_bus
+from ggmq.archs.base import Arch
+from ggmq.bus import Bus, open_bus
 from ggmq.cluster import Client
 from ggmq.engine import Engine
 from ggmq.gguf import GGUF
@@ -51,37 +52,19 @@ def serving(
     files = [GGUF(c.path) for c in configs]
     archs = [open_arch(g) for g in files]
     with open_bus(first.bus, archs[0].hp.n_layer, files[0].path.absolute(), first.ngl, note) as bus:
-        client = bus.client
         services: dict[str, Service] = {}
         clients: list[Client] = []
 
         def on_change(device: Watched) -> None:
             told("device", worker=device.info.worker, device=device.info.name, state=device.info.state)
 
-        watch = BusWatch(client.another(), on_change)
+        watch = BusWatch(bus.client.another(), on_change)
         try:
-            for i, (config, g, arch) in enumerate(zip(configs, files, archs, strict=True)):
-                vocabulary = Vocabulary(g)
-                vocabulary.check_rows(arch.hp.n_vocab)
-                clients.append(own := client if not i else client.another())
-                own.note = note
-
-                def place(config: ModelConfig = config, arch=arch, own: Client = own) -> Model:  # type: ignore[no-untyped-def]
-                    start = time.perf_counter()
-                    if bus.revive():
-                        _await_all(own, bus.order)
-                    model = place_model(config, arch, own, bus.order, bus.host, note)
-                    with progress() as show:
-                        model.load(show)
-                    model.ready_s = time.perf_counter() - start
-                    return model
-
-                def engine_of(model: Model, vocabulary: Vocabulary = vocabulary) -> Engine:
-                    return engine(model, vocabulary)
-
-                name = names[i] if i < len(names) else _free_name(g.path.stem, services)
-                services[name] = Service(place(), vocabulary, name, place, engine=engine_of, n_slots=config.n_seq,
-                                         n_queue=n_queue, told=told)  # fmt: skip
+            for i, (config, arch) in enumerate(zip(configs, archs, strict=True)):
+                clients.append(own := bus.client if not i else bus.client.another())
+                name = names[i] if i < len(names) else _free_name(arch.gguf.path.stem, services)
+                services[name] = serve_on(bus, own, config, arch, name, n_queue=n_queue, engine=engine, progress=progress,
+                                          note=note, told=told)  # fmt: skip
             yield Served(services, watch)
         finally:
             for service in services.values():
@@ -92,6 +75,34 @@ def serving(
                     own.drain(DRAIN_S)
             for own in clients[1:]:
                 own.close()
+
+
+def serve_on(
+    bus: Bus, own: Client, config: ModelConfig, arch: Arch, name: str, *, n_queue: int = 256,
+    engine: Callable[[Model, Vocabulary], Engine] = lambda model, vocabulary: Engine(model, vocabulary.end_ids),
+    progress: Callable[[], AbstractContextManager[Progress | None]] = contextlib.nullcontext,
+    note: Callable[[str], None] = lambda text: None, told: Callable[..., None] = lambda event, **figures: None,
+) -> Service:  # fmt: skip
+    """Load a model on a bus that is up, and have it answer. Whoever closes the service drains `own`, which is its client.
+
+    Errors: as `serving`'s.
+    """
+    vocabulary = Vocabulary(arch.gguf)
+    vocabulary.check_rows(arch.hp.n_vocab)
+    own.note = note
+
+    def place() -> Model:
+        start = time.perf_counter()
+        if bus.revive():
+            _await_all(own, bus.order)
+        model = place_model(config, arch, own, bus.order, bus.host, note)
+        with progress() as show:
+            model.load(show)
+        model.ready_s = time.perf_counter() - start
+        return model
+
+    return Service(place(), vocabulary, name, place, engine=lambda model: engine(model, vocabulary), n_slots=config.n_seq,
+                   n_queue=n_queue, told=told)  # fmt: skip
 
 
 def _await_all(client: Client, names: Sequence[str]) -> None:

@@ -6,9 +6,10 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
-from ggmq.answers import AnswerFormat, AnswerReader
+from ggmq.answers import AnswerFormat, AnswerReader, Content
+from ggmq.answers import Piece as Part
 from ggmq.chat import ChatTemplate, Message
 from ggmq.conversation import wrong
 from ggmq.grammar import Grammar, Grammars
@@ -57,6 +58,29 @@ class Talk:
         if self.choice not in ("none", "auto", "required", *names):
             known = ", ".join(names) or "none"
             raise wrong("tool_choice", f"there is no tool {self.choice[:64]!r}; expected one of {known}")
+
+
+class Reader(Protocol):
+    """Takes an answer's text apart as it comes."""
+
+    @property
+    def has_calls(self) -> bool: ...
+
+    def feed(self, text: str) -> list[Part]: ...
+
+    def finish(self) -> list[Part]: ...
+
+
+class PlainReader:
+    """All text is content."""
+
+    has_calls = False
+
+    def feed(self, text: str) -> list[Part]:
+        return [Content(text)] if text else []
+
+    def finish(self) -> list[Part]:
+        return []
 
 
 class Spoken(NamedTuple):

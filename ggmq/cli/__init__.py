@@ -16,7 +16,7 @@ from types import FrameType
 from config.commandline import Parser
 from config.installed import module_command, module_environment
 from config.terminal import NO_READER, accept_any_text, flushed, name_output, open_streams, print_line
-from ggmq import __version__
+from ggmq.version import __version__
 from protocol.errors import ConfigError, GgmqError, InternalError
 
 

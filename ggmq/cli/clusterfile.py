@@ -10,7 +10,8 @@ from config.auth import find_keys
 from config.keys import KeyPair
 from config.load import load_cluster
 from config.schema import ClusterFile, expanded
-from ggmq.cli.options import BUNDLED, require_file
+from ggmq.cli.options import require_file
+from ggmq.hub import BUNDLED
 from protocol.errors import ConfigError
 
 MIB = 1 << 20

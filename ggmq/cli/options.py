@@ -10,10 +10,8 @@ from pathlib import Path
 
 from config.auth import find_keys
 from config.keys import KeyPair, default_key_file
-from ggmq.hub import download
+from ggmq.hub import BUNDLED, download
 from protocol.errors import ConfigError
-
-BUNDLED = Path(__file__).resolve().parent.parent / "data" / "stories.gguf"
 
 
 def whole(low: int, high: int = 1 << 40) -> type:

@@ -10,44 +10,22 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Self
 
-from ggmq.answers import Answer, Content, Reasoning
+from ggmq.answers import Answer, Reasoning
 from ggmq.answers import Piece as Part
+from ggmq.feed import Feed
 from ggmq.grammar import Grammar
 from ggmq.sampling import SamplingParams
 from ggmq.server.errors import ApiError, of_ggmq
 from ggmq.server.models import ServedModel
 from ggmq.server.sampling import for_choice
-from ggmq.server.streaming import Feed
 from ggmq.service import CLOSING, Delta, Done, Failed, Job, Request, Token, Usage
+from ggmq.texts import PlainReader, Reader
 from protocol.errors import GgmqError, Unavailable
 
 NUMBERS: ContextVar[list[int]] = ContextVar("numbers")
 """The numbers that the jobs of the request have which is being answered, for the log."""
-
-
-class Reader(Protocol):
-    """Takes an answer's text apart as it comes."""
-
-    @property
-    def has_calls(self) -> bool: ...
-
-    def feed(self, text: str) -> list[Part]: ...
-
-    def finish(self) -> list[Part]: ...
-
-
-class PlainReader:
-    """All text is content."""
-
-    has_calls = False
-
-    def feed(self, text: str) -> list[Part]:
-        return [Content(text)] if text else []
-
-    def finish(self) -> list[Part]:
-        return []
 
 
 @dataclass(frozen=True, slots=True)

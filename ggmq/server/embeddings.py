@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ggmq.embeddings import Pooling, default_pooling, pooled, to_read
+from ggmq.feed import Feed
 from ggmq.reading import read
 from ggmq.server.completions import tokens_of
 from ggmq.server.context import Context, key_of
@@ -19,7 +20,7 @@ from ggmq.server.errors import bad, of_ggmq
 from ggmq.server.models import ServedModel
 from ggmq.server.replies import json_of
 from ggmq.server.schema import EmbeddingRequest
-from ggmq.server.streaming import Feed, unless_gone
+from ggmq.server.streaming import unless_gone
 from ggmq.service import Failed, Job, Rows
 from protocol.errors import FormatError, GgmqError
 

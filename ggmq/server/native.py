@@ -8,13 +8,13 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ggmq import __version__
 from ggmq.conversation import continues, messages_of, thinking_of, tools_of
 from ggmq.server.context import Context
 from ggmq.server.errors import ApiError, bad
 from ggmq.server.models import ServedModel
 from ggmq.server.replies import json_of
 from ggmq.server.schema import DetokenizeRequest, TemplateRequest, TokenizeRequest
+from ggmq.version import __version__
 
 
 async def models(context: Context, request: Request) -> Response:
