@@ -243,7 +243,7 @@ class Service:
             raise FormatError("prompt: expected at least one token, got none")
         if len(tokens) > n_most:
             raise FormatError(f"prompt: {len(tokens)} tokens do not fit a context of {self.model.n_ctx}; make it shorter, "
-                              "or start the server with a larger -c")  # fmt: skip
+                              "or load the model with a larger context (-c, ctx_size)")  # fmt: skip
         if not all(0 <= t < n_vocab for t in tokens):
             raise FormatError(f"prompt: expected tokens of 0 to {n_vocab - 1}")
 

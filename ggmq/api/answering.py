@@ -140,12 +140,6 @@ class Answering:
 
     # -- texts that are only read --------------------------------------------------------------------------------------
 
-    @overload
-    def embed(self, texts: str, *, pooling: Pooling | None = None, normalize: bool = True) -> Floats: ...
-
-    @overload
-    def embed(self, texts: Sequence[Prompt], *, pooling: Pooling | None = None, normalize: bool = True) -> Floats: ...
-
     def embed(self, texts: str | Sequence[Prompt], *, pooling: Pooling | None = None, normalize: bool = True) -> Floats:
         """One vector of each text, from the hidden states behind the last norm.
 

@@ -19,6 +19,7 @@ from protocol.dtypes import GGMLType, contiguous_nb
 from protocol.encoding import encode_graph, graph_digest
 from protocol.errors import GgmqError, GraphError
 from protocol.frames import Frame
+from protocol.graph import Graph as Frozen
 from protocol.graph import Tensor, f32_bits
 from protocol.ops import GLU_KINDS, OPS, UNARY_KINDS
 from protocol.validation import validate
@@ -90,7 +91,8 @@ def run(client: Client, device: int, recipe: Recipe, arrays: Mapping[str, Any]) 
         validate(whole)
     except GraphError as e:
         raise GraphError(f"graph: {e}") from None
-    computed = _computed(client, device, graph, results, given, buffers)
+    inputs = [given[name] for name in graph.input_names]
+    computed = _computed(client, device, whole, inputs, {buffer: given[name] for name, buffer in buffers.items()})
     got = {name: _array(graph.tensors[r], raw, ranks[x])
            for (name, x), r, raw in zip(named.items(), results, computed, strict=True)}  # fmt: skip
     return got if isinstance(outputs, Mapping) else got[""]
@@ -163,21 +165,22 @@ def _result(graph: Graph, x: Any, name: str) -> int:
 
 
 def _computed(
-    client: Client, device: int, graph: Graph, results: Sequence[int], given: Mapping[str, Array], buffers: Mapping[str, int]
+    client: Client, device: int, graph: Frozen, inputs: Sequence[Array], large: Mapping[int, Array]
 ) -> Sequence[Frame]:
+    """large: arrays that lie in buffers."""
     try:
-        for name, buffer in buffers.items():
-            _put(client, device, buffer, given[name])
-        frame = encode_graph(graph.graph(results))
+        for buffer, array in large.items():
+            _put(client, device, buffer, array)
+        frame = encode_graph(graph)
         digest, session = graph_digest(frame), client.session
         client.request(m.GraphPut(session, digest), [frame], device)
-        payload = [given[name].data.cast("B") for name in graph.input_names]
+        payload = [array.data.cast("B") for array in inputs]
         return client.request(m.GraphCompute(session, digest, len(payload)), payload, device).payload
     except BaseException:
         client.cancel()
         raise
     finally:
-        for buffer in buffers.values():
+        for buffer in large:
             with contextlib.suppress(GgmqError):  # of a worker that is lost nothing is held
                 client.request(m.FreeBuffer(client.session, buffer), device=device)
 
