@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import html
+import itertools
 import os
 import weakref
 from collections.abc import Callable, Mapping
@@ -37,6 +38,7 @@ from protocol.errors import ConfigError, GgmqError, Unavailable
 PathLike = str | os.PathLike[str]
 PARALLEL = 4
 MIB = 1 << 20
+_NUMBERS = itertools.count()
 _BUS = ("workers", "device", "worker_mem", "threads", "pin", "cache")
 
 
@@ -58,7 +60,7 @@ class Model(Answering):
         self.cluster, self.name, self._owns = cluster, service.name, owns
         self._closed = False
         self._end = weakref.finalize(self, cluster._opened.end, service)
-        cluster._models.add(self)
+        cluster._models[next(_NUMBERS)] = self
 
     def _open(self) -> Service:
         if self.closed:
@@ -140,7 +142,7 @@ class Cluster:
 
     def __init__(self, opened: Opened) -> None:
         self._opened = opened
-        self._models: weakref.WeakSet[Model] = weakref.WeakSet()
+        self._models: weakref.WeakValueDictionary[int, Model] = weakref.WeakValueDictionary()
         self._end = weakref.finalize(self, opened.close)
 
     @property
@@ -172,8 +174,8 @@ class Cluster:
 
     @property
     def models(self) -> list[Model]:
-        """Those that this program has loaded on it."""
-        return sorted((model for model in self._models if not model.closed), key=lambda model: model.name)
+        """Those that this program has loaded on it, in the order in which they were loaded."""
+        return [model for _, model in sorted(self._models.items()) if not model.closed]
 
     def load(self, model: PathLike | None = None, **options: Unpack[ModelOptions]) -> Model:
         """Load a model over the devices of this cluster.

@@ -146,7 +146,7 @@ def checked(kind: type, options: Mapping[str, Any], where: str) -> dict[str, Any
 
     Errors: InvalidValue.
     """
-    known = kind.__annotations__.keys() | {k for base in kind.__mro__ for k in getattr(base, "__annotations__", {})}
+    known = kind.__annotations__
     for name in options:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
