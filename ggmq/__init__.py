@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         DeviceError,
         FormatError,
         GgmqError,
+        GraphError,
         InvalidValue,
         OutOfMemory,
         Overloaded,
@@ -35,9 +36,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AsyncStream", "BusOptions", "Cancelled", "ChatOptions", "ChatResult", "Cluster", "ConfigError", "Content", "Device",
-    "DeviceError", "FormatError", "GGMLType", "GenerateOptions", "GgmqError", "Graph", "InvalidValue", "LoadOptions",
-    "Model", "ModelOptions", "OutOfMemory", "Overloaded", "ProtocolError", "Reasoning", "Result", "Stream", "Token",
-    "ToolCall", "ToolCallPiece", "Unavailable", "Usage", "WorkerLost", "connect", "load", "local_cluster",
+    "DeviceError", "FormatError", "GGMLType", "GenerateOptions", "GgmqError", "Graph", "GraphError", "InvalidValue",
+    "LoadOptions", "Model", "ModelOptions", "OutOfMemory", "Overloaded", "ProtocolError", "Reasoning", "Result", "Stream",
+    "Token", "ToolCall", "ToolCallPiece", "Unavailable", "Usage", "WorkerLost", "connect", "load", "local_cluster",
 ]  # fmt: skip
 
 _ELSEWHERE = {

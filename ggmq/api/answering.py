@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import queue
 from collections.abc import Coroutine, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, Unpack, overload
@@ -95,7 +96,7 @@ class Answering:
 
     def _asked_generate(self, prompt: Prompt, options: GenerateOptions) -> Asked:
         self._open()
-        return self._asker.generate(prompt, options)
+        return self._asker.generate(prompt, options)._replace(owner=self)
 
     # -- conversations -------------------------------------------------------------------------------------------------
 
@@ -136,7 +137,7 @@ class Answering:
 
     def _asked_chat(self, messages: Messages, options: ChatOptions) -> Asked:
         self._open()
-        return self._asker.chat(messages, options)
+        return self._asker.chat(messages, options)._replace(owner=self)
 
     # -- texts that are only read --------------------------------------------------------------------------------------
 
@@ -156,7 +157,7 @@ class Answering:
         self, texts: str | Sequence[Prompt], *, pooling: Pooling | None = None, normalize: bool = True
     ) -> Floats:
         """As `embed`, for an event loop."""
-        wanted, by = self._to_embed(texts, pooling)
+        wanted, by = await asyncio.to_thread(self._to_embed, texts, pooling)
         feed, jobs = Feed(eager=False), list[Job]()
         rows: dict[int, Floats] = {}
         try:

@@ -138,13 +138,26 @@ class Gathered:
 
 
 class Asked(NamedTuple):
-    """A request that is ready: `ask` has it answered, `gathered` takes what comes."""
+    """A request that is ready: `ask` has it answered, `gathered` takes what comes. `owner`: what must live until then."""
 
     ask: Callable[[Emit], Job]
     gathered: Gathered
+    owner: object = None
 
 
 Finish = Callable[[Gathered, Job], R]
+
+
+def _keeper(early: deque[Event], events: queue.SimpleQueue[Event | None]) -> Emit:
+    """Nobody looks before the end: waking him for each token would take the time to make it. It holds no stream, so that one
+    that nobody holds is gone at once."""
+
+    def keep(event: Event) -> None:
+        early.append(event)
+        if not isinstance(event, Delta):
+            events.put(None)
+
+    return keep
 
 
 class Stream(Generic[R]):
@@ -155,18 +168,12 @@ class Stream(Generic[R]):
     """
 
     def __init__(self, asked: Asked, finish: Finish[R], eager: bool = True) -> None:
-        self._gathered, self._finish = asked.gathered, finish
+        self._asked, self._gathered, self._finish = asked, asked.gathered, finish
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._early: deque[Event] = deque()
         self._pending: deque[Piece] = deque()
         self._over = False
-        self._job = asked.ask(self._events.put if eager else self._keep)
-
-    def _keep(self, event: Event) -> None:
-        """Nobody looks before the end: waking him for each token would take the time to make it."""
-        self._early.append(event)
-        if not isinstance(event, Delta):
-            self._events.put(None)
+        self._job = asked.ask(self._events.put if eager else _keeper(self._early, self._events))
 
     def _fetch(self) -> bool:
         """Wait for more. Returns: whether there may be."""

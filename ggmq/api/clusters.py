@@ -21,7 +21,8 @@ from ggmq.api.options import BusOptions, LoadOptions, ModelOptions, checked
 from ggmq.archs import open_arch
 from ggmq.archs.base import Arch
 from ggmq.bus import BusConfig
-from ggmq.cli.options import endpoint, endpoints
+from ggmq.cli.clusterfile import apply_cluster
+from ggmq.cli.options import endpoint, endpoints, require_file
 from ggmq.conversation import wrong
 from ggmq.draftmodel import load_draft
 from ggmq.engine import Engine
@@ -289,18 +290,16 @@ def connect(
 ) -> Cluster | Model:  # fmt: skip
     """A cluster whose broker runs elsewhere: `ggmq up` and `ggmq broker` start one.
 
-    broker: its endpoint, tcp://HOST:PORT. model: a GGUF file, to be loaded at once. keys: the cluster's key file; the
-    default one, if it is there. insecure: no encryption, no keys. options: see `ModelOptions`.
+    broker: its endpoint, tcp://HOST:PORT, or the YAML file of a cluster that is up, which names its keys itself.
+    model: a GGUF file, to be loaded at once. keys: the cluster's key file; the default one, if it is there. insecure: no
+    encryption, no keys. options: see `ModelOptions`.
     Returns: the cluster, or where a model is named the model, which closes the connection with it.
     Errors: InvalidValue for an option; DeadlineExceeded when nothing answers there; as `load`'s.
     """
     said = checked(ModelOptions, options, "connect")
     if said and model is None:
         raise wrong(next(iter(said)), "expected a model with it")
-    try:
-        bus = BusConfig(broker=endpoint(broker), keys=_keys(keys, insecure))
-    except argparse.ArgumentTypeError as e:
-        raise wrong("broker", str(e)) from None
+    bus = _elsewhere(broker, keys, insecure)
     arch = open_arch(_file(model)) if model is not None else None
     cluster = Cluster(Opened(bus))
     if arch is None:
@@ -318,6 +317,18 @@ def _file(model: PathLike | None) -> GGUF:
     if not path.is_file():
         raise wrong("model", f"{path}: no such file")
     return GGUF(path)
+
+
+def _elsewhere(broker: str, keys: PathLike | None, insecure: bool) -> BusConfig:
+    """Errors: InvalidValue for what is neither an endpoint nor a file; ConfigError for a cluster that is not up."""
+    if broker.endswith((".yaml", ".yml")):
+        args = argparse.Namespace(keys=keys and Path(keys), insecure=insecure, model=BUNDLED, ctx_size=0, tensor_split=None)
+        apply_cluster(args, require_file(Path(broker)))
+        return BusConfig(args.broker, args.cluster_id, args.worker_order, keys=_keys(args.keys, args.insecure))
+    try:
+        return BusConfig(endpoint(broker), keys=_keys(keys, insecure))
+    except argparse.ArgumentTypeError as e:
+        raise wrong("broker", f"{e}, or a cluster's YAML file") from None
 
 
 def _keys(path: PathLike | None, insecure: bool) -> Any:

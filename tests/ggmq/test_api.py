@@ -67,11 +67,12 @@ def test_what_is_closed_is_cancelled(model: ggmq.Model) -> None:
     stream.close()
     assert list(stream) == [] and stream.result.finish_reason == "cancelled" and stream.result.text.startswith(first)
     until(lambda: idle(model))
+    n_left = model._service.state().n_left
     with model.generate(PROMPT, ignore_eos=True, stream=True) as stream:
         next(stream)
-    del stream
-    for _ in zip(model.generate(PROMPT, ignore_eos=True, stream=True), range(3), strict=False):
-        pass
+    for _ in model.generate(PROMPT, ignore_eos=True, stream=True):
+        break  # nobody holds the stream any more
+    assert model._service.state().n_left == n_left + 2
     until(lambda: idle(model))
 
 
@@ -288,8 +289,10 @@ def test_what_is_no_prompt_and_no_model(model: ggmq.Model, tmp_path: Path) -> No
                            ({"activations": "f8"}, "activations"), ({"tensor_split": [0.0]}, "shares")):  # fmt: skip
         with pytest.raises(ggmq.InvalidValue, match=says):
             ggmq.load(**options_)  # type: ignore[arg-type]
-    with pytest.raises(ggmq.InvalidValue, match="tcp://HOST:PORT"):
+    with pytest.raises(ggmq.InvalidValue, match=r"tcp://HOST:PORT, .*or a cluster's YAML file"):
         ggmq.connect("host:5")
+    with pytest.raises(ggmq.ConfigError, match="no such file"):
+        ggmq.connect(str(tmp_path / "cluster.yaml"))
     with pytest.raises(ggmq.ConfigError, match="guesses"):
         model.cluster.load(spec="draft")
 
@@ -332,11 +335,15 @@ def test_models_share_a_cluster() -> None:
         with pytest.raises(ggmq.Unavailable, match="closed"):
             two.generate(PROMPT)
         assert repr(two) == "<ggmq.Model stories: closed>" and one.generate(PROMPT, max_tokens=2).tokens
-        stream = one.generate(PROMPT, ignore_eos=True, stream=True)
-        next(stream)
-        held = cluster.device("CPU").free_bytes
-        del one, stream  # nobody can ask it any more: its memory is free
-        until(lambda: cluster.device("CPU").free_bytes > held or not cluster.models)
+        client = cluster._opened.bus.client
+        assert client.stats(0).n_buffers > 0
+        del one  # nobody can ask it any more: its memory is free
+        until(lambda: not client.stats(0).n_buffers)
+        stream = cluster.load(parallel=1).generate(PROMPT, temperature=0, max_tokens=20, stream=True)
+        assert cluster.models and "".join(stream) in texts  # who reads on keeps it
+        del stream
+        until(lambda: not client.stats(0).n_buffers)
+        assert not cluster.models
     assert cluster.closed and repr(cluster) == "<ggmq.Cluster: closed>" and "closed" in cluster._repr_html_()
     with pytest.raises(ggmq.Unavailable, match="closed"):
         _ = cluster.devices
@@ -435,3 +442,21 @@ def test_a_broker_elsewhere() -> None:
         assert model.closed
     with pytest.raises(ggmq.InvalidValue, match="expected a model with it"):
         ggmq.connect(broker, ctx_size=5)  # type: ignore[call-overload]
+
+
+def test_a_cluster_that_is_up(tmp_path: Path) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text("""
+name: api
+security: {insecure: true}
+workers:
+  - {name: den, threads: 1}
+""")
+    up = subprocess.run([*GGMQ, "up", str(file)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    try:
+        assert not up.returncode, up.stderr
+        with ggmq.connect(str(file)) as cluster, cluster.load(parallel=1) as model:
+            assert model.layers == [("den/CPU", 0, 4)] and model.generate(PROMPT, max_tokens=3).tokens
+    finally:
+        down = subprocess.run([*GGMQ, "down", str(file)], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert not down.returncode, down.stderr
