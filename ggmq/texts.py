@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any, Literal, NamedTuple, Protocol
 
 from ggmq.answers import AnswerFormat, AnswerReader, Content
@@ -101,15 +100,6 @@ class Texts:
         self._lock = threading.Lock()
         self._template: ChatTemplate | None = None
         self._formats: dict[str, AnswerFormat] = {}
-
-    @cached_property
-    def _longest(self) -> int:
-        """Bytes of the longest token."""
-        return max(len(self.vocabulary.piece(i, True)) for i in range(len(self.vocabulary.tokens)))
-
-    def n_least(self, text: str) -> int:
-        """So many tokens a text has at least, however it is divided."""
-        return len(text.encode("utf-8", "replace")) // self._longest
 
     def format(self, with_tools: bool) -> AnswerFormat:
         """How answers are written; by some models otherwise where there are tools."""

@@ -170,8 +170,7 @@ def misfit(text: str, value: Any, prefix: str) -> InvalidValue:
     place = _PLACE.search(text)
     path = place[1] if place else ""
     what = (text[: place.start()] if place else text).replace("`", "")
-    first = re.match(r"\w+", path)
-    if first and not prefix and isinstance(value, Mapping) and path == first[0]:
-        what += "" if "got" in what else f", got {repr(value.get(path))[:64]}"
-    param = prefix + (path if not prefix or path.startswith("[") or not path else f".{path}")
+    if isinstance(value, Mapping) and path in value and "got" not in what:
+        what += f", got {repr(value[path])[:64]}"
+    param = f"{prefix}.{path}" if prefix and path and not path.startswith("[") else prefix + path
     return wrong(param, what[:1].lower() + what[1:])

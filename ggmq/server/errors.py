@@ -21,7 +21,7 @@ from protocol.errors import (
 )
 
 RETRY_S = 2
-_FITS = re.compile(r"prompt: ((?:at least )?\d+) tokens do not fit a context of (\d+)")
+_FITS = re.compile(r"prompt: (\d+) tokens do not fit a context of (\d+)")
 _PLACE = re.compile(r" - at `(?:key in )?\$?\.?([^`]*)`$")
 
 

@@ -25,6 +25,7 @@ class ServedModel:
         self.name, self.service, self.created = name, service, int(time.time())
         self._thread = ThreadPoolExecutor(1, f"texts of {name}")
         self.texts = Texts(service.vocabulary)
+        self._longest = max(len(self.vocabulary.piece(i, True)) for i in range(len(self.vocabulary.tokens)))
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -71,7 +72,7 @@ class ServedModel:
 
     def _check(self, text: str, path: str) -> None:
         """Refuse at once what is so long that it has too many tokens, however it is divided."""
-        n_least = self.texts.n_least(text)
+        n_least = len(text.encode("utf-8", "replace")) // self._longest
         if n_least > self.n_ctx:
             raise too_long(f"at least {n_least}", self.n_ctx, path)
 
