@@ -55,7 +55,6 @@ class Tool(Struct, kw_only=True):
     function: Function
 
 
-
 def wrong(param: str, message: str, code: str = "invalid_value") -> InvalidValue:
     """A value that is not what it should be. The message says what was expected."""
     error = InvalidValue(f"{param}: {message}" if param else message, param)

@@ -14,6 +14,7 @@ from ggmq.server.bodies import ClientGone
 
 T = TypeVar("T")
 
+
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """What comes of some work; it is cancelled when the client goes away. Errors: ClientGone, and those of the work."""
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
