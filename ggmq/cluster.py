@@ -142,6 +142,10 @@ class Client:
             raise reply.header.error()
         return reply
 
+    def answered(self, seq: int) -> bool:
+        """Whether the reply to a request has been taken while others were waited for."""
+        return seq in self._replies
+
     def await_reply(self, seq: int, timeout_s: float = limits.REQUEST_DEADLINE_S + 5) -> None:
         """Until the reply to a request is there for `wait`. Errors: Unavailable, DeadlineExceeded."""
         due = self._clock.now_s() + timeout_s

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ggmq.model import MAX_TRIES, Model
+from ggmq.promptcache import CLOSE_S
 from ggmq.runner import ALL, ARGMAX, HIDDEN, MIN_PIECE, PIECE, Rows, UnderWay
 from ggmq.sampling import Sampler, SamplingParams, log_probs
 from ggmq.scheduler import Piece, Scheduler, Sequence, Step
@@ -87,6 +88,7 @@ class Engine:
         self.n_batch = min(self.n_batch, self.model.n_batch)
         self.scheduler = Scheduler(self.model.store, self.model.n_ctx, len(self.model.stages), self.n_batch,
                                    self.model.n_seq)  # fmt: skip
+        self.scheduler.bringer = self.model.prompts
         if self.speculate != "off" and not self.model.store.room.has_states:  # a state cannot go back
             self._speculation = Speculation(self.speculate, self.draft.draft_all if self.draft is not None else one_by_one)
             self.scheduler.draft = self._draft
@@ -129,7 +131,12 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether a step has something to do."""
-        return bool(self._under_way or self.scheduler.running or self.scheduler.waiting)
+        return bool(self._under_way or self.scheduler.running or self.scheduler.waiting or self._moves_pages)
+
+    @property
+    def _moves_pages(self) -> bool:
+        """Whether pages are on their way from files or to them, or are to be."""
+        return self.model.prompts is not None and self.model.prompts.busy
 
     def step(self) -> list[Made]:
         """Schedule, run, sample, emit: tokens that were made, none while prompts are still being read, or read again.
@@ -145,6 +152,8 @@ class Engine:
                 self.abandon()
             self._schedule()
             if not self._under_way:
+                if self.model.prompts is not None:
+                    self.model.prompts.wait()
                 return []
             step, sent, sent_s = self._under_way[0]
             out = self.model.runner.wait(sent)
@@ -173,13 +182,18 @@ class Engine:
             self._error, self._interrupted = e, True
 
     def _schedule(self) -> None:
-        """Send batches until every stage has one and one is waiting behind it."""
+        """Send batches until every stage has one and one is waiting behind it; then pages may move."""
+        self._send()
+        if self.model.prompts is not None:
+            self.model.prompts.advance()
+
+    def _send(self) -> None:
         n_stages = len(self.model.stages)
         while len(self._under_way) < 2 * n_stages:
             if len(self._under_way) <= n_stages:  # what was sent before tells how fast prompts are read
                 self._set_turn()
             step = self.scheduler.next()
-            if step is None and self.busy and not self._under_way:
+            if step is None and self.busy and not self._under_way and not self._moves_pages:
                 if self._forget_conversation():
                     continue
                 raise OutOfMemory(f"the memory of the sequences is full: {self.model.store.n_free} pages are free, by "
@@ -311,6 +325,7 @@ class Engine:
             error = Unavailable(str(error))
         held = self.model.recover(error)
         self._under_way.clear()
+        self._forget_moves()
         self.scheduler.begin_again(held)
         self._interrupted = False
 
@@ -319,8 +334,22 @@ class Engine:
         self.model.client.cancel()
         self.model.client.settle()
         self._under_way.clear()
+        self._forget_moves()
         self.scheduler.begin_again(True)
         self._interrupted, self._error = False, None
+
+    def _forget_moves(self) -> None:
+        if self.model.prompts is not None:
+            self.model.prompts.reset()
+
+    def close(self, within_s: float = CLOSE_S) -> None:
+        """What was read is kept in files where the model keeps prompts, as far as that takes no longer. Idempotent."""
+        s = self._conversation
+        if s is not None and s.held is not None:
+            self.leave(s)
+            self.scheduler.let_go(s)
+        if self.model.prompts is not None:
+            self.model.prompts.close(within_s)
 
     # -- one conversation ----------------------------------------------------------------------------------------------
 

@@ -29,6 +29,7 @@ from ggmq.loader import Loader, LoadReport, PlacedStage, Progress
 from ggmq.manifest import tensor_hashes
 from ggmq.pages import Held, Store
 from ggmq.placement import Assignment, default_n_ctx, plan
+from ggmq.promptcache import DEFAULT_BYTES, PromptCache
 from ggmq.runner import ALL, ARGMAX, Rows, Runner
 from protocol import limits
 from protocol import messages as m
@@ -55,6 +56,8 @@ class ModelConfig:
         ngl: layers on the lent devices, the first others stay on this host; None: all.
         activations: what crosses from stage to stage, F32 or F16.
         cache_type_k, cache_type_v: type of the KV cache, F16 or Q8_0.
+        prompt_cache: folder in which what was read of prompts stays over a restart; None: it does not.
+        prompt_cache_bytes: what the folder may hold, with what other models have there.
         bus: the devices.
     """
 
@@ -68,6 +71,8 @@ class ModelConfig:
     activations: GGMLType = GGMLType.F32
     cache_type_k: GGMLType = GGMLType.F16
     cache_type_v: GGMLType = GGMLType.F16
+    prompt_cache: Path | None = None
+    prompt_cache_bytes: int = DEFAULT_BYTES
     bus: BusConfig = field(default_factory=BusConfig)
 
 
@@ -124,6 +129,10 @@ def place_model(
         assignments = placed(infos)
     model = Model(client, arch, n_ctx, room, assignments, config.activations, config.n_batch, config.n_seq)
     model.infos, model.note = infos, note
+    if config.prompt_cache is not None and room.has_states:
+        note(f"--prompt-cache: {arch.gguf.path.name} keeps states, of which no part can be kept; prompts are read anew")
+    elif config.prompt_cache is not None:
+        model.keep_prompts = config.prompt_cache, config.prompt_cache_bytes
     return model
 
 
@@ -140,6 +149,8 @@ class Model:
         infos: the devices as they were when it was placed.
         load_s: how long it took to be loaded, in seconds; ready_s: with all that came before, the bus among it.
         note: told what a user should know while something is waited for.
+        hashes: BLAKE3 of each tensor.
+        keep_prompts: folder in which pages are to be kept, and bytes that it may have; prompts: the pages there.
     Threads: use from one.
     """
 
@@ -156,6 +167,9 @@ class Model:
         self.infos: list[m.ListedDevice] = []
         self.load_s = self.ready_s = 0.0
         self.note: Callable[[str], None] = lambda text: None
+        self.hashes: dict[str, bytes] = {}
+        self.keep_prompts: tuple[Path, int] | None = None
+        self.prompts: PromptCache | None = None
         self._own: Held | None = None
 
     @property
@@ -185,6 +199,8 @@ class Model:
                     raise
                 self._await(e)
                 self.free()
+        if self.keep_prompts is not None and self.prompts is None:
+            self.prompts = PromptCache(self, *self.keep_prompts)
         self.load_s = time.perf_counter() - start
         return self.report
 
@@ -199,7 +215,7 @@ class Model:
             if progress is not None:
                 progress("hashing", hashed, total)
 
-        hashes = tensor_hashes(self.arch.gguf, on_hash)
+        hashes = self.hashes = tensor_hashes(self.arch.gguf, on_hash)
         for stage in self.stages:
             stage.parts = self._loader.place(stage.assignment).parts
         link = self._ask_links()

@@ -9,88 +9,17 @@ Threads: use from one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 from msgspec import Struct, field
 
 from ggmq.archs.memory import N_RESERVED_SLOTS, PAGE, SCRAP_PAGE, ZERO_SLOT, Room
 from ggmq.names import PAGE_BYTES, ROOT, TOKEN_BYTES, Content, Names, as_bytes, name_of
+from ggmq.pools import Pool
 
 GIVEN_BACK = SCRAP_PAGE
 """Stands for a page that a windowed layer does not see any more."""
-
-
-class Pool:
-    """Numbers first..n - 1 that are lent out, each to as many as share it. Free ones may be kept: they are taken last."""
-
-    def __init__(self, first: int, n: int) -> None:
-        self._free = list(range(n - 1, first - 1, -1))
-        self._kept: dict[int, None] = {}  # the first was held last the longest ago
-        self._count: dict[int, int] = {}
-        self._pins: dict[int, int] = {}
-
-    @property
-    def n_free(self) -> int:
-        """Those that are kept among them."""
-        return len(self._free) + len(self._kept)
-
-    @property
-    def n_kept(self) -> int:
-        return len(self._kept)
-
-    def kept(self, number: int) -> bool:
-        return number in self._kept
-
-    def take(self) -> int:
-        """One that is free. Errors: IndexError when none is."""
-        if self._free or not self._kept:
-            number = self._free.pop()
-        else:
-            number = next(iter(self._kept))
-            del self._kept[number]
-        self._count[number] = 1
-        return number
-
-    def share(self, number: int) -> int:
-        """One more holds it."""
-        if number in self._kept:
-            del self._kept[number]
-        self._count[number] = self._count.get(number, 0) + 1
-        return number
-
-    def shared(self, number: int) -> bool:
-        """Whether several hold it; those who only want to copy it do not count."""
-        return self._count[number] - self._pins.get(number, 0) > 1
-
-    def release(self, number: int, keep: bool = False) -> None:
-        """One fewer holds it. keep: if nobody does, it is kept."""
-        self._count[number] -= 1
-        if not self._count[number]:
-            del self._count[number]
-            if keep:
-                self._kept[number] = None
-            else:
-                self._free.append(number)
-
-    def pin(self, number: int) -> None:
-        """Hold it for a copy."""
-        self.share(number)
-        self._pins[number] = self._pins.get(number, 0) + 1
-
-    def unpin(self, number: int) -> None:
-        """It stays held: `release` follows."""
-        self._pins[number] -= 1
-        if not self._pins[number]:
-            del self._pins[number]
-
-    def pinned(self, number: int) -> bool:
-        return number in self._pins
-
-    def forget(self) -> None:
-        """What is kept is only free."""
-        self._free += self._kept
-        self._kept.clear()
 
 
 class PageCopy(Struct, frozen=True):
@@ -99,6 +28,25 @@ class PageCopy(Struct, frozen=True):
     window: int
     source: int
     target: int
+
+
+class Awaited(NamedTuple):
+    """A page of a sequence that has a place, and whose cells are still to come from elsewhere: its `at`-th."""
+
+    window: int
+    at: int
+    page: int
+    content: Content
+
+
+class Elsewhere(Protocol):
+    """Pages that lie where they can be brought from."""
+
+    def has(self, window: int, name: bytes) -> bool: ...
+
+    def near(self, before: bytes, tokens: bytes) -> Iterator[tuple[Content, int]]:
+        """As `Shelf.near`."""
+        ...
 
 
 class Held(Struct, eq=False):
@@ -112,7 +60,8 @@ class Held(Struct, eq=False):
         snapshot: a slot with an older state, and the tokens that had been read when it was made.
         keys: names of its full pages, which know all tokens up to their end.
         copies: what must be copied before its first batch.
-        unsure: its first page that was to be copied, while that is not known to have been done.
+        unsure: its first page that was to be copied or brought, while that is not known to have been done.
+        awaited: what is to be brought before it can be read on.
     """
 
     n_past: int = 0
@@ -123,6 +72,7 @@ class Held(Struct, eq=False):
     keys: list[bytes] = field(default_factory=list)
     copies: list[PageCopy] = field(default_factory=list)
     unsure: int | None = None
+    awaited: list[Awaited] = field(default_factory=list)
 
 
 class Found(NamedTuple):
@@ -134,10 +84,15 @@ class Found(NamedTuple):
 
 
 class Store:
-    """The pages and slots of a loaded model."""
+    """The pages and slots of a loaded model.
+
+    Attributes:
+        on_worth: told a window and a page that is worth keeping elsewhere: it is full, or nobody writes to it any more.
+    """
 
     def __init__(self, room: Room) -> None:
         self.room = room
+        self.on_worth: Callable[[int, int], None] = lambda window, page: None
         self._pools = {window: Pool(SCRAP_PAGE + 1, n) for window, n in room.n_pages.items()}
         self._slots = Pool(N_RESERVED_SLOTS, room.n_slots)
         self._held: set[Held] = set()
@@ -159,24 +114,64 @@ class Store:
 
     # -- sequences -----------------------------------------------------------------------------------------------------
 
-    def begin(self, tokens: Sequence[int] = ()) -> Held:
+    def begin(self, tokens: Sequence[int] = (), elsewhere: Elsewhere | None = None) -> Held:
         """A new sequence. It has what is there of the beginning of its tokens; one at least is left to be read. Of a page
-        that it will write to it has a copy, see `grow`."""
+        that it will write to it has a copy, see `grow`.
+
+        elsewhere: what is there too; what the sequence has of it is `awaited`, and `arrived` when it is there.
+        """
         held = Held(pages={window: [] for window in self._pools})
         self._held.add(held)
         found = self._find(tokens)
-        if found.part is not None and not self._has_room(found, found.part.name):
+        if elsewhere is not None:
+            brought = self._find(tokens, elsewhere=elsewhere)
+            if brought.n > found.n and self._has_room(brought):
+                found = brought
+        if found.part is not None and not self._has_room(found):
             found = self._find(tokens, parts=False)
-        for window, pool in self._pools.items():
-            first = self._first_seen(window, found.n)
-            pages = held.pages[window] = [GIVEN_BACK] * first
-            pages += [pool.share(self._page(window, k)) for k in found.keys[first:]]
         held.keys, held.n_past = found.keys, found.n
         held.reads_from = held.n_past
-        if found.part is not None:
-            for window, pages in held.pages.items():
-                pages.append(self._own(held, window, found.part))
+        for window, pool in self._pools.items():
+            first = self._first_seen(window, found.n)
+            there = [self.names.page(window, key) for key in found.keys[first:]]
+            held.pages[window] = [GIVEN_BACK] * first + [GIVEN_BACK if p is None else pool.share(p) for p in there]
+            part = found.part
+            if part is not None and self.names.page(window, part.name) is not None:
+                held.pages[window].append(self._own(held, window, part))
+                part = None
+            raw = as_bytes(tokens[: PAGE * len(found.keys)]) if None in there else b""
+            missing = [(first + i, Content(found.keys[first + i - 1] if first + i else ROOT,
+                                           raw[PAGE_BYTES * (first + i) : PAGE_BYTES * (first + i + 1)]))
+                       for i, p in enumerate(there) if p is None]  # fmt: skip
+            if part is not None:
+                missing.append((len(found.keys), part))
+                held.pages[window].append(GIVEN_BACK)
+            for at, content in missing:
+                page = held.pages[window][at] = self._take(window)
+                held.awaited.append(Awaited(window, at, page, content))
+        held.awaited.sort(key=lambda a: a.at)
+        if held.awaited:
+            held.unsure = held.awaited[0].at
         return held
+
+    def arrived(self, held: Held) -> None:
+        """The first of what a sequence awaits is there; when all is, it can be read on."""
+        a = held.awaited.pop(0)
+        if a.at < len(held.keys):  # one that is not full is written to now
+            self.names.give(a.window, a.page, a.content, held.keys[a.at])
+        held.unsure = held.awaited[0].at if held.awaited else None
+
+    def hold(self, window: int, page: int) -> None:
+        """Nobody else is to write to a page, whoever has it, until it is let `go`."""
+        self._pools[window].pin(page)
+
+    def go(self, window: int, page: int) -> None:
+        self._pools[window].unpin(page)
+        self._pools[window].release(page, self.names.content(window, page) is not None)
+
+    def is_kept(self, window: int, page: int) -> bool:
+        """Whether a page that nobody holds stays for those to come."""
+        return self._pools[window].kept(page)
 
     def n_shared(self, tokens: Sequence[int]) -> int:
         """Tokens of a sequence that would not have to be read."""
@@ -190,8 +185,8 @@ class Store:
         if held.slot != ZERO_SLOT:
             self._slots.share(held.slot)
         self._held.add(twin)
-        if held.copies:
-            self.rewind(twin, PAGE * len(held.keys))
+        if held.copies or held.awaited:
+            self.rewind(twin, PAGE * (held.awaited[0].at if held.awaited else len(held.keys)))
         return twin
 
     def release(self, held: Held) -> None:
@@ -201,13 +196,14 @@ class Store:
         for window, pages in held.pages.items():
             self._give_back(window, pages if window else reversed(pages))  # the end is of no use without the beginning
         self._drop_states(held)
-        held.pages, held.keys, held.n_past = {}, [], 0
+        held.pages, held.keys, held.n_past, held.awaited = {}, [], 0, []
 
     def rewind(self, held: Held, n_tokens: int) -> int:
         """Go back to `n_tokens`, or as far as what is kept allows. Returns: how many tokens are still read."""
         n = min(n_tokens, held.n_past)
         if held.unsure is not None:
             n = min(n, PAGE * held.unsure)
+        held.awaited = []
         if self.room.n_slots and n < held.n_past:
             n = held.snapshot[1] if held.snapshot is not None and held.snapshot[1] <= n else 0
             if n and held.snapshot is not None:
@@ -327,47 +323,59 @@ class Store:
         """The first page of which the token behind `n_past` sees something."""
         return max(0, n_past + 1 - window) // PAGE if window else 0
 
-    def _find(self, tokens: Sequence[int], parts: bool = True) -> Found:
+    def _find(self, tokens: Sequence[int], parts: bool = True, elsewhere: Elsewhere | None = None) -> Found:
         """The longest beginning, with one token left, that is there in every window's layers. parts: of pages too."""
-        if self.room.n_slots or not len(self.names):  # a state is not made of pages
+        if self.room.n_slots or (not len(self.names) and elsewhere is None):  # a state is not made of pages
             return Found([], 0)
         raw = as_bytes(tokens)[: TOKEN_BYTES * (len(tokens) - 1)]
         keys, before = list[bytes](), ROOT
         windows = tuple(self._pools)
+
+        def is_there(window: int, name: bytes) -> bool:
+            return self.names.page(window, name) is not None or (elsewhere is not None and elsewhere.has(window, name))
+
         unbroken = {window: [0] for window in windows}  # pages in a row that are there, up to each
         for at in range(0, len(raw) - PAGE_BYTES + 1, PAGE_BYTES):
             before = name_of(before, raw[at : at + PAGE_BYTES])
-            there = [self.names.page(window, before) is not None for window in windows]
-            if not any(there) or (0 in self._pools and self.names.page(0, before) is None):
+            there = {window: is_there(window, before) for window in windows}
+            if not any(there.values()) or not there.get(0, True):
                 break
             keys.append(before)
-            for window, is_there in zip(windows, there, strict=True):
-                unbroken[window].append(unbroken[window][-1] + 1 if is_there else 0)
+            for window in windows:
+                unbroken[window].append(unbroken[window][-1] + 1 if there[window] else 0)
         for d in range(len(keys), -1, -1):
 
             def is_seen(n: int, d: int = d) -> bool:
                 return all(unbroken[w][d] >= d - self._first_seen(w, n) for w in windows)
 
             rest = raw[PAGE_BYTES * d : PAGE_BYTES * (d + 1)]
-            for content, n in self.names.near(keys[d - 1] if d else ROOT, rest) if parts and rest else ():
+            for content, n in self._near(keys[d - 1] if d else ROOT, rest, elsewhere) if parts and rest else ():
                 name, n_past = content.name, PAGE * d + n
-                if n < PAGE and is_seen(n_past) and all(self.names.page(w, name) is not None for w in windows):
+                if n < PAGE and is_seen(n_past) and all(is_there(w, name) for w in windows):
                     return Found(keys[:d], n_past, content)
             if is_seen(PAGE * d):
                 return Found(keys[:d], PAGE * d)
         return Found([], 0)
+
+    def _near(self, before: bytes, tokens: bytes, elsewhere: Elsewhere | None) -> Iterable[tuple[Content, int]]:
+        """Pages that begin as `tokens`, the most alike first, of several those that are here."""
+        here = self.names.near(before, tokens)
+        return here if elsewhere is None else sorted([*here, *elsewhere.near(before, tokens)], key=lambda near: -near[1])
 
     def _page(self, window: int, name: bytes) -> int:
         page = self.names.page(window, name)
         assert page is not None  # it was found
         return page
 
-    def _has_room(self, found: Found, part: bytes) -> bool:
-        """Whether a sequence can have a page of its own for its part, or the very page."""
+    def _has_room(self, found: Found) -> bool:
+        """Whether a sequence can have pages for what is not here, and one of its own to write to, or the very page."""
         for window, pool in self._pools.items():
-            seen = found.keys[self._first_seen(window, found.n) :]
-            n_free = pool.n_free - sum(pool.kept(self._page(window, key)) for key in seen)
-            if n_free < 1:
+            seen = [self.names.page(window, key) for key in found.keys[self._first_seen(window, found.n) :]]
+            n_free = pool.n_free - sum(page is not None and pool.kept(page) for page in seen)
+            n_missing = seen.count(None)
+            if n_missing and found.part is not None and self.names.page(window, found.part.name) is not None:
+                n_missing += 1  # what is copied is held meanwhile
+            if n_free < 1 + n_missing:
                 return False
         return True
 
@@ -406,8 +414,8 @@ class Store:
         """Name the i-th page of a sequence in each window's layers."""
         name = content.name
         for window, pages in held.pages.items():
-            if pages[i] != GIVEN_BACK:
-                self.names.give(window, pages[i], content, name)
+            if pages[i] != GIVEN_BACK and self.names.give(window, pages[i], content, name) and content.n == PAGE:
+                self.on_worth(window, pages[i])
 
     def _reclaim(self, window: int, wanted: int) -> None:
         """Give back pages that no sequence sees any more, until so many are free."""
@@ -426,7 +434,10 @@ class Store:
     def _give_back(self, window: int, pages: Iterable[int]) -> None:
         for page in pages:
             if page != GIVEN_BACK:
-                self._pools[window].release(page, self.names.content(window, page) is not None)
+                content = self.names.content(window, page)
+                self._pools[window].release(page, content is not None)
+                if self._pools[window].kept(page):
+                    self.on_worth(window, page)
 
     def _let_go(self, slot: int) -> None:
         if slot != ZERO_SLOT:

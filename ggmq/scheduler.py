@@ -14,14 +14,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Tokens
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from msgspec import Struct, field
 
 from ggmq.archs.memory import PAGE
-from ggmq.pages import Held, PageCopy, Store
+from ggmq.pages import Elsewhere, Held, PageCopy, Store
 from ggmq.sampling import Sampler
 from ggmq.speculation import Drafter
 from protocol.errors import FormatError
@@ -131,18 +131,32 @@ class Step(Struct):
         return all(p.n_sure == 1 and p.outputs for p in self.pieces)
 
 
+class Bringer(Elsewhere, Protocol):
+    """Brings pages from elsewhere."""
+
+    def ready(self) -> bool:
+        """Whether it knows by now what there is."""
+        ...
+
+    def bring(self, held: Held) -> bool:
+        """Have brought what a sequence awaits. Returns: whether all that comes is there."""
+        ...
+
+
 class Scheduler:
     """Attributes:
     n_batch: tokens of prompts in a batch, at most.
     n_seq: sequences that run at once, at most.
     n_turn: the same while others wait for the stages, or their tokens would come late.
     draft: guesses what comes next, for each sequence of a decode.
+    bringer: brings what was read of a prompt before; None: nothing is anywhere.
     """
 
     def __init__(self, store: Store, n_ctx: int, n_stages: int, n_batch: int, n_seq: int) -> None:
         self.store, self.n_ctx, self.n_stages, self.n_seq = store, n_ctx, n_stages, n_seq
         self.n_batch = self.n_turn = n_batch
         self.draft: Callable[[list[Sequence]], Tokens[Tokens[int]]] = lambda sequences: [()] * len(sequences)
+        self.bringer: Bringer | None = None
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self._even = store.room.n_slots > 0  # layers with states take as many tokens of each sequence
@@ -235,6 +249,8 @@ class Scheduler:
         while self.waiting and len(self.running) < self.n_seq:
             s = self.waiting[0]
             if s.held is None:
+                if self.bringer is not None and not self.bringer.ready():
+                    return
                 tokens = () if s.is_read_whole else s.tokens  # what is not read again has no logits
                 common = max((n for other in self.running if (n := _in_common(s, other)) > other.n_read), default=0)
                 if tokens and common and common > self.store.n_shared(tokens):
@@ -242,10 +258,15 @@ class Scheduler:
                 short = any(n < 2 for n in self.store.n_free.values()) or (self._even and self.store.n_free_slots < 2)
                 if short and self.running:
                     return
-                s.held = self.store.begin(tokens)
+                s.held = self.store.begin(tokens, self.bringer)
+                s.n_read = 0 if s.held.awaited else s.held.n_past
+            if s.held.awaited:
+                assert self.bringer is not None  # nothing is awaited otherwise
+                if not self.bringer.bring(s.held):
+                    return
                 s.n_read = s.held.n_past
-                if not s.n_made:
-                    s.n_cached = s.n_read
+            if not s.n_made:
+                s.n_cached = s.n_read
             self.running.append(self.waiting.popleft())
 
     def _decode(self, sequences: list[Sequence]) -> Step | None:

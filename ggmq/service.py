@@ -326,6 +326,7 @@ class Service:
                 self._told("bug", error=e)
         self._engine.model.client.on_wait = None
         self._fail(Unavailable(CLOSING))
+        self._engine.close()
 
     def _look(self) -> None:
         """Nothing is waited for when it is closing, whatever a worker does."""
@@ -464,6 +465,7 @@ class Service:
         with contextlib.suppress(GgmqError):
             old.model.client.cancel()
             old.model.client.settle()
+        old.close(0.0)
         for model in (old.model, old.draft):
             with contextlib.suppress(GgmqError):
                 if model is not None:

@@ -102,8 +102,9 @@ _ROWS = (
     ("-lcs --lookup-cache-static -lcd --lookup-cache-dynamic", "one", False,
      "tokens are looked up in the prompt and the text; leave it out", ()),
     ("--spec-default", "none", True, "", ()),
-    ("--prompt-cache --slot-save-path", "one", False, "prompts are read anew in each run; leave it out", ()),
-    ("--prompt-cache-all --prompt-cache-ro", "none", False, "prompts are read anew in each run; leave it out", ()),
+    ("--slot-save-path", "one", False, "--prompt-cache DIR keeps what is read of all texts", ()),
+    ("--prompt-cache-all", "none", True, "answers are kept as prompts are", ()),
+    ("--prompt-cache-ro", "none", False, "what is read is kept; leave it out, or leave --prompt-cache out", ()),
     ("--server-base --host --port", "one", False, "this is no server; `--broker` and `--rpc` name what runs elsewhere", ()),
 )  # fmt: skip
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from config.auth import find_keys
 from config.keys import KeyPair, default_key_file
 from ggmq.hub import BUNDLED, download
+from ggmq.promptcache import DEFAULT_BYTES
 from protocol.errors import ConfigError
 
 
@@ -114,6 +115,15 @@ def add_speculation(p: argparse.ArgumentParser) -> None:
                    "(ngram), by --spec-draft-model (draft), or by whatever is measured to win (default auto)")  # fmt: skip
     p.add_argument("-md", "--model-draft", "--spec-draft-model", dest="spec_draft_model", type=Path, metavar="FILE",
                    help="a small model with the same vocabulary that guesses tokens")  # fmt: skip
+
+
+def add_prompt_cache(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--prompt-cache", type=Path, metavar="DIR",
+                   help="keep what is read of prompts and answers in this folder, so that a text that begins alike goes on "
+                   "from there, after a restart too; who reads it reads the texts (default: in memory)")  # fmt: skip
+    p.add_argument("--prompt-cache-mib", type=whole(1, 1 << 30), default=DEFAULT_BYTES >> 20, metavar="MIB",
+                   help="what the folder may hold; what was of use the longest ago goes first (default "
+                   f"{DEFAULT_BYTES >> 20})")  # fmt: skip
 
 
 def add_security(p: argparse.ArgumentParser) -> None:

@@ -14,6 +14,7 @@ from ggmq.cli.chatting import chat, note_full
 from ggmq.cli.clusterfile import apply_cluster
 from ggmq.cli.options import (
     add_model,
+    add_prompt_cache,
     add_security,
     add_speculation,
     endpoint,
@@ -112,6 +113,7 @@ def add(commands: Any) -> None:
     p.add_argument("--no-display-prompt", action="store_true",
                    help="print only what the model makes; as it is with a chat template")  # fmt: skip
     add_speculation(p)
+    add_prompt_cache(p)
     add_bus(p)
     add_security(p)
     p.set_defaults(run=_run)
@@ -148,6 +150,7 @@ def _run(args: argparse.Namespace) -> int:
         finally:
             if not isinstance(sys.exception(), OSError):  # where text cannot be written, figures are only in the way
                 _print_timings(engine)
+            engine.close()
     return 0
 
 

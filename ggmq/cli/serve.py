@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from config.terminal import print_line
 from ggmq.cli import foreign
 from ggmq.cli.clusterfile import apply_cluster
-from ggmq.cli.options import add_security, add_speculation, real, require_file, text_of, whole
+from ggmq.cli.options import add_prompt_cache, add_security, add_speculation, real, require_file, text_of, whole
 from ggmq.cli.progress import progress_bars
 from ggmq.cli.run import add_bus, add_sampling, sampling_params
 from ggmq.cli.session import engine_of, model_config, note
@@ -56,6 +56,7 @@ def add(commands: Any) -> None:
     p.add_argument("--cluster", type=Path, metavar="FILE", help="use the cluster that `ggmq up FILE` started")
     add_sampling(p)
     add_speculation(p)
+    add_prompt_cache(p)
     add_bus(p)
     add_security(p)
     p.foreign = {name: f for name, f in foreign.SERVE.items() if name not in p._option_string_actions}

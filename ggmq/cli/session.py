@@ -39,7 +39,8 @@ def model_config(args: argparse.Namespace, n_ctx: int = 0, n_seq: int = 1, n_bat
     return ModelConfig(
         path=model_path(args), ctx_size=n_ctx or args.ctx_size, n_seq=n_seq, n_batch=n_batch, tensor_split=args.tensor_split,
         ngl=args.ngl, activations=GGMLType[args.activations.upper()], cache_type_k=GGMLType[args.cache_type_k.upper()],
-        cache_type_v=GGMLType[args.cache_type_v.upper()], bus=bus_config(args),
+        cache_type_v=GGMLType[args.cache_type_v.upper()], prompt_cache=getattr(args, "prompt_cache", None),
+        prompt_cache_bytes=getattr(args, "prompt_cache_mib", 0) * MIB, bus=bus_config(args),
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Iterator
 
 import numpy as np
 from hypothesis import given, settings
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from ggmq.archs.memory import N_RESERVED_SLOTS, PAGE, SCRAP_PAGE, ZERO_SLOT, Cells, LayerMemory, Room, States, room_for
-from ggmq.names import N_NEAR, ROOT, as_bytes, name_of
+from ggmq.names import N_NEAR, ROOT, Content, Names, as_bytes, name_of
 from ggmq.pages import GIVEN_BACK, Held, PageCopy, Store
 
 WINDOW = 100
@@ -19,11 +20,30 @@ BEGINNINGS = [[b] * 400 for b in range(2)]
 """Sequences begin alike, so that they share."""
 
 
+class Saved:
+    """Pages that lie elsewhere (a stand-in: what they hold is known by their names)."""
+
+    def __init__(self) -> None:
+        self._names, self._n = Names(), 0
+
+    def save(self, window: int, content: Content) -> None:
+        self._n += 1
+        self._names.give(window, self._n, content, content.name)
+
+    def has(self, window: int, name: bytes) -> bool:
+        return self._names.page(window, name) is not None
+
+    def near(self, before: bytes, tokens: bytes) -> Iterator[tuple[Content, int]]:
+        return self._names.near(before, tokens)
+
+
 class Ground:
     """A store, and cells that hold all tokens up to their own: what a sequence sees must be its own past."""
 
     def __init__(self) -> None:
-        self.store = Store(Room({0: 24, WINDOW: 14}, 0))
+        self.store, self.saved = Store(Room({0: 24, WINDOW: 14}, 0)), Saved()
+        self.worth = set[tuple[int, int]]()
+        self.store.on_worth = lambda window, page: self.worth.add((window, page))
         self.cells: dict[tuple[int, int], tuple[int, ...]] = {}
         self.tokens: dict[Held, list[int]] = {}
         self.called: dict[bytes, tuple[int, ...]] = {ROOT: ()}
@@ -31,14 +51,37 @@ class Ground:
     def one(self, which: int) -> Held:
         return list(self.tokens)[which % len(self.tokens)]
 
-    def begin(self, which: int, n: int, tail: int) -> None:
+    def begin(self, which: int, n: int, tail: int, elsewhere: bool = False) -> None:
         tokens = [*BEGINNINGS[which % len(BEGINNINGS)][:n], tail]
-        held = self.store.begin(tokens)
-        assert held.n_past < len(tokens)
+        n_here = self.store.n_shared(tokens)
+        held = self.store.begin(tokens, self.saved if elsewhere else None)
+        assert held.n_past < len(tokens) and (held.n_past > n_here if held.awaited else held.n_past <= n_here)
         self.tokens[held] = tokens
         self.check(held)
 
+    def save(self) -> None:
+        """What is worth it is kept elsewhere."""
+        for window, page in self.worth:
+            content = self.store.names.content(window, page)
+            if content is not None and (content.n == PAGE or self.store.is_kept(window, page)):
+                self.saved.save(window, content)
+        self.worth.clear()
+
+    def arrive(self, held: Held, n: int, fails: bool) -> None:
+        """Some of what a sequence awaits comes; the rest perhaps not."""
+        for a in held.awaited[:n]:
+            assert held.pages[a.window][a.at] == a.page
+            before = self.called[a.content.before]
+            tokens = (*before, *np.frombuffer(a.content.tokens, "<i4").tolist())
+            for i in range(a.content.n):
+                self.cells[a.window, PAGE * a.page + i] = tokens[: len(before) + i + 1]
+            self.store.arrived(held)
+        if held.awaited and fails:
+            assert self.store.rewind(held, held.n_past) == held.n_past and not held.awaited
+
     def read(self, held: Held, n: int, part: bool) -> None:
+        if held.awaited:
+            return
         tokens = self.tokens[held]
         last = min(len(tokens), held.n_past + n)
         before = {w: list(pages) for w, pages in held.pages.items()}
@@ -63,7 +106,7 @@ class Ground:
         self.store.note_read(held, tokens, last, part=part)
 
     def rewind(self, held: Held, n: int, more: int, token: int) -> None:
-        n = min(n, held.n_past)
+        n = min(n, held.n_past, PAGE * held.unsure if held.unsure is not None else n)
         kept = self.store.rewind(held, n)
         assert kept in (0, n) and held.n_past == kept
         self.tokens[held] = [*self.tokens[held][:n], *[token] * (more + 1)]
@@ -73,7 +116,7 @@ class Ground:
         self.tokens[twin] = [*self.tokens[held][: twin.n_past], 7]
 
     def leave(self, held: Held) -> None:
-        self.store.note_read(held, self.tokens[held], held.n_past, part=True)
+        self.store.note_read(held, self.tokens[held], 0 if held.awaited else held.n_past, part=True)
         self.store.release(held)
         del self.tokens[held]
 
@@ -83,7 +126,7 @@ class Ground:
         source = {(c.window, c.target): c.source for c in held.copies}
         for window, pages in held.pages.items():
             first = max(0, held.n_past + 1 - window) if window else 0
-            for position in range(first, held.n_past):
+            for position in range(first, held.n_past if held.unsure is None else PAGE * held.unsure):
                 page = pages[position // PAGE]
                 at = PAGE * source.get((window, page), page) + position % PAGE
                 assert self.cells[window, at] == tuple(tokens[: position + 1])
@@ -126,9 +169,22 @@ class Paged(RuleBasedStateMachine):
         super().__init__()
         self.ground = Ground()
 
-    @rule(which=st.integers(0, 1), n=st.integers(1, 399), tail=st.integers(0, 9))
-    def begin(self, which: int, n: int, tail: int) -> None:
-        self.ground.begin(which, n, tail)
+    @rule(which=st.integers(0, 1), n=st.integers(1, 399), tail=st.integers(0, 9), elsewhere=st.booleans())
+    def begin(self, which: int, n: int, tail: int, elsewhere: bool) -> None:
+        self.ground.begin(which, n, tail, elsewhere)
+
+    @rule()
+    def save(self) -> None:
+        self.ground.save()
+
+    @rule()
+    def lose(self) -> None:
+        self.ground.store.drop_kept()
+
+    @precondition(lambda self: self.ground.tokens)
+    @rule(which=st.integers(0, 9), n=st.integers(1, 9), fails=st.booleans())
+    def arrive(self, which: int, n: int, fails: bool) -> None:
+        self.ground.arrive(self.ground.one(which), n, fails)
 
     @precondition(lambda self: self.ground.tokens)
     @rule(which=st.integers(0, 9), n=st.integers(1, 150), part=st.booleans())
@@ -167,11 +223,11 @@ def test_after_a_thousand_joins_and_leaves_every_page_is_free(seed: int) -> None
     ground, rng, n_joins, n_leaves = Ground(), random.Random(seed), 0, 0
     while n_joins < 1000 or n_leaves < 1000:
         if len(ground.tokens) < 2 or (rng.random() < 0.25 and len(ground.tokens) < 9):
-            ground.begin(rng.randrange(2), rng.randrange(1, 400), rng.randrange(3))
+            ground.begin(rng.randrange(2), rng.randrange(1, 400), rng.randrange(3), rng.random() < 0.5)
             n_joins += 1
             continue
         held = ground.one(rng.randrange(9))
-        match rng.randrange(9):
+        match rng.randrange(11):
             case 0 | 1 | 2 | 3 | 4:
                 ground.read(held, rng.randrange(1, 200), rng.random() < 0.3)
             case 5:
@@ -179,6 +235,10 @@ def test_after_a_thousand_joins_and_leaves_every_page_is_free(seed: int) -> None
             case 6:
                 ground.fork(held)
                 n_joins += 1
+            case 7:
+                ground.save()
+            case 8:
+                ground.arrive(held, rng.randrange(1, 9), rng.random() < 0.2)
             case _:
                 ground.leave(held)
                 n_leaves += 1

@@ -1,0 +1,291 @@
+"""What a model has read, kept in files: pages go from the devices to the disk and come back, beside what is computed.
+
+Pages are read from the devices when they are full, or when their sequence has ended; a few are on their way at once, and
+computing goes on meanwhile. A sequence whose beginning is in files has pages for it at once, and runs when they are filled.
+
+Threads: use from the engine's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from msgspec import Struct, field
+
+from ggmq import __version__
+from ggmq.archs.memory import PAGE
+from ggmq.names import Content
+from ggmq.pagefiles import HASH_BYTES, PageFiles
+from ggmq.pages import Awaited, Held
+from protocol import limits
+from protocol import messages as m
+from protocol.dtypes import GGMLType
+from protocol.errors import GgmqError, HandleError, Unavailable
+from protocol.frames import Frame
+
+if TYPE_CHECKING:
+    from ggmq.model import Model
+
+DEFAULT_BYTES = 8 << 30
+N_AHEAD = 4
+"""Pages of a prompt that are read from files at once."""
+N_SAVING = 2
+"""Pages that are read from the devices at once."""
+WAIT_S = 0.02
+CLOSE_S = 5.0
+
+
+class Place(NamedTuple):
+    """Bytes of a page in a layer's memory."""
+
+    device: int
+    buffer: int
+    offset: int
+    n_bytes: int
+
+
+class Saving(NamedTuple):
+    """A page on its way to a file."""
+
+    window: int
+    page: int
+    content: Content
+    asked: list[int]
+
+
+class Filling(NamedTuple):
+    """A page on its way from a file to the devices."""
+
+    awaited: Awaited
+    asked: list[int]
+
+
+class Bringing(Struct):
+    """What one sequence awaits.
+
+    Attributes:
+        to_read, reading, filling: its pages in order, by how far they are.
+        failed: one of them does not come, and so none behind it.
+    """
+
+    held: Held
+    to_read: deque[Awaited]
+    reading: deque[tuple[Awaited, Future[bytes | None]]] = field(default_factory=deque)
+    filling: deque[Filling] = field(default_factory=deque)
+    failed: bool = False
+
+
+class PromptCache:
+    """The pages of a loaded model in a folder, `n_bytes` at most.
+
+    Errors: ConfigError for a folder that cannot be one.
+    """
+
+    def __init__(self, model: Model, folder: Path, n_bytes: int = DEFAULT_BYTES) -> None:
+        self.model = model
+        self.files = PageFiles(folder, identity(model), n_bytes, lambda text: model.note(text))
+        self._worth: dict[tuple[int, int], None] = {}
+        self._saving: deque[Saving] = deque()
+        self._bringing: list[Bringing] = []
+        self._off = False
+        model.store.on_worth = self._is_worth
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is on its way, or would be."""
+        return bool(self._saving or self._bringing or self._worth or not self.ready())
+
+    # -- for the scheduler ---------------------------------------------------------------------------------------------
+
+    def ready(self) -> bool:
+        return self._off or self.files.ready()
+
+    def has(self, window: int, name: bytes) -> bool:
+        return not self._off and not self.files.stalled and self.files.has(window, name)
+
+    def near(self, before: bytes, tokens: bytes) -> Iterator[tuple[Content, int]]:
+        return iter(()) if self._off or self.files.stalled else self.files.near(before, tokens)
+
+    def bring(self, held: Held) -> bool:
+        """Have brought what a sequence awaits. Returns: whether all that comes is there. Errors: as `advance`'s."""
+        if not any(b.held is held for b in self._bringing):
+            self._bringing.append(Bringing(held, deque(held.awaited)))
+            self.files.use([(a.window, a.content) for a in reversed(held.awaited)])
+        self.advance()
+        return not held.awaited
+
+    # -- for the engine ------------------------------------------------------------------------------------------------
+
+    def advance(self) -> None:
+        """Go on with what can be done without waiting. Errors: Unavailable, HandleError."""
+        if not self.busy:
+            return
+        try:
+            for b in self._bringing:
+                self._advance(b)
+            self._bringing = [b for b in self._bringing if b.held.awaited or b.filling]
+            while self._saving and all(map(self.model.client.answered, self._saving[0].asked)):
+                self._save(self._saving.popleft())
+            while self._worth and len(self._saving) < N_SAVING:
+                self._begin_saving(*next(iter(self._worth)))
+        except (Unavailable, HandleError):
+            raise
+        except GgmqError as e:  # the text goes on without
+            self._give_up(e)
+
+    def wait(self) -> None:
+        """Nothing else is to be done: until something of it has come, but not for long. Errors: Unavailable, HandleError."""
+        client = self.model.client
+        fillings = [f for b in self._bringing for f in b.filling]
+        reads = [job for b in self._bringing for _, job in b.reading]
+        if fillings or self._saving:
+            client.await_reply((fillings or self._saving)[0].asked[-1])
+        elif reads:
+            with contextlib.suppress(TimeoutError):
+                reads[0].result(WAIT_S)
+        elif not self.ready():
+            time.sleep(WAIT_S / 10)
+        self.advance()
+
+    def reset(self) -> None:
+        """What was on its way is not any more: the devices have been told to forget it."""
+        store = self.model.store
+        for s in self._saving:
+            store.go(s.window, s.page)
+        for b in self._bringing:
+            for f in b.filling:
+                store.go(f.awaited.window, f.awaited.page)
+            store.rewind(b.held, b.held.n_past)
+        self._saving.clear()
+        self._bringing.clear()
+
+    def _give_up(self, error: GgmqError) -> None:
+        """The devices cannot give pages, or take them: prompts are read as without."""
+        self._off = True
+        self._worth.clear()
+        self.model.note(f"prompt cache: {error}; prompts are read anew from here on")
+        client = self.model.client
+        asked = [s.asked for s in self._saving] + [f.asked for b in self._bringing for f in b.filling]
+        for seq in [seq for each in asked for seq in each]:
+            with contextlib.suppress(GgmqError):
+                client.await_reply(seq)
+                client.wait(seq)
+        self.reset()
+
+    def close(self, within_s: float = CLOSE_S) -> None:
+        """Wait so long for what is still to be kept. Idempotent."""
+        due = time.monotonic() + within_s
+        with contextlib.suppress(GgmqError):
+            while (self._saving or self._worth) and not self.files.stalled and time.monotonic() < due:
+                self.advance()
+                if self._saving:
+                    self.wait()
+                elif self._worth:  # the disk has enough to write
+                    time.sleep(WAIT_S / 10)
+        self._off = True
+        self.files.close(max(0.0, due - time.monotonic()))
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _is_worth(self, window: int, page: int) -> None:
+        if not self._off and not self.files.stalled:
+            self._worth[window, page] = None
+
+    def _begin_saving(self, window: int, page: int) -> None:
+        """Ask the devices for a page, if it still holds something that is in no file."""
+        del self._worth[window, page]
+        store = self.model.store
+        content = store.names.content(window, page)
+        if content is None or (content.n < PAGE and not store.is_kept(window, page)):
+            return
+        if self.files.holds(window, content):
+            self.files.use([(window, content)])
+            return
+        session, client = self.model.client.session, self.model.client
+        asked = [client.submit(m.GetTensor(session, p.buffer, p.offset, p.n_bytes), device=p.device)
+                 for p in self._places(window, page)]  # fmt: skip
+        store.hold(window, page)
+        self._saving.append(Saving(window, page, content, asked))
+
+    def _save(self, s: Saving) -> None:
+        self.model.store.go(s.window, s.page)
+        cells: list[Frame] = [self.model.client.wait(seq).payload[0] for seq in s.asked]
+        self.files.write(s.window, s.content, cells)
+
+    def _advance(self, b: Bringing) -> None:
+        """Read ahead, send what was read, and tell the store what has arrived."""
+        store, client = self.model.store, self.model.client
+        while b.filling and all(map(client.answered, b.filling[0].asked)):
+            f = b.filling.popleft()
+            store.go(f.awaited.window, f.awaited.page)
+            for seq in f.asked:
+                client.wait(seq)
+            if b.held.awaited:
+                store.arrived(b.held)
+        if not b.held.awaited or b.failed:
+            self._end(b)
+            return
+        while b.to_read and len(b.reading) < N_AHEAD:
+            a = b.to_read.popleft()
+            b.reading.append((a, self.files.read(a.window, a.content)))
+        while b.reading and b.reading[0][1].done() and len(b.filling) < N_AHEAD:
+            a, job = b.reading.popleft()
+            cells, places = job.result(), self._places(a.window, a.page)
+            if cells is None or len(cells) != sum(p.n_bytes for p in places):
+                b.failed = True
+                break
+            store.hold(a.window, a.page)
+            b.filling.append(Filling(a, self._fill(places, cells)))
+        b.failed = b.failed or self.files.stalled
+        self._end(b)
+
+    def _end(self, b: Bringing) -> None:
+        """If nothing more comes, a sequence has what has come until now."""
+        if b.failed and not b.filling and b.held.awaited:
+            self.model.store.rewind(b.held, b.held.n_past)
+        if not b.held.awaited:
+            b.to_read.clear()
+            b.reading.clear()
+
+    def _fill(self, places: Sequence[Place], cells: bytes) -> list[int]:
+        session, asked, at = self.model.client.session, list[int](), 0
+        view = memoryview(cells)
+        for p in places:
+            for first in range(0, p.n_bytes, limits.MAX_CHUNK_BYTES):
+                chunk = view[at + first : at + min(p.n_bytes, first + limits.MAX_CHUNK_BYTES)]
+                part = m.SetTensor(session, p.buffer, p.offset, p.n_bytes, first)
+                asked.append(self.model.client.submit(part, [chunk], device=p.device))
+            at += p.n_bytes
+        return asked
+
+    def _places(self, window: int, page: int) -> list[Place]:
+        """Where a page's bytes are, in the order of the layers."""
+        layers = {il: (stage.assignment.device, memory) for stage in self.model.stages
+                  for il, memory in stage.memory.items() if memory.has_window(window)}  # fmt: skip
+        return [Place(device, memory.buffer, offset, n)
+                for _, (device, memory) in sorted(layers.items()) for offset, n in memory.page_bytes(page)]  # fmt: skip
+
+
+def identity(model: Model) -> bytes:
+    """What the bytes of a page depend on besides the tokens: the model, the types, and what computes.
+
+    Activations in F32 pass from stage to stage as they are, so where stages begin does not matter; in F16 it does.
+    """
+    arch, room = model.arch, model.store.room
+    kinds = [(model.infos[s.assignment.device].kind, model.infos[s.assignment.device].description) for s in model.stages]
+    layers = [(s.assignment.layers.start, s.assignment.layers.stop) for s in model.stages]
+    one = len(set(kinds)) == 1 and model.runner.activations == GGMLType.F32
+    by_length = any("rope_factors" in name or "rope_long" in name for name in arch.gguf.tensors)
+    metadata = {k: [v.type, v.value] for k, v in arch.gguf.metadata.items() if not k.startswith(("tokenizer.", "general."))}
+    said = [__version__, PAGE, metadata, sorted((n, h.hex()) for n, h in model.hashes.items()), room.k_type.name,
+            room.v_type.name, model.runner.activations.name, kinds[:1] if one else [kinds, layers],
+            model.n_ctx if by_length else 0, type(arch).__name__]  # fmt: skip
+    return hashlib.blake2b(json.dumps(said, sort_keys=True, default=str).encode(), digest_size=HASH_BYTES).digest()
