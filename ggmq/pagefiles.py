@@ -90,8 +90,9 @@ class PageFiles:
 
     def ready(self) -> bool:
         """Whether it is known what there is, or will not be for a long time."""
+        is_known = self._scanned.done() or self.stalled  # first: what it found has been told by then
         self._learn()
-        return self._scanned.done() or self.stalled
+        return is_known
 
     def has(self, window: int, name: bytes) -> bool:
         return self._names.page(window, name) is not None

@@ -147,7 +147,8 @@ class PromptCache:
         fillings = [f for b in self._bringing for f in b.filling]
         reads = [job for b in self._bringing for _, job in b.reading]
         if fillings or self._saving:
-            client.await_reply((fillings or self._saving)[0].asked[-1])
+            for seq in (fillings or self._saving)[0].asked:
+                client.await_reply(seq)
         elif reads:
             with contextlib.suppress(TimeoutError):
                 reads[0].result(WAIT_S)

@@ -259,12 +259,9 @@ class Scheduler:
                 if short and self.running:
                     return
                 s.held = self.store.begin(tokens, self.bringer)
-                s.n_read = 0 if s.held.awaited else s.held.n_past
-            if s.held.awaited:
-                assert self.bringer is not None  # nothing is awaited otherwise
-                if not self.bringer.bring(s.held):
-                    return
-                s.n_read = s.held.n_past
+            if s.held.awaited and self.bringer is not None and not self.bringer.bring(s.held):
+                return
+            s.n_read = s.held.n_past
             if not s.n_made:
                 s.n_cached = s.n_read
             self.running.append(self.waiting.popleft())
