@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from bench import serve
+from bench import serve, speculation
 from bench.models import EXPERTS, LARGE, Q4_K_M, Shape, write_model
 
 MIB = 1 << 20
@@ -230,7 +230,8 @@ def beside_a_prompt(args: argparse.Namespace) -> list[Row]:
 def main() -> None:
     p = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     names = ", ".join(s.name for s in SCENARIOS)
-    p.add_argument("scenarios", nargs="*", metavar="SCENARIO", help=f"of {names}, stages, beside (default), serve")
+    p.add_argument("scenarios", nargs="*", metavar="SCENARIO", help=f"of {names}, stages, beside (default), serve, "
+                   "beginnings, speculation")  # fmt: skip
     p.add_argument("-t", "--threads", type=int, default=2)
     p.add_argument("-r", "--rounds", type=int, default=3)
     p.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "ggmq-bench", help="where the models lie")
@@ -244,19 +245,23 @@ def main() -> None:
     known: dict[str, Callable[[], list[Row]]] = {s.name: lambda s=s: measure(s, args) for s in SCENARIOS}  # type: ignore[misc]
     known["stages"] = lambda: stages_against_one(args)
     known["beside"] = lambda: beside_a_prompt(args)
-    serving = "serve" in args.scenarios
-    if serving:
-        args.scenarios.remove("serve")
+    told: dict[str, Callable[[], None]] = {
+        "serve": lambda: serve.serve(args.folder, args.llama_bin, args.rounds, args.seconds),
+        "beginnings": lambda: serve.beginnings(args.folder, args.rounds),
+        "speculation": lambda: speculation.measure(args.folder, args.rounds),
+    }
+    telling = [name for name in args.scenarios if name in told]
+    args.scenarios = [name for name in args.scenarios if name not in told]
     unknown = [name for name in args.scenarios if name not in known]
     if unknown:
         p.error(f"no such scenario: {', '.join(unknown)}")
     cpu = next((line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
                 if line.startswith("model name")), platform.processor())  # fmt: skip
     print(f"{cpu}, {os.cpu_count()} cores, Python {platform.python_version()}, median of {args.rounds}\n")
-    if serving:
-        serve.serve(args.folder, args.llama_bin, args.rounds, args.seconds)
-        if not args.scenarios:
-            return
+    for name in telling:
+        told[name]()
+    if telling and not args.scenarios:
+        return
     print("| scenario | | ggmq | llama.cpp | ratio | aim | reached |\n|---|---|---|---|---|---|---|")
     rows = []
     for name in args.scenarios or known:

@@ -18,13 +18,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from bench.clients import Found, Load
+from bench.clients import FIRST_ID, Found, Load
 from bench.models import LARGE, write_model
 
 N_CTX = 512
 START_S = 120.0
 GOALS = {"rpc": 3.0, "here": 1.5}
 """What is aimed at for 8 streams: ours by theirs, over two workers of one thread, and on two threads of one."""
+WHERE = {"rpc": "2 workers x 1 thread", "here": "1 x 2 threads"}
 STORIES = ("Once upon a time", "Tom and Lily", "One day a dog", "The sun was", "There was a girl", "A cat saw", "Mom said",
            "In the park")  # fmt: skip
 
@@ -61,12 +62,12 @@ def running(command: Sequence[str], env: dict[str, str] | None = None) -> Iterat
 
 
 @contextlib.contextmanager
-def ours(model: Path | None, where: str, n_slots: int) -> Iterator[int]:
+def ours(model: Path | None, where: str, n_slots: int, n_ctx: int = N_CTX, more: Sequence[str] = ()) -> Iterator[int]:
     """`ggmq serve` with two workers of a thread each, or one of two. Yields: its port."""
     bus = ["--workers", "2" if where == "rpc" else "1", "-t", "2"]
     files = ["-m", str(model)] if model is not None else []
-    command = [sys.executable, "-m", "ggmq", "serve", *files, "--port", "0", "-np", str(n_slots), "-c", str(N_CTX),
-               "--log-level", "off", "--insecure", *bus]  # fmt: skip
+    command = [sys.executable, "-m", "ggmq", "serve", *files, "--port", "0", "-np", str(n_slots), "-c", str(n_ctx),
+               "--log-level", "off", "--insecure", *bus, *more]  # fmt: skip
     with running(command) as p:
         assert p.stdout is not None
         line = p.stdout.readline()
@@ -130,8 +131,7 @@ def row(side: Side, n: int) -> str:
     rate = statistics.median(f.tokens_per_s for f in found)
     figures = [f"{1e3 * statistics.median(percentile(v, p) for v in values):.1f}"
                for values in ([f.first_s for f in found], [f.gaps_s for f in found]) for p in (50, 99)]  # fmt: skip
-    where = {"rpc": "2 workers x 1 thread", "here": "1 x 2 threads"}[side.where]
-    return f"| {n} | {where} | {side.name} | {rate:.1f} | {' | '.join(figures)} |"
+    return f"| {n} | {WHERE[side.where]} | {side.name} | {rate:.1f} | {' | '.join(figures)} |"
 
 
 def binaries_of(folder: Path | None) -> tuple[Path | None, str]:
@@ -168,17 +168,59 @@ def serve(folder: Path, llama_bin: Path | None, rounds: int, seconds: float, str
         for n, mine, peer in zip(streams, a, b, strict=True):
             goal = f", aim {GOALS[where]}, {'reached' if mine >= GOALS[where] * peer else 'not reached'}" if n == 8 else ""
             print(f"{n} streams, {where}: {mine / max(peer, 1e-3):.2f} times llama-server{goal}")
-    equal_texts()
+    equal_texts(None, "here", 64)
+    equal_texts(model, "rpc", 8, 24)
 
 
-def equal_texts(n: int = 64) -> None:
-    """Many clients at once on the bundled model: each has the text that it has alone."""
+def equal_texts(model: Path | None, where: str, n: int, n_texts: int = 64) -> None:
+    """Many clients at once: each has the text that it has alone. model: None: the bundled one."""
     rng = random.Random(7)
-    texts = [f"{rng.choice(STORIES)} {rng.choice(STORIES).lower()}"[: rng.randrange(6, 40)] for _ in range(n)]
-    with ours(None, "here", n) as port:
+    texts = [f"{rng.choice(STORIES)} {rng.choice(STORIES).lower()}"[: rng.randrange(6, 40)] for _ in range(n_texts)]
+    with ours(model, where, n) as port:
         alone = clients(Load(port, 1, n_made=48, texts=texts))
         start = time.perf_counter()
         together = clients(Load(port, n, n_made=48, texts=texts))
         took = time.perf_counter() - start
     same = sum(a == b for a, b in zip(alone.texts, together.texts, strict=True))
-    print(f"{n} clients at once on the bundled model: {same} of {n} texts are those that they have alone ({took:.1f} s)")
+    name = model.name if model is not None else "the bundled model"
+    print(f"{n} clients at once on {name}, {WHERE[where]}: {same} of {n_texts} texts are those that they have alone "
+          f"({took:.1f} s)")  # fmt: skip
+
+
+def beginnings(folder: Path, rounds: int, n_common: int = 500, n_own: int = 10) -> None:
+    """How much sooner a first token comes when the beginning of a prompt was read before: in memory, and after a restart."""
+    model, kept = folder / "llama-0.85b-q4_0.gguf", folder / "prompts"
+    write_model(model)
+    rng = random.Random(3)
+    times: dict[str, list[float]] = {"anew": [], "in memory": [], "after a restart": []}
+    for _ in range(rounds):
+        shutil.rmtree(kept, ignore_errors=True)
+
+        def prompt(begin: Sequence[int] = ()) -> list[int]:
+            n = n_common + n_own - len(begin)
+            return [*begin, *(rng.randrange(FIRST_ID, LARGE.n_vocab) for _ in range(n))]
+
+        common = prompt()[:n_common]
+        for names in (("anew", "in memory"), ("after a restart",)):
+            with ours(model, "here", 1, 1024, ["--prompt-cache", str(kept)]) as port:
+                first_token_s(port, prompt())  # graphs are made once
+                for name in names:
+                    times[name].append(first_token_s(port, prompt(common)))
+    print(f"first token of a prompt of {n_common + n_own} tokens, the first {n_common} of which were read before, median of "
+          f"{rounds}")  # fmt: skip
+    medians = {name: statistics.median(found) for name, found in times.items()}
+    for name, median in medians.items():
+        goal = f", {medians['anew'] / median:.1f} times sooner, aim 5" if name != "anew" else ""
+        print(f"{name}: {1e3 * median:.0f} ms{goal}", flush=True)
+
+
+def first_token_s(port: int, prompt: Sequence[int]) -> float:
+    body = {"prompt": list(prompt), "max_tokens": 4, "temperature": 0, "ignore_eos": True, "stream": True}
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(),
+                                     {"Content-Type": "application/json"})  # fmt: skip
+    start = time.perf_counter()
+    with urllib.request.urlopen(request, timeout=START_S) as answer:
+        next(line for line in answer if line.startswith(b"data: {"))
+        took = time.perf_counter() - start
+        answer.read()
+    return took
