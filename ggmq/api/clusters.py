@@ -40,6 +40,7 @@ PathLike = str | os.PathLike[str]
 PARALLEL = 4
 MIB = 1 << 20
 _NUMBERS = itertools.count()
+_TYPES = ("activations", "cache_type_k", "cache_type_v")
 _BUS = ("workers", "device", "worker_mem", "threads", "pin", "cache")
 
 
@@ -349,10 +350,14 @@ def _model_config(arch: Arch, said: Mapping[str, Any], bus: BusConfig) -> ModelC
     split = said.get("tensor_split")
     if split is not None and not sum(split) > 0:
         raise wrong("tensor_split", "expected shares that are not all 0")
-    types = {name: GGMLType[said[name].upper()] for name in ("activations", "cache_type_k", "cache_type_v") if name in said}
+    more: dict[str, Any] = {name: GGMLType[said[name].upper()] for name in _TYPES if name in said}
+    if "prompt_cache" in said:
+        more["prompt_cache"] = Path(said["prompt_cache"]).expanduser()
+    if "prompt_cache_mib" in said:
+        more["prompt_cache_bytes"] = said["prompt_cache_mib"] * MIB
     return ModelConfig(
         arch.gguf.path, ctx_size=said.get("ctx_size", 0), n_seq=said.get("parallel", PARALLEL),
-        n_batch=said.get("batch_size", 512), tensor_split=split, ngl=said.get("ngl"), bus=bus, **types,
+        n_batch=said.get("batch_size", 512), tensor_split=split, ngl=said.get("ngl"), bus=bus, **more,
     )  # fmt: skip
 
 

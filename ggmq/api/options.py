@@ -114,6 +114,7 @@ class ModelOptions(TypedDict, total=False):
         ngl: layers on the lent devices, the first others stay on this host; all.
         activations: what crosses between devices, "f32" or "f16".
         cache_type_k, cache_type_v: of the KV cache, "f16" or "q8_0".
+        prompt_cache: a folder in which what is read of texts stays over a restart; prompt_cache_mib: what it may hold.
         spec: how tokens are guessed, "auto", "ngram", "draft" or "off"; spec_draft_model: a file that guesses.
         progress: bars on a terminal while it is loaded; False.
     """
@@ -126,6 +127,8 @@ class ModelOptions(TypedDict, total=False):
     activations: Literal["f32", "f16"] | None
     cache_type_k: Literal["f16", "q8_0"] | None
     cache_type_v: Literal["f16", "q8_0"] | None
+    prompt_cache: str | None
+    prompt_cache_mib: Annotated[int, Meta(ge=1, le=1 << 30)] | None
     spec: Literal["auto", "ngram", "draft", "off"] | None
     spec_draft_model: str | None
     progress: bool | None

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from ggmq.archs.memory import PAGE
-from ggmq.cli.options import BUNDLED
 from ggmq.cluster import Client, LocalBus
 from ggmq.engine import Engine
 from ggmq.gguf import GGUF
+from ggmq.hub import BUNDLED
 from ggmq.runner import ARGMAX
 from ggmq.sampling import SamplingParams
 from ggmq.scheduler import Sequence

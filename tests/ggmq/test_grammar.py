@@ -14,10 +14,10 @@ import jsonschema
 import numpy as np
 import pytest
 
-from ggmq.cli.options import BUNDLED
 from ggmq.engine import Engine
 from ggmq.gguf import GGUF
 from ggmq.grammar import Constraint, Grammar, Grammars
+from ggmq.hub import BUNDLED
 from ggmq.model import Model
 from ggmq.sampling import SamplingParams
 from ggmq.tokenizer import Vocabulary

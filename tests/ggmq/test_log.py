@@ -11,7 +11,7 @@ import threading
 from datetime import datetime
 
 from ggmq.bus import BusConfig
-from ggmq.cli.options import BUNDLED
+from ggmq.hub import BUNDLED
 from ggmq.log import LEVELS, MAX_WAITING, Log
 from ggmq.model import ModelConfig
 from ggmq.sampling import SamplingParams

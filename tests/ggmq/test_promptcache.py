@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import pytest
 
 from ggmq.archs.memory import PAGE
-from ggmq.cli.options import BUNDLED
 from ggmq.cluster import Client
 from ggmq.engine import Engine
+from ggmq.hub import BUNDLED
 from ggmq.names import ROOT, Content, as_bytes
 from ggmq.pagefiles import ENTRY, PageFiles
 from ggmq.sampling import SamplingParams

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from ggmq.bus import BusConfig
-from ggmq.cli.options import BUNDLED
+from ggmq.hub import BUNDLED
 from ggmq.model import ModelConfig
 from ggmq.sampling import SamplingParams
 from ggmq.service import Delta, Done, Event, Failed, Job, Request, Service

@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ggmq import engine as engine_module
-from ggmq.cli.options import BUNDLED
 from ggmq.cluster import Client
 from ggmq.draftmodel import DraftModel, check_same
 from ggmq.engine import Engine
 from ggmq.gguf import GGUF
 from ggmq.grammar import Grammars
+from ggmq.hub import BUNDLED
 from ggmq.model import Model
 from ggmq.sampling import SamplingParams
 from ggmq.speculation import SIZES, Ask, Drafter, Mode, NGram, Odds, Speculation

@@ -11,7 +11,7 @@ import pytest
 
 from broker.tracing import Traces as BrokerTraces
 from ggmq.cli import main
-from ggmq.cli.options import BUNDLED
+from ggmq.hub import BUNDLED
 from protocol import limits
 from protocol import messages as m
 from protocol.errors import HandleError, Overloaded, ProtocolError
