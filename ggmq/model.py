@@ -27,9 +27,10 @@ from ggmq.cluster import Client
 from ggmq.gguf import GGUF
 from ggmq.loader import Loader, LoadReport, PlacedStage, Progress
 from ggmq.manifest import tensor_hashes
+from ggmq.pagefiles import PageFiles
 from ggmq.pages import Held, Store
 from ggmq.placement import Assignment, default_n_ctx, plan
-from ggmq.promptcache import DEFAULT_BYTES, PromptCache
+from ggmq.promptcache import DEFAULT_BYTES, PromptCache, identity
 from ggmq.runner import ALL, ARGMAX, Rows, Runner
 from protocol import limits
 from protocol import messages as m
@@ -200,7 +201,7 @@ class Model:
                 self._await(e)
                 self.free()
         if self.keep_prompts is not None and self.prompts is None:
-            self.prompts = PromptCache(self, *self.keep_prompts)
+            self.prompts = self._prompt_cache(*self.keep_prompts)
         self.load_s = time.perf_counter() - start
         return self.report
 
@@ -221,6 +222,16 @@ class Model:
         link = self._ask_links()
         self._loader.load([part for stage in self.stages for part in stage.parts.values()], hashes, progress)
         self._learn_links(link)
+
+    def _prompt_cache(self, folder: Path, n_bytes: int) -> PromptCache:
+        """Errors: ConfigError for a folder that cannot be one."""
+        room, activations = self.store.room, self.runner.activations
+        name = identity(self.arch, self.hashes, room, activations, self.n_ctx, self.stages, self.infos)
+
+        def note(text: str) -> None:
+            self.note(text)
+
+        return PromptCache(self.client, self.store, self.stages, PageFiles(folder, name, n_bytes, note), note)
 
     def free(self) -> None:
         """Give its memory back. Errors: Unavailable when a worker cannot be told."""

@@ -13,26 +13,25 @@ import hashlib
 import json
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from msgspec import Struct, field
 
-from ggmq import __version__
-from ggmq.archs.memory import PAGE
+from ggmq.archs.base import Arch
+from ggmq.archs.memory import PAGE, Room
+from ggmq.cluster import Client
+from ggmq.loader import PlacedStage
 from ggmq.names import Content
 from ggmq.pagefiles import HASH_BYTES, PageFiles
-from ggmq.pages import Awaited, Held
+from ggmq.pages import Awaited, Held, Store
+from ggmq.version import __version__
 from protocol import limits
 from protocol import messages as m
 from protocol.dtypes import GGMLType
 from protocol.errors import GgmqError, HandleError, Unavailable
 from protocol.frames import Frame
-
-if TYPE_CHECKING:
-    from ggmq.model import Model
 
 DEFAULT_BYTES = 8 << 30
 N_AHEAD = 4
@@ -84,19 +83,21 @@ class Bringing(Struct):
 
 
 class PromptCache:
-    """The pages of a loaded model in a folder, `n_bytes` at most.
+    """The pages of a loaded model, and its files.
 
-    Errors: ConfigError for a folder that cannot be one.
+    stages: where its layers lie. note: told what a user should know.
     """
 
-    def __init__(self, model: Model, folder: Path, n_bytes: int = DEFAULT_BYTES) -> None:
-        self.model = model
-        self.files = PageFiles(folder, identity(model), n_bytes, lambda text: model.note(text))
+    def __init__(
+        self, client: Client, store: Store, stages: Sequence[PlacedStage], files: PageFiles, note: Callable[[str], None]
+    ) -> None:  # fmt: skip
+        self.files = files
+        self._client, self._store, self._stages, self._note = client, store, stages, note
         self._worth: dict[tuple[int, int], None] = {}
         self._saving: deque[Saving] = deque()
         self._bringing: list[Bringing] = []
         self._off = False
-        model.store.on_worth = self._is_worth
+        store.on_worth = self._is_worth
 
     @property
     def busy(self) -> bool:
@@ -132,7 +133,7 @@ class PromptCache:
             for b in self._bringing:
                 self._advance(b)
             self._bringing = [b for b in self._bringing if b.held.awaited or b.filling]
-            while self._saving and all(map(self.model.client.answered, self._saving[0].asked)):
+            while self._saving and all(map(self._client.answered, self._saving[0].asked)):
                 self._save(self._saving.popleft())
             while self._worth and len(self._saving) < N_SAVING:
                 self._begin_saving(*next(iter(self._worth)))
@@ -143,7 +144,7 @@ class PromptCache:
 
     def wait(self) -> None:
         """Nothing else is to be done: until something of it has come, but not for long. Errors: Unavailable, HandleError."""
-        client = self.model.client
+        client = self._client
         fillings = [f for b in self._bringing for f in b.filling]
         reads = [job for b in self._bringing for _, job in b.reading]
         if fillings or self._saving:
@@ -158,7 +159,7 @@ class PromptCache:
 
     def reset(self) -> None:
         """What was on its way is not any more: the devices have been told to forget it."""
-        store = self.model.store
+        store = self._store
         for s in self._saving:
             store.go(s.window, s.page)
         for b in self._bringing:
@@ -172,8 +173,8 @@ class PromptCache:
         """The devices cannot give pages, or take them: prompts are read as without."""
         self._off = True
         self._worth.clear()
-        self.model.note(f"prompt cache: {error}; prompts are read anew from here on")
-        client = self.model.client
+        self._note(f"prompt cache: {error}; prompts are read anew from here on")
+        client = self._client
         asked = [s.asked for s in self._saving] + [f.asked for b in self._bringing for f in b.filling]
         for seq in [seq for each in asked for seq in each]:
             with contextlib.suppress(GgmqError):
@@ -203,27 +204,27 @@ class PromptCache:
     def _begin_saving(self, window: int, page: int) -> None:
         """Ask the devices for a page, if it still holds something that is in no file."""
         del self._worth[window, page]
-        store = self.model.store
+        store = self._store
         content = store.names.content(window, page)
         if content is None or (content.n < PAGE and not store.is_kept(window, page)):
             return
         if self.files.holds(window, content):
             self.files.use([(window, content)])
             return
-        session, client = self.model.client.session, self.model.client
+        session, client = self._client.session, self._client
         asked = [client.submit(m.GetTensor(session, p.buffer, p.offset, p.n_bytes), device=p.device)
                  for p in self._places(window, page)]  # fmt: skip
         store.hold(window, page)
         self._saving.append(Saving(window, page, content, asked))
 
     def _save(self, s: Saving) -> None:
-        self.model.store.go(s.window, s.page)
-        cells: list[Frame] = [self.model.client.wait(seq).payload[0] for seq in s.asked]
+        self._store.go(s.window, s.page)
+        cells: list[Frame] = [self._client.wait(seq).payload[0] for seq in s.asked]
         self.files.write(s.window, s.content, cells)
 
     def _advance(self, b: Bringing) -> None:
         """Read ahead, send what was read, and tell the store what has arrived."""
-        store, client = self.model.store, self.model.client
+        store, client = self._store, self._client
         while b.filling and all(map(client.answered, b.filling[0].asked)):
             f = b.filling.popleft()
             store.go(f.awaited.window, f.awaited.page)
@@ -251,42 +252,45 @@ class PromptCache:
     def _end(self, b: Bringing) -> None:
         """If nothing more comes, a sequence has what has come until now."""
         if b.failed and not b.filling and b.held.awaited:
-            self.model.store.rewind(b.held, b.held.n_past)
+            self._store.rewind(b.held, b.held.n_past)
         if not b.held.awaited:
             b.to_read.clear()
             b.reading.clear()
 
     def _fill(self, places: Sequence[Place], cells: bytes) -> list[int]:
-        session, asked, at = self.model.client.session, list[int](), 0
+        session, asked, at = self._client.session, list[int](), 0
         view = memoryview(cells)
         for p in places:
             for first in range(0, p.n_bytes, limits.MAX_CHUNK_BYTES):
                 chunk = view[at + first : at + min(p.n_bytes, first + limits.MAX_CHUNK_BYTES)]
                 part = m.SetTensor(session, p.buffer, p.offset, p.n_bytes, first)
-                asked.append(self.model.client.submit(part, [chunk], device=p.device))
+                asked.append(self._client.submit(part, [chunk], device=p.device))
             at += p.n_bytes
         return asked
 
     def _places(self, window: int, page: int) -> list[Place]:
         """Where a page's bytes are, in the order of the layers."""
-        layers = {il: (stage.assignment.device, memory) for stage in self.model.stages
+        layers = {il: (stage.assignment.device, memory) for stage in self._stages
                   for il, memory in stage.memory.items() if memory.has_window(window)}  # fmt: skip
         return [Place(device, memory.buffer, offset, n)
                 for _, (device, memory) in sorted(layers.items()) for offset, n in memory.page_bytes(page)]  # fmt: skip
 
 
-def identity(model: Model) -> bytes:
+def identity(
+    arch: Arch, hashes: Mapping[str, bytes], room: Room, activations: GGMLType, n_ctx: int, stages: Sequence[PlacedStage],
+    infos: Sequence[m.ListedDevice],
+) -> bytes:  # fmt: skip
     """What the bytes of a page depend on besides the tokens: the model, the types, and what computes.
 
-    Activations in F32 pass from stage to stage as they are, so where stages begin does not matter; in F16 it does.
+    hashes: of the tensors. infos: the devices. Activations in F32 pass from stage to stage as they are, so where stages
+    begin does not matter; in F16 it does.
     """
-    arch, room = model.arch, model.store.room
-    kinds = [(model.infos[s.assignment.device].kind, model.infos[s.assignment.device].description) for s in model.stages]
-    layers = [(s.assignment.layers.start, s.assignment.layers.stop) for s in model.stages]
-    one = len(set(kinds)) == 1 and model.runner.activations == GGMLType.F32
-    by_length = any("rope_factors" in name or "rope_long" in name for name in arch.gguf.tensors)
+    kinds = [(infos[s.assignment.device].kind, infos[s.assignment.device].description) for s in stages]
+    layers = [(s.assignment.layers.start, s.assignment.layers.stop) for s in stages]
+    anywhere = len(set(kinds)) == 1 and activations == GGMLType.F32
+    by_length = any("rope_factors" in name for name in arch.gguf.tensors)
     metadata = {k: [v.type, v.value] for k, v in arch.gguf.metadata.items() if not k.startswith(("tokenizer.", "general."))}
-    said = [__version__, PAGE, metadata, sorted((n, h.hex()) for n, h in model.hashes.items()), room.k_type.name,
-            room.v_type.name, model.runner.activations.name, kinds[:1] if one else [kinds, layers],
-            model.n_ctx if by_length else 0, type(arch).__name__]  # fmt: skip
+    said = [__version__, PAGE, type(arch).__name__, metadata, sorted((n, h.hex()) for n, h in hashes.items()),
+            room.k_type.name, room.v_type.name, activations.name, kinds[:1] if anywhere else [kinds, layers],
+            n_ctx if by_length else 0]  # fmt: skip
     return hashlib.blake2b(json.dumps(said, sort_keys=True, default=str).encode(), digest_size=HASH_BYTES).digest()
