@@ -39,7 +39,7 @@ ENTRY = re.compile(rf"[0-9a-f]{{{2 * HASH_BYTES}}}-[0-9a-f]{{{2 * NAME_BYTES}}}-
 PART = ".part-"
 ABANDONED_S = 3600.0
 QUEUE_BYTES = 64 << 20
-"""What may wait to be written; more is not kept."""
+"""What may wait to be written."""
 MAX_ENTRIES = 1 << 16
 STALL_S = 10.0
 """A disk that takes longer than this over one thing is not asked any more."""
@@ -68,7 +68,6 @@ class PageFiles:
         self._names, self._n_entries = Names(), 0
         self._news: SimpleQueue[_Known | str] = SimpleQueue()
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._queued_bytes = 0
         self._pending: dict[Future[None], int] = {}
         self._begun_s: float | None = None  # set by the disk's thread while it does something
         self._total_bytes = self._n_files = 0
@@ -109,9 +108,15 @@ class PageFiles:
 
     # -- reading and writing -------------------------------------------------------------------------------------------
 
-    def read(self, window: int, content: Content) -> Future[bytes | None]:
-        """The bytes of an entry; None when it is not there, or damaged."""
-        return self._start(lambda: self._read(window, content))
+    @property
+    def crowded(self) -> bool:
+        """Whether as much waits to be written as may."""
+        self._pending = {job: n for job, n in self._pending.items() if not job.done()}
+        return sum(self._pending.values()) >= QUEUE_BYTES
+
+    def read(self, window: int, content: Content, n_bytes: int) -> Future[bytes | None]:
+        """The `n_bytes` of an entry; None when it is not there, or damaged."""
+        return self._start(partial(self._read, window, content, n_bytes))
 
     def use(self, entries: Sequence[tuple[int, Content]]) -> None:
         """Entries were of use: they stay the longest, of them the last."""
@@ -124,19 +129,17 @@ class PageFiles:
 
         self._start(touch)
 
-    def write(self, window: int, content: Content, cells: Sequence[Frame]) -> bool:
-        """Have an entry made of a page's bytes, which must not change. Returns: whether there was room to wait."""
+    def write(self, window: int, content: Content, cells: Sequence[Frame]) -> None:
+        """Have an entry made of a page's bytes, which must not change."""
         n_bytes = sum(len(c) for c in cells)
-        self._pending = {job: n for job, n in self._pending.items() if not job.done()}
-        if self.stalled or sum(self._pending.values()) + n_bytes > QUEUE_BYTES or n_bytes > self.n_bytes:
-            return False
-        self._pending[self._start(lambda: self._write(window, content, cells))] = n_bytes
+        if n_bytes > self.n_bytes:
+            return
+        self._pending[self._start(partial(self._write, window, content, cells))] = n_bytes
         self._know(_Known(window, content, True))
         for shorter, n in list(self.near(content.before, content.tokens)):
             if n == shorter.n < content.n and self.has(window, shorter.name):
                 self._know(_Known(window, shorter, False))
                 self._start(partial(self._remove, self._path(window, shorter.name)))
-        return True
 
     def close(self, within_s: float) -> None:
         """Wait so long for what is still to be written. Idempotent."""
@@ -230,16 +233,16 @@ class PageFiles:
             return None
         return Content(before[:n_before], tokens)
 
-    def _read(self, window: int, content: Content) -> bytes | None:
-        path = self._path(window, content.name)
+    def _read(self, window: int, content: Content, n_bytes: int) -> bytes | None:
+        path, start = self._path(window, content.name), HEAD.size + len(content.tokens)
+        whole = start + n_bytes + DIGEST_BYTES
         try:
             with _opened(path) as f:
-                raw = f.read()
+                raw = f.read(whole + 1)
         except OSError:
             self._news.put(_Known(window, content, False))
             return None
-        start = HEAD.size + len(content.tokens)
-        good = len(raw) > start + DIGEST_BYTES and blake3(raw[:-DIGEST_BYTES]).digest() == raw[-DIGEST_BYTES:]
+        good = len(raw) == whole and blake3(raw[:-DIGEST_BYTES]).digest() == raw[-DIGEST_BYTES:]
         if not good or self._parsed(raw, window) != content:
             self._remove(path)
             self._news.put(_Known(window, content, False))

@@ -135,7 +135,9 @@ class PromptCache:
             self._bringing = [b for b in self._bringing if b.held.awaited or b.filling]
             while self._saving and all(map(self._client.answered, self._saving[0].asked)):
                 self._save(self._saving.popleft())
-            while self._worth and len(self._saving) < N_SAVING:
+            if self.files.stalled:
+                self._worth.clear()
+            while self._worth and len(self._saving) < N_SAVING and not self.files.crowded:
                 self._begin_saving(*next(iter(self._worth)))
         except (Unavailable, HandleError):
             raise
@@ -153,7 +155,7 @@ class PromptCache:
         elif reads:
             with contextlib.suppress(TimeoutError):
                 reads[0].result(WAIT_S)
-        elif not self.ready():
+        else:  # the disk has enough to write, or says yet what there is
             time.sleep(WAIT_S / 10)
         self.advance()
 
@@ -187,11 +189,7 @@ class PromptCache:
         due = time.monotonic() + within_s
         with contextlib.suppress(GgmqError):
             while (self._saving or self._worth) and not self.files.stalled and time.monotonic() < due:
-                self.advance()
-                if self._saving:
-                    self.wait()
-                elif self._worth:  # the disk has enough to write
-                    time.sleep(WAIT_S / 10)
+                self.wait()
         self._off = True
         self.files.close(max(0.0, due - time.monotonic()))
 
@@ -237,15 +235,16 @@ class PromptCache:
             return
         while b.to_read and len(b.reading) < N_AHEAD:
             a = b.to_read.popleft()
-            b.reading.append((a, self.files.read(a.window, a.content)))
+            n_bytes = sum(p.n_bytes for p in self._places(a.window, a.page))
+            b.reading.append((a, self.files.read(a.window, a.content, n_bytes)))
         while b.reading and b.reading[0][1].done() and len(b.filling) < N_AHEAD:
             a, job = b.reading.popleft()
-            cells, places = job.result(), self._places(a.window, a.page)
-            if cells is None or len(cells) != sum(p.n_bytes for p in places):
+            cells = job.result()
+            if cells is None:
                 b.failed = True
                 break
             store.hold(a.window, a.page)
-            b.filling.append(Filling(a, self._fill(places, cells)))
+            b.filling.append(Filling(a, self._fill(self._places(a.window, a.page), cells)))
         b.failed = b.failed or self.files.stalled
         self._end(b)
 
