@@ -11,7 +11,8 @@ import random
 import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence as Tokens
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,10 +25,12 @@ from ggmq.engine import Engine
 from ggmq.gguf import GGUF
 from ggmq.model import Model, ModelConfig, place_model
 from ggmq.sampling import Sampler, SamplingParams
-from ggmq.speculation import Mode
+from ggmq.scheduler import Sequence
+from ggmq.speculation import SIZES, Mode
 
 FIRST_ID = 300
 N_CTX = 2048
+MODES: tuple[Mode, Mode] = ("off", "auto")
 
 
 class Text(NamedTuple):
@@ -42,11 +45,11 @@ class Text(NamedTuple):
 class Given(Sampler):
     """Takes the next token of a text that is known (a stand-in for a model's choice)."""
 
-    def __init__(self, n_prompt: int, answer: Sequence[int]) -> None:
+    def __init__(self, n_prompt: int, answer: Tokens[int]) -> None:
         super().__init__(SamplingParams())
         self._n_prompt, self._answer = n_prompt, answer
 
-    def pick(self, logits: npt.NDArray[Any], previous: Sequence[int], ids: npt.NDArray[Any] | None = None,
+    def pick(self, logits: npt.NDArray[Any], previous: Tokens[int], ids: npt.NDArray[Any] | None = None,
              allowed: npt.NDArray[Any] | None = None) -> int:  # fmt: skip
         super().pick(logits, previous, ids, allowed)
         return self._answer[len(previous) - self._n_prompt]
@@ -108,46 +111,97 @@ def _few(rng: random.Random, n: int) -> list[int]:
     return [rng.randrange(FIRST_ID, FIRST_ID + 40) for _ in range(n)]
 
 
-def rate(engine: Engine, text: Text) -> float:
-    """Tokens a second behind the first."""
-    engine.model.store.drop_kept()
-    s = engine.add(text.prompt, SamplingParams(), len(text.answer))
-    s.sampler = Given(len(text.prompt), text.answer)
-    begun = 0.0
-    while not s.finished:
-        engine.step()
-        begun = begun or (time.perf_counter() if s.n_made else 0.0)
-    assert s.tokens[s.n_prompt :] == text.answer
-    return (s.n_made - 1) / (time.perf_counter() - begun)
+class Passes:
+    """What the passes of a side were: their sizes, how long each took, and the time that guessing took on the main host."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.seconds: list[tuple[int, float]] = []
+        self.guessing_s = 0.0
+        guess = engine.scheduler.draft
+
+        def timed(sequences: list[Sequence]) -> Tokens[Tokens[int]]:
+            start = time.perf_counter()
+            try:
+                return guess(sequences)
+            finally:
+                self.guessing_s += time.perf_counter() - start
+
+        engine.scheduler.draft = timed
+
+    def make(self, text: Text) -> float:
+        """Returns: tokens a second behind the first."""
+        engine = self.engine
+        engine.model.store.drop_kept()
+        s = engine.add(text.prompt, SamplingParams(), len(text.answer))
+        s.sampler = Given(len(text.prompt), text.answer)
+        while not s.n_made:
+            engine.step()
+        begun = last = time.perf_counter()
+        while not s.finished:
+            n_drafted = engine.timings.n_drafted
+            if engine.step():
+                now = time.perf_counter()
+                self.seconds.append((1 + engine.timings.n_drafted - n_drafted, now - last))
+                last = now
+        assert s.tokens[s.n_prompt :] == text.answer
+        return (s.n_made - 1) / (last - begun)
+
+
+class Row(NamedTuple):
+    """Of one kind of text: all its passes, and a number each round: the ratio by the clock, the sizes of the passes with
+    guesses, the time that guessing took, and tokens made."""
+
+    aim: float
+    seconds: list[tuple[int, float]]
+    clock: list[float]
+    sizes: list[Counter[int]]
+    guessing_s: list[float]
+    n_made: list[int]
 
 
 def measure(folder: Path, rounds: int) -> None:
     path = folder / "llama-0.85b-q4_0.gguf"
     write_model(path)
-    file, bus = GGUF(path), LocalBus()
+    rows: dict[str, Row] = {}
+    bus = LocalBus()
     try:
         bus.spawn("CPU", 2)
-        client = bus.start()
-        model = _loaded(client, file)
-        engine_of: Callable[[Mode], Engine] = lambda mode: Engine(model, speculate=mode)  # noqa: E731
-        engines = {"off": engine_of("off"), "auto": engine_of("auto")}
+        model = _loaded(bus.start(), GGUF(path))
+        without, guessed = (Passes(Engine(model, speculate=mode)) for mode in MODES)
         for text in texts(0):  # graphs are put, passes timed
-            for engine in engines.values():
-                rate(engine, text)
-        ratios: dict[str, list[float]] = {}
-        aims: dict[str, float] = {}
+            without.make(text)
+            guessed.make(text)
         for i in range(rounds):
             for text in texts(1 + i):
-                order = ("off", "auto") if i % 2 else ("auto", "off")
-                found = {mode: rate(engines[mode], text) for mode in order}
-                ratios.setdefault(text.name, []).append(found["auto"] / found["off"])
-                aims[text.name] = text.aim
+                before_s = guessed.guessing_s
+                guessed.seconds, without.seconds = [], []
+                order = (without, guessed) if i % 2 else (guessed, without)
+                found = {side: side.make(text) for side in order}
+                row = rows.setdefault(text.name, Row(text.aim, [], [], [], [], []))
+                row.seconds.extend(guessed.seconds + without.seconds)
+                row.clock.append(found[guessed] / found[without])
+                row.sizes.append(Counter(size for size, _ in guessed.seconds))
+                row.guessing_s.append(guessed.guessing_s - before_s)
+                row.n_made.append(len(text.answer) - 1)
     finally:
         bus.close()
-    print(f"| decode with guesses by lookup ÷ without | median of {rounds} pairs | least | most | aim |")
-    print("|---" * 5 + "|")
-    for name, found in ratios.items():
-        print(f"| {name} | {statistics.median(found):.2f} | {min(found):.2f} | {max(found):.2f} | {aims[name]} |")
+    show(rows)
+
+
+def show(rows: dict[str, Row]) -> None:
+    """By the clock a pair differs by some parts in a hundred though both sides do the same. So the passes are counted too:
+    what those of a text take by the median of their size, and guessing, against a pass for each token."""
+    print("| decode with guesses by lookup ÷ without | by passes: median | least | by clock: median | least | most | aim | "
+          f"ms of a pass of 1, {', '.join(map(str, SIZES))} |")  # fmt: skip
+    print("|---" * 8 + "|")
+    for name, r in rows.items():
+        pass_s = {size: statistics.median(s for n, s in r.seconds if n == size) for size in {n for n, _ in r.seconds}}
+        passes = [n * pass_s[1] / (sum(pass_s[size] * k for size, k in sizes.items()) + s)
+                  for n, sizes, s in zip(r.n_made, r.sizes, r.guessing_s, strict=True)]  # fmt: skip
+        figures = [statistics.median(passes), min(passes), statistics.median(r.clock), min(r.clock), max(r.clock), r.aim]
+        each = ", ".join(f"{1e3 * pass_s[size]:.0f}" if size in pass_s else "-" for size in (1, *SIZES))
+        print(f"| {name} | {' | '.join(f'{x:.2f}' for x in figures)} | {each} |")
 
 
 def _loaded(client: Client, file: GGUF) -> Model:
