@@ -149,6 +149,7 @@ class ModelDrafter(Drafter):
     """
 
     def __init__(self, owner: DraftModel) -> None:
+        super().__init__()
         self.owner = owner
         self.held: Held | None = None
         self._odds = Odds(GUESS)

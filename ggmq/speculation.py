@@ -30,6 +30,8 @@ ALWAYS = 8
 """The size where nothing is measured."""
 MARGIN = 1.03
 """So much sooner the text must come for drafts to be sent."""
+SURE = 1.5
+"""So many times the tokens a second are expected of drafts whose sequence has lost by them."""
 N_TIMES = 5
 SLOPE = 0.1
 """What a token adds to a pass whose size was never timed, in parts of a pass of one."""
@@ -78,14 +80,42 @@ class Odds:
         self.expected = tuple(out)
 
 
+class Account:
+    """What a sequence's drafts have brought so far, in passes without drafts. While it is in debt only those are sent that
+    are almost sure, so a text loses little more than a pass with drafts and a small part of its length."""
+
+    MOST, INCOME = 16.0, 0.01
+    """What it may have at most, so that a text that has changed is noticed; and what each token adds."""
+
+    def __init__(self) -> None:
+        self.balance = self._cost = 0.0
+        self._n = 0
+
+    def spend(self, n_tokens: int, cost: float) -> None:
+        """A draft of a text of so many tokens is sent; its pass takes so much longer."""
+        self._n, self._cost = n_tokens, cost
+
+    def follow(self, n_tokens: int) -> None:
+        """So many tokens the text has now."""
+        new = n_tokens - self._n if self._n else 0  # a prompt is no income
+        if self._cost:
+            self.balance += new - 1 - self._cost
+        self.balance = min(self.MOST, self.balance + self.INCOME * new)
+        self._n, self._cost = n_tokens, 0.0
+
+
 class Drafter:
     """One sequence's drafts of one kind.
 
     Attributes:
         step_s: what another drafted token costs, in seconds; 0: nothing.
+        account: what its drafts have brought.
     """
 
     step_s = 0.0
+
+    def __init__(self) -> None:
+        self.account = Account()
 
     def follow(self, tokens: Sequence[int]) -> Odds | None:
         """The text as it is now, which only grows. Returns: how good a draft would be; None: there is none to be had."""
@@ -97,6 +127,7 @@ class Drafter:
 
     def begin(self) -> None:
         """Another text comes, which may begin as the one before."""
+        self.account = Account()
 
     def close(self) -> None:
         """The sequence has ended."""
@@ -123,6 +154,7 @@ class NGram(Drafter):
         self.begin()
 
     def begin(self) -> None:
+        super().begin()
         self._n = 0
         self._places: dict[int, dict[tuple[int, ...], int]] = {n: {} for n in self.LENGTHS}
         self._at = self._length = self._n_stray = 0
@@ -243,7 +275,10 @@ class Speculation:
             best: tuple[Drafter, Odds] | None = None
             for drafter in ask.drafters:
                 odds = drafter.follow(ask.tokens)
-                if odds is not None and ask.room > 0 and (best is None or self._worth(drafter, odds) > self._worth(*best)):
+                drafter.account.follow(len(ask.tokens))
+                if odds is None or (drafter.account.balance < 0 and not self._sure(drafter, odds)):
+                    continue
+                if ask.room > 0 and (best is None or self._worth(drafter, odds) > self._worth(*best)):
                     best = drafter, odds
             if best is not None:
                 offers.append((i, *best))
@@ -254,7 +289,17 @@ class Speculation:
             wanted = [(drafter, asks[i].tokens, min(size - 1, asks[i].room)) for i, drafter, _ in offers]
             for (i, _, _), drafted in zip(offers, self._draft_all(wanted), strict=True):
                 out[i] = drafted
+            self._charge(asks, offers, out)
         return out
+
+    def _charge(self, asks: Sequence[Ask], offers: list[tuple[int, Drafter, Odds]], drafts: list[list[int]]) -> None:
+        """Each sequence pays for its part of what the pass takes longer, and for what was drafted."""
+        n_drafted, alone_s = sum(map(len, drafts)), self.times.of(len(asks))
+        longer_s = self.times.of(len(asks) + n_drafted) - alone_s
+        for i, drafter, _ in offers:
+            if n := len(drafts[i]):
+                cost_s = longer_s * n / n_drafted + drafter.step_s * n
+                drafter.account.spend(len(asks[i].tokens), cost_s / alone_s if alone_s else 0.0)
 
     def took(self, n_tokens: int, seconds: float, is_new: bool) -> None:
         """A pass of so many tokens took so long. is_new: a graph had to be put for it."""
@@ -264,6 +309,10 @@ class Speculation:
         """Tokens a second of a sequence alone with these drafts; without times, tokens a pass."""
         return max(n / (self.times.of(size) + (size - 1) * drafter.step_s or 1.0)
                    for size, n in zip(SIZES, odds.expected, strict=True))  # fmt: skip
+
+    def _sure(self, drafter: Drafter, odds: Odds) -> bool:
+        """Whether drafts are so good that one that has lost may send them."""
+        return self.mode != "auto" or self._worth(drafter, odds) * self.times.of(1) > SURE
 
     def _size(self, asks: Sequence[Ask], offers: list[tuple[int, Drafter, Odds]], most: int) -> int:
         """Tokens of a sequence in the pass that makes most of its time; 1: no drafts."""
