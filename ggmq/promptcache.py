@@ -30,7 +30,7 @@ from ggmq.version import __version__
 from protocol import limits
 from protocol import messages as m
 from protocol.dtypes import GGMLType
-from protocol.errors import GgmqError, HandleError, Unavailable
+from protocol.errors import Cancelled, DeadlineExceeded, GgmqError, HandleError, Unavailable
 from protocol.frames import Frame
 
 DEFAULT_BYTES = 8 << 30
@@ -164,6 +164,7 @@ class PromptCache:
         store = self._store
         for s in self._saving:
             store.go(s.window, s.page)
+            self._worth[s.window, s.page] = None
         for b in self._bringing:
             for f in b.filling:
                 store.go(f.awaited.window, f.awaited.page)
@@ -174,7 +175,6 @@ class PromptCache:
     def _give_up(self, error: GgmqError) -> None:
         """The devices cannot give pages, or take them: prompts are read as without."""
         self._off = True
-        self._worth.clear()
         self._note(f"prompt cache: {error}; prompts are read anew from here on")
         client = self._client
         asked = [s.asked for s in self._saving] + [f.asked for b in self._bringing for f in b.filling]
@@ -183,13 +183,21 @@ class PromptCache:
                 client.await_reply(seq)
                 client.wait(seq)
         self.reset()
+        self._worth.clear()
 
     def close(self, within_s: float = CLOSE_S) -> None:
         """Wait so long for what is still to be kept. Idempotent."""
         due = time.monotonic() + within_s
+
+        def look() -> None:
+            if time.monotonic() > due:
+                raise DeadlineExceeded("prompt cache: what is still to be kept takes too long")
+
+        self._client.on_wait = look
         with contextlib.suppress(GgmqError):
             while (self._saving or self._worth) and not self.files.stalled and time.monotonic() < due:
                 self.wait()
+        self._client.on_wait = None
         self._off = True
         self.files.close(max(0.0, due - time.monotonic()))
 
@@ -217,8 +225,14 @@ class PromptCache:
 
     def _save(self, s: Saving) -> None:
         self._store.go(s.window, s.page)
-        cells: list[Frame] = [self._client.wait(seq).payload[0] for seq in s.asked]
-        self.files.write(s.window, s.content, cells)
+        cells: list[Frame] = []
+        for seq in s.asked:
+            with contextlib.suppress(Cancelled):  # with what was computed beside it
+                cells.append(self._client.wait(seq).payload[0])
+        if len(cells) == len(s.asked):
+            self.files.write(s.window, s.content, cells)
+        else:
+            self._worth[s.window, s.page] = None
 
     def _advance(self, b: Bringing) -> None:
         """Read ahead, send what was read, and tell the store what has arrived."""
@@ -227,8 +241,11 @@ class PromptCache:
             f = b.filling.popleft()
             store.go(f.awaited.window, f.awaited.page)
             for seq in f.asked:
-                client.wait(seq)
-            if b.held.awaited:
+                try:
+                    client.wait(seq)
+                except Cancelled:
+                    b.failed = True
+            if b.held.awaited and not b.failed:
                 store.arrived(b.held)
         if not b.held.awaited or b.failed:
             self._end(b)

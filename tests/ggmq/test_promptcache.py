@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from ggmq.archs.memory import PAGE
-from ggmq.cluster import Client
+from ggmq.cluster import Client, local_bus
 from ggmq.engine import Engine
 from ggmq.hub import BUNDLED
 from ggmq.names import ROOT, Content, as_bytes
@@ -298,6 +299,32 @@ def test_a_server_that_is_killed_goes_on_where_it_was_and_a_worker_that_is_kille
         third = server.post("/v1/completions", **body).json()
         assert third["choices"] == first["choices"]
         assert third["usage"]["prompt_tokens_details"]["cached_tokens"] == n_prompt - 1
+
+
+def test_what_was_cancelled_is_kept_later_and_a_worker_that_sleeps_is_not_waited_for(tmp_path: Path) -> None:
+    prompts = prompts_of(700, 400)
+    with local_bus() as bus:
+        bus.spawn("CPU", 1)
+        client = bus.start()
+        model = loaded(client, BUNDLED, 1024, prompt_cache=tmp_path)
+        engine = Engine(model)
+        s = engine.add(prompts[0], GREEDY, N_MADE)
+        while not s.finished:
+            engine.step()
+            engine.abandon()
+        engine.close()
+        assert engine.scheduler.bringer is not None and len(entries(tmp_path)) == (400 + N_MADE) // PAGE + 1
+        client.drain()
+        model = loaded(client, BUNDLED, 1024, prompt_cache=tmp_path)
+        engine = Engine(model)
+        again = engine.add([*prompts[0][:300], *prompts[0]], GREEDY, 2)
+        while not again.n_made:
+            engine.step()
+        engine.leave(again)
+        os.kill(bus.workers[0].pid, signal.SIGSTOP)
+        start = time.monotonic()
+        engine.close(1.0)
+        assert time.monotonic() - start < 20, "a minute is what a reply may take"
 
 
 def test_a_model_with_states_and_a_file_for_a_folder_are_told(two: Client, tmp_path: Path) -> None:
