@@ -193,11 +193,11 @@ class PromptCache:
             if time.monotonic() > due:
                 raise DeadlineExceeded("prompt cache: what is still to be kept takes too long")
 
-        self._client.on_wait = look
+        before, self._client.on_wait = self._client.on_wait, look
         with contextlib.suppress(GgmqError):
             while (self._saving or self._worth) and not self.files.stalled and time.monotonic() < due:
                 self.wait()
-        self._client.on_wait = None
+        self._client.on_wait = before
         self._off = True
         self.files.close(max(0.0, due - time.monotonic()))
 
