@@ -17,8 +17,10 @@ from workers.kernels.simd import TARGETS, cpu_features
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 _COMMON = "+sse,+sse2,+cx16"
+_AVX2 = _COMMON + ",+sse3,+ssse3,+sse4.1,+sse4.2,+popcnt,+avx,+avx2,+fma,+f16c,+bmi,+bmi2"
 _CPUS = {
-    "AVX2": ("haswell", _COMMON + ",+sse3,+ssse3,+sse4.1,+sse4.2,+popcnt,+avx,+avx2,+fma,+f16c,+bmi,+bmi2"),
+    "AVX-512": ("skylake-avx512", _AVX2 + ",+avx512f,+avx512bw,+avx512vl,+avx512dq,+avx512cd"),
+    "AVX2": ("haswell", _AVX2),
     "portable": ("x86-64", _COMMON),
 }
 

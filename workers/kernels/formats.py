@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from protocol.dtypes import TYPES, GGMLType
+from workers.kernels.dots import Chunk
 from workers.kernels.layout import GROUP, KINDS
 from workers.kernels.quants import KVALUES_IQ4NL, KVALUES_MXFP4
 from workers.kernels.simd import TARGET, Emit, f32, i16, v16f, vec
@@ -28,11 +30,11 @@ class Sub(NamedTuple):
     """16 or 32 unpacked columns of 16 rows.
 
     Attributes:
-        chunks: 4 or 8 vectors of 64 bytes.
+        chunks: write 4 or 8 vectors of 64 bytes.
         scale, minimum: 16 float32; the value of a weight is scale * byte + minimum.
     """
 
-    chunks: list[Any]
+    chunks: list[Chunk]
     scale: Any
     minimum: Any
 
@@ -108,11 +110,11 @@ _FULL = 0 if TARGET.signed else 255
 """Peak of bytes that use all 8 bits."""
 
 
-def _full_range(e: Emit, chunks: list[Any], scale: Any) -> Sub:
+def _full_range(e: Emit, chunks: list[Chunk], scale: Any) -> Sub:
     """Signed bytes in the form that the target multiplies."""
     if TARGET.signed:
         return Sub(chunks, scale, None)
-    return Sub([e.b.xor(c, e.bytes(0x80)) for c in chunks], scale, _centred(e, scale, 128))
+    return Sub([_then(lambda x: e.b.xor(x, e.bytes(0x80)), c) for c in chunks], scale, _centred(e, scale, 128))
 
 
 def _table(values: Any) -> list[int]:
@@ -120,14 +122,23 @@ def _table(values: Any) -> list[int]:
     return [int(v) if TARGET.signed else int(v) + 128 for v in values]
 
 
-def _pairs(e: Emit, p: Any, offset: int, n: int) -> tuple[list[Any], list[Any]]:
+def _chunk(e: Emit, p: Any, offset: int) -> Chunk:
+    return partial(e.chunk, p, offset)
+
+
+def _then(f: Callable[..., Any], *chunks: Chunk) -> Chunk:
+    return lambda: f(*(chunk() for chunk in chunks))
+
+
+def _pairs(e: Emit, p: Any, offset: int, n: int) -> tuple[list[Chunk], list[Chunk]]:
     """Low and high nibbles of `n` chunks."""
-    both = [e.load(p, offset + 64 * c, vec(e.bytes(0).type.element, 64)) for c in range(n)]
-    return [e.low(x) for x in both], [e.high(x) for x in both]
+    both = [cache(_chunk(e, p, offset + 64 * c)) for c in range(n)]
+    return [_then(e.low, x) for x in both], [_then(e.high, x) for x in both]
 
 
-def _chunk(e: Emit, p: Any, offset: int) -> Any:
-    return e.load(p, offset, e.bytes(0).type)
+def _with_bits(e: Emit, chunk: Chunk, top: Chunk, at: int, width: int, to: int) -> Chunk:
+    """Chunks whose upper bits lie elsewhere."""
+    return _then(lambda x, t: e.b.or_(x, e.bits(t, at, width, to)), chunk, top)
 
 
 @_format(T.Q4_0, [(0, 2, 1), (2, 4, 4)], 32, 15)
@@ -143,10 +154,10 @@ def _q4_1(e: Emit, p: Any) -> Iterator[Sub]:
     yield Sub(low + high, e.halves(p, 0), e.halves(p, 32))
 
 
-def _fifth(e: Emit, p: Any, bits: int, nibbles: int) -> list[Any]:
+def _fifth(e: Emit, p: Any, bits: int, nibbles: int) -> list[Chunk]:
     low, high = _pairs(e, p, nibbles, 4)
     top = _chunk(e, p, bits)
-    return [e.b.or_(q, e.bits(top, c, 1, 4)) for c, q in enumerate(low + high)]
+    return [_with_bits(e, q, top, c, 1, 4) for c, q in enumerate(low + high)]
 
 
 @_format(T.Q5_0, [(0, 2, 1), (2, 0, 1), (6, 4, 4)], 32, 31)
@@ -169,7 +180,7 @@ def _q8_0(e: Emit, p: Any) -> Iterator[Sub]:
 def _iq4_nl(e: Emit, p: Any) -> Iterator[Sub]:
     low, high = _pairs(e, p, 32, 4)
     d, table = e.halves(p, 0), _table(KVALUES_IQ4NL)
-    yield Sub([e.lookup(table, q) for q in low + high], d, None if TARGET.signed else _centred(e, d, 128))
+    yield Sub([_then(partial(e.lookup, table), q) for q in low + high], d, None if TARGET.signed else _centred(e, d, 128))
 
 
 @_format(T.MXFP4, [(0, 1, 1), (1, 4, 4)], 32, 24)
@@ -182,7 +193,7 @@ def _mxfp4(e: Emit, p: Any) -> Iterator[Sub]:
     normal = b.shl(b.sub(exponent, e.ints(1)), e.ints(23))
     d = b.bitcast(b.select(b.icmp_unsigned("<", exponent, e.ints(2)), tiny, normal), v16f)
     table = [int(v) + 12 for v in KVALUES_MXFP4]
-    yield Sub([e.lookup(table, q) for q in low + high], d, _centred(e, d, 12))
+    yield Sub([_then(partial(e.lookup, table), q) for q in low + high], d, _centred(e, d, 12))
 
 
 def _six_bits(e: Emit, p: Any, j: int) -> tuple[Any, Any]:
@@ -204,9 +215,9 @@ def _affine_k(e: Emit, p: Any, quants: int, top: int) -> Iterator[Sub]:
     d, dmin = e.halves(p, 0), b.fneg(e.halves(p, 32))
     for j in range(8):
         chunks = [_chunk(e, p, 16 * quants + 512 * (j // 2) + 64 * c) for c in range(8)]
-        chunks = [e.high(x) if j % 2 else e.low(x) for x in chunks]
+        chunks = [_then(e.high if j % 2 else e.low, x) for x in chunks]
         if top:
-            chunks = [b.or_(x, e.bits(_chunk(e, p, 16 * top + 64 * c), j, 1, 4)) for c, x in enumerate(chunks)]
+            chunks = [_with_bits(e, x, _chunk(e, p, 16 * top + 64 * c), j, 1, 4) for c, x in enumerate(chunks)]
         scale, minimum = _six_bits(e, p, j)
         yield Sub(chunks, b.fmul(d, b.sitofp(scale, v16f)), b.fmul(dmin, b.sitofp(minimum, v16f)))
 
@@ -234,7 +245,7 @@ def _q6_k(e: Emit, p: Any) -> Iterator[Sub]:
         for c in range(4 * half, 4 * half + 4):
             q = _chunk(e, p, 16 * (18 + 96 * h + 64 * (s % 2)) + 64 * c)
             top = _chunk(e, p, 16 * (18 + 96 * h + 32) + 64 * c)
-            chunks.append(b.or_(e.high(q) if s // 2 else e.low(q), e.bits(top, 2 * s, 2, 4)))
+            chunks.append(_with_bits(e, _then(e.high if s // 2 else e.low, q), top, 2 * s, 2, 4))
         scale = b.fmul(d, b.sitofp(e.small(p, 16 * (2 + j), signed=True), v16f))
         yield Sub(chunks, scale, _centred(e, scale, 32))
 
@@ -245,7 +256,8 @@ def _q2_k(e: Emit, p: Any) -> Iterator[Sub]:
     d, dmin = e.halves(p, 0), b.fneg(e.halves(p, 32))
     for j in range(16):
         h, s, half = j // 8, j % 8 // 2, j % 2
-        chunks = [e.bits(_chunk(e, p, 16 * (20 + 32 * h) + 64 * c), 2 * s, 2, 0) for c in range(4 * half, 4 * half + 4)]
+        quants = [_chunk(e, p, 16 * (20 + 32 * h) + 64 * c) for c in range(4 * half, 4 * half + 4)]
+        chunks = [_then(lambda x, at=2 * s: e.bits(x, at, 2, 0), q) for q in quants]
         both = e.small(p, 16 * (4 + j))
         scale, minimum = b.and_(both, e.ints(15)), b.lshr(both, e.ints(4))
         yield Sub(chunks, b.fmul(d, b.sitofp(scale, v16f)), b.fmul(dmin, b.sitofp(minimum, v16f)))
@@ -259,8 +271,8 @@ def _q3_k(e: Emit, p: Any) -> Iterator[Sub]:
         h, s, half = j // 8, j % 8 // 2, j % 2
         chunks = []
         for c in range(4 * half, 4 * half + 4):
-            q = e.bits(_chunk(e, p, 16 * (46 + 32 * h) + 64 * c), 2 * s, 2, 0)
-            chunks.append(b.or_(q, e.bits(_chunk(e, p, 16 * 14 + 64 * c), 4 * h + s, 1, 2)))
+            q = _then(lambda x, at=2 * s: e.bits(x, at, 2, 0), _chunk(e, p, 16 * (46 + 32 * h) + 64 * c))
+            chunks.append(_with_bits(e, q, _chunk(e, p, 16 * 14 + 64 * c), 4 * h + s, 1, 2))
         low = e.small(p, 16 * (2 + j % 8))
         low = b.lshr(low, e.ints(4)) if j >= 8 else b.and_(low, e.ints(15))
         top = b.and_(b.lshr(e.small(p, 16 * (10 + j % 4)), e.ints(2 * (j // 4))), e.ints(3))
@@ -278,7 +290,7 @@ def _iq4_xs(e: Emit, p: Any) -> Iterator[Sub]:
         four = b.and_(b.lshr(e.small(p, 16 * (4 + j // 2)), e.ints(4 * (j % 2))), e.ints(15))
         two = b.and_(b.lshr(top, e.ints(2 * j)), e.ints(3))
         scale = b.fmul(d, b.sitofp(b.sub(b.or_(four, b.shl(two, e.ints(4))), e.ints(32)), v16f))
-        chunks = [e.lookup(table, q) for q in low + high]
+        chunks = [_then(partial(e.lookup, table), q) for q in low + high]
         yield Sub(chunks, scale, None if TARGET.signed else _centred(e, scale, 128))
 
 

@@ -10,6 +10,7 @@ Units: every argument is an address or a count unless said otherwise; strides ar
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from protocol.dtypes import GGMLType
+from workers.kernels.dots import dots
 from workers.kernels.formats import (
     BLOCK,
     BLOCK_BYTES,
@@ -48,7 +50,6 @@ from workers.kernels.simd import (
     storef,
     v16f,
     v16i,
-    v64b,
     vec,
 )
 
@@ -93,11 +94,6 @@ def _fused(e: Emit, sub: Sub, dot: Any, x: Any, half: int | None, acc: Any) -> N
     b.store(total, acc)
 
 
-def _x_words(e: Emit, x: Any, half: int | None) -> list[Any]:
-    at, n = (0, 8) if half is None else (16 * half, 4)
-    return [e.load(x, at + 4 * c, i32) for c in range(n)]
-
-
 # -- few columns, straight from packed rows: GEMV ----------------------------------------------------------------------
 
 
@@ -119,9 +115,10 @@ def _gemv(f: Format, n: int) -> Body:
                 for line in lines[len(lines) * j // n_sub : len(lines) * (j + 1) // n_sub]:
                     e.prefetch(p, PREFETCH_BYTES + line, before)
                 at, half = (j, None) if f.sub == 32 else (j // 2, j % 2)
+                there = [e.at(x, at * X_BLOCK) for x in x0]
+                totals = dots(e, [sub.chunks], there, 16 * (half or 0), f.peak)[0]
                 for c in range(n):
-                    xb = e.at(x0[c], at * X_BLOCK)
-                    _fused(e, sub, e.dot(sub.chunks, _x_words(e, xb, half), f.peak), xb, half, acc[c])
+                    _fused(e, sub, totals[c], there[c], half, acc[c])
         for c in range(n):
             e.store(b.load(acc[c]), b.add(e.load(outputs, 8 * c, i64), offset))
 
@@ -162,7 +159,7 @@ def _unpack_panel(f: Format) -> Body:
             s = b.add(panel, b.add(b.mul(loop.index, e.const(64 * n_sub)), e.const(512 * PIECE)))
             for j, sub in enumerate(f.unpack(e, p)):
                 for c, chunk in enumerate(sub.chunks):
-                    e.store(chunk, q, GROUP * f.sub * j + 64 * c)
+                    e.store(chunk(), q, GROUP * f.sub * j + 64 * c)
                 e.store(sub.scale, s, 64 * j)
                 if sub.minimum is not None:
                     e.store(sub.minimum, s, 64 * j + 128 * PIECE)
@@ -206,13 +203,13 @@ def _tile(sub: int, peak: int, n: int, n_groups: int = 1) -> Body:
                 weights = []
                 for g in range(n_groups):
                     there = g * PANEL_BYTES
-                    chunks = [e.load(q, there + GROUP * sub * j + 64 * c, v64b) for c in range(sub // 4)]
+                    chunks = [partial(e.chunk, q, there + GROUP * sub * j + 64 * c) for c in range(sub // 4)]
                     minimum = e.load(s, there + 64 * j + 128 * PIECE, v16f) if peak else None
                     weights.append(Sub(chunks, e.load(s, there + 64 * j, v16f), minimum))
-                dots = e.dots([w.chunks for w in weights], [_x_words(e, x, half) for x in at], peak)
+                totals = dots(e, [w.chunks for w in weights], at, 16 * (half or 0), peak)
                 for g in range(n_groups):
                     for c in range(n):
-                        _fused(e, weights[g], dots[g][c], at[c], half, acc[g][c])
+                        _fused(e, weights[g], totals[g][c], at[c], half, acc[g][c])
         for g in range(n_groups):
             for c in range(n):
                 e.store(b.load(acc[g][c]), ys[c], 64 * g)

@@ -1,7 +1,7 @@
 """The vector kit: values of 16 lanes and what is done with them, written as LLVM IR inside Numba functions.
 
-LLVM turns 16 lanes into the registers that the CPU has. Only the product of bytes is written per target: AVX-512 VNNI,
-AVX2, and plain multiplications for every other CPU. Adding a target is a row of `TARGETS` and a branch of `Emit.dot`.
+LLVM turns 16 lanes into the registers that the CPU has. Only the product of bytes is written per target (`dots`): AVX-512
+with VNNI and without, AVX2, and plain multiplications for every other CPU. Adding a target is a row of `TARGETS` and a branch of it.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class Target:
 
 TARGETS = (
     Target("AVX-512 VNNI", ("avx512f", "avx512bw", "avx512vl", "avx512vnni", "avx2", "fma", "f16c"), (8, 4, 1), 6, False),
+    Target("AVX-512", ("avx512f", "avx512bw", "avx512vl", "avx2", "fma", "f16c"), (8, 4, 1), 4, True),
     Target("AVX2", ("avx2", "fma", "f16c"), (4, 1), 0, True),
     Target("portable", (), (1,), 0, True),
 )
@@ -130,6 +131,14 @@ class Emit:
         value = self.b.load(self.b.inttoptr(self.at(p, offset), ir.PointerType(kind)))
         value.align = 1
         return value
+
+    def chunk(self, p: Any, offset: int) -> Any:
+        """64 bytes. On AVX2 they are loaded here and nowhere else: LLVM would load early, and spill."""
+        if TARGET.name != "AVX2":
+            return self.load(p, offset, v64b)
+        half = vec(i8, 32)
+        kind = ir.FunctionType(half, [i64])
+        return self.join(*(self.b.asm(kind, f"vmovdqu {at}($1), $0", "=x,r", [p], True) for at in (offset, offset + 32)))
 
     def store(self, value: Any, p: Any, offset: int = 0) -> None:
         self.b.store(value, self.b.inttoptr(self.at(p, offset), ir.PointerType(value.type))).align = 1
@@ -240,66 +249,6 @@ class Emit:
         shuffle = self.function("llvm.x86.avx2.pshuf.b", v32b, [v32b, v32b])
         held = ir.Constant(v32b, values * 2)
         return self.join(*(self.b.call(shuffle, [held, self.part(index, at, 32)]) for at in (0, 32)))
-
-    def dot(self, chunks: Sequence[Any], x: Sequence[Any], peak: int) -> Any:
-        """Sixteen int32: for each row the products of its 4 bytes of every chunk with the 4 bytes of x, added.
-
-        Arguments: chunks of 64 bytes [row][4]; for each the 4 bytes of x as an int32; `peak`, the largest weight, or 0
-        when weights are signed. |x| is at most 127.
-        """
-        b = self.b
-        if TARGET.name == "AVX-512 VNNI":
-            call = self.function("llvm.x86.avx512.vpdpbusd.512", v16i, [v16i] * 3)
-            total = self.ints(0)
-            for w, v in zip(chunks, x, strict=True):
-                total = b.call(call, [total, b.bitcast(w, v16i), self.splat(v)])
-            return total
-        if TARGET.name == "AVX2":
-            return self.join(*(self._dot_avx2([self.part(w, at, 32) for w in chunks], x, peak) for at in (0, 32)))
-        total = self.ints(0)
-        for w, v in zip(chunks, x, strict=True):
-            each = b.bitcast(self.splat(v), v64b)
-            wide = vec(i32, 64)
-            p = b.mul(b.zext(w, wide) if peak else b.sext(w, wide), b.sext(each, wide))
-            for i in range(4):
-                total = b.add(total, b.shuffle_vector(p, p, ir.Constant(v16i, list(range(i, 64, 4)))))
-        return total
-
-    def dots(self, rows: Sequence[Sequence[Any]], columns: Sequence[Sequence[Any]], peak: int) -> list[list[Any]]:
-        """`dot` of each group of rows with each column, [group][column]; in the order that needs the fewest registers."""
-        if TARGET.name != "AVX-512 VNNI":
-            return [[self.dot(chunks, x, peak) for x in columns] for chunks in rows]
-        b = self.b
-        call = self.function("llvm.x86.avx512.vpdpbusd.512", v16i, [v16i] * 3)
-        total = [[self.ints(0) for _ in columns] for _ in rows]
-        for i in range(len(rows[0])):
-            w = [b.bitcast(chunks[i], v16i) for chunks in rows]
-            for c, x in enumerate(columns):
-                each = self.splat(x[i])
-                for g in range(len(rows)):
-                    total[g][c] = b.call(call, [total[g][c], w[g], each])
-        return total
-
-    def _dot_avx2(self, chunks: Sequence[Any], x: Sequence[Any], peak: int) -> Any:
-        b, v32b, v16w, v8i = self.b, vec(i8, 32), vec(i16, 16), vec(i32, 8)
-        bytes_ = self.function("llvm.x86.avx2.pmadd.ub.sw", v16w, [v32b, v32b])
-        words = self.function("llvm.x86.avx2.pmadd.wd", v8i, [v16w, v16w])
-        sign = self.function("llvm.x86.avx2.psign.b", v32b, [v32b, v32b])
-        ones = ir.Constant(v16w, [1] * 16)
-        together = max(1, 32767 // (2 * 127 * peak)) if peak else 1
-        total, word = ir.Constant(v8i, [0] * 8), None
-        for i, (w, v) in enumerate(zip(chunks, x, strict=True)):
-            each = b.bitcast(self.splat(v, 8), v32b)
-            if not peak:
-                zero = ir.Constant(v32b, [0] * 32)
-                each = b.call(sign, [each, w])
-                w = b.select(b.icmp_signed("<", w, zero), b.sub(zero, w), w)
-            p = b.call(bytes_, [w, each])
-            word = p if word is None else b.add(word, p)
-            if (i + 1) % together == 0 or i + 1 == len(chunks):
-                total = b.add(total, b.call(words, [word, ones]))
-                word = None
-        return total
 
 
 # -- scalars for Numba -------------------------------------------------------------------------------------------------
