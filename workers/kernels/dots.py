@@ -10,7 +10,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from workers.kernels.simd import TARGET, Emit, i8, i16, i32, i64, v16i, v64b, vec
+from workers.kernels.simd import TARGET, Emit, i8, i16, i32, v16i, v64b, vec
 
 Chunk = Callable[[], Any]
 """Writes what gives 64 bytes, [row][4]: four columns of 16 rows. Called where they are used, so that they need not wait in
@@ -64,7 +64,9 @@ def _dots_vnni(e: Emit, rows: Sequence[Sequence[Chunk]], columns: Sequence[Any],
     return total
 
 
-def _dots_avx512(e: Emit, rows: Sequence[Sequence[Chunk]], columns: Sequence[Any], offset: int, peak: int) -> list[list[Any]]:
+def _dots_avx512(
+    e: Emit, rows: Sequence[Sequence[Chunk]], columns: Sequence[Any], offset: int, peak: int
+) -> list[list[Any]]:
     """The same without VNNI: products of bytes are added as int16 for as long as those cannot overflow."""
     b, v32w = e.b, vec(i16, 32)
     multiply = e.function("llvm.x86.avx512.pmaddubs.w.512", v32w, [v64b, v64b])
@@ -94,7 +96,7 @@ def _together(peak: int) -> int:
     return min(8, 1 << (32767 // (2 * 127 * peak)).bit_length() - 1) if peak else 1
 
 
-# -- AVX2: instructions in a fixed order. LLVM would take long additions apart, load all chunks first and spill them. --------
+# -- AVX2: instructions in a fixed order. LLVM would take long additions apart, load all chunks first and spill them. ------
 
 _FIRST = """vpbroadcastd {at}($4), $1
 vpmaddubsw $1, $2, $0

@@ -20,7 +20,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from protocol.dtypes import GGMLType
-from workers.kernels.dots import dots
+from workers.kernels.dots import Chunk, dots
 from workers.kernels.formats import (
     BLOCK,
     BLOCK_BYTES,
@@ -203,7 +203,7 @@ def _tile(sub: int, peak: int, n: int, n_groups: int = 1) -> Body:
                 weights = []
                 for g in range(n_groups):
                     there = g * PANEL_BYTES
-                    chunks = [partial(e.chunk, q, there + GROUP * sub * j + 64 * c) for c in range(sub // 4)]
+                    chunks: list[Chunk] = [partial(e.chunk, q, there + GROUP * sub * j + 64 * c) for c in range(sub // 4)]
                     minimum = e.load(s, there + 64 * j + 128 * PIECE, v16f) if peak else None
                     weights.append(Sub(chunks, e.load(s, there + 64 * j, v16f), minimum))
                 totals = dots(e, [w.chunks for w in weights], at, 16 * (half or 0), peak)

@@ -1,7 +1,8 @@
 """The vector kit: values of 16 lanes and what is done with them, written as LLVM IR inside Numba functions.
 
 LLVM turns 16 lanes into the registers that the CPU has. Only the product of bytes is written per target (`dots`): AVX-512
-with VNNI and without, AVX2, and plain multiplications for every other CPU. Adding a target is a row of `TARGETS` and a branch of it.
+with VNNI and without, AVX2, and plain multiplications for every other CPU. Adding a target is a row of `TARGETS` and a
+branch of it.
 """
 
 from __future__ import annotations
