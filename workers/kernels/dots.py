@@ -75,10 +75,10 @@ def _dots_avx512(
     held = [[chunk() for chunk in chunks] for chunks in rows]
     total = [[e.ints(0) for _ in columns] for _ in rows]
     sums: list[list[Any]] = [[None for _ in columns] for _ in rows]
-    together = min(_together(peak), len(rows[0]))
+    together = _together(peak, len(rows[0]))
     for i in range(len(rows[0])):
         w = [chunks[i] for chunks in held]
-        negative = [b.icmp_signed("<", each, zero) for each in w]
+        negative = [] if peak else [b.icmp_signed("<", each, zero) for each in w]
         sizes = w if peak else [b.select(n, b.sub(zero, each), each) for n, each in zip(negative, w, strict=True)]
         for c, x in enumerate(columns):
             each = b.bitcast(e.splat(e.load(x, offset + 4 * i, i32)), v64b)
@@ -91,9 +91,9 @@ def _dots_avx512(
     return total
 
 
-def _together(peak: int) -> int:
-    """Products of pairs that an int16 holds, at most as many as there are chunks: a power of two."""
-    return min(8, 1 << (32767 // (2 * 127 * peak)).bit_length() - 1) if peak else 1
+def _together(peak: int, n_chunks: int) -> int:
+    """Chunks whose products of pairs an int16 holds when they are added: a power of two, as `n_chunks` is."""
+    return min(n_chunks, 1 << (32767 // (2 * 127 * peak)).bit_length() - 1) if peak else 1
 
 
 # -- AVX2: instructions in a fixed order. LLVM would take long additions apart, load all chunks first and spill them. ------
@@ -121,10 +121,16 @@ vpaddd $2, $1, $1"""
 
 
 def _written(e: Emit, text: str, at: int, outputs: int, kind: Any, constraints: str, values: Sequence[Any]) -> list[Any]:
-    """Instructions with so many results, of which the first two count."""
+    """Instructions with so many results, of which the first two count. They read x and say nothing of it to LLVM, which is
+    right as long as no piece that uses them writes to x."""
     takes = ir.FunctionType(ir.LiteralStructType([kind] * outputs), [v.type for v in values])
     made = e.b.asm(takes, text.format(at=at).replace("\n", "\\0A"), constraints, values, True)
     return [e.b.extract_value(made, h) for h in HALVES]
+
+
+def _halves(e: Emit, chunk: Chunk) -> list[Any]:
+    held = chunk()
+    return [e.part(held, 32 * h, 32) for h in HALVES]
 
 
 def _dots_avx2(e: Emit, chunks: Sequence[Chunk], columns: Sequence[Any], offset: int, peak: int) -> list[Any]:
@@ -135,20 +141,18 @@ def _dots_avx2(e: Emit, chunks: Sequence[Chunk], columns: Sequence[Any], offset:
     totals = [[ir.Constant(v8i, [0] * 8)] * 2 for _ in columns]
     if not peak:
         for i in order:
-            chunk, at = chunks[i](), offset + 4 * i
-            w = [e.part(chunk, 32 * h, 32) for h in HALVES]
+            w, at = _halves(e, chunks[i]), offset + 4 * i
             sizes = [b.select(b.icmp_signed("<", h, v32b([0] * 32)), b.sub(v32b([0] * 32), h), h) for h in w]
             for c, x in enumerate(columns):
                 values = [*w, *sizes, x, ones, *totals[c]]
                 totals[c] = _written(e, _SIGNED, at, 4, v8i, "=x,=x,=&x,=&x,x,x,x,x,r,x,0,1", values)
         return [e.join(*t) for t in totals]
     words = e.function("llvm.x86.avx2.pmadd.wd", v8i, [v16w, v16w])
-    together = _together(peak)
+    together = _together(peak, n)
     for k in range(0, n, together):
         sums: list[list[Any]] = [[] for _ in columns]
         for i in order[k : k + together]:
-            chunk, at = chunks[i](), offset + 4 * i
-            w = [e.part(chunk, 32 * h, 32) for h in HALVES]
+            w, at = _halves(e, chunks[i]), offset + 4 * i
             for c, x in enumerate(columns):
                 if sums[c]:
                     sums[c] = _written(e, _NEXT, at, 4, v16w, "=x,=x,=&x,=&x,x,x,r,0,1", [*w, x, *sums[c]])
