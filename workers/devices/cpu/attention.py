@@ -7,7 +7,8 @@ import numpy as np
 from protocol.dtypes import TYPES, GGMLType
 from protocol.limits import MAX_ROPE_POSITION
 from workers import tensors
-from workers.devices.cpu.binding import F16, F32, Binder, Bindings
+from workers.devices.bindings import Bindings
+from workers.devices.cpu.binding import F16, F32, Binder
 from workers.devices.lower import Node, RopeKey, Span
 from workers.kernels import layout, steps
 from workers.kernels.rotary import rope_turn

@@ -6,13 +6,14 @@ A binding is a function of a binder and of nodes: it adds steps and returns whet
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy.typing as npt
 
 from protocol.dtypes import GGMLType
+from workers.devices.bindings import Bindings
 from workers.devices.cpu.program import Program
 from workers.devices.cpu.weights import CPUBuffer, Weights
 from workers.devices.host import HostMemory, Step
@@ -23,30 +24,6 @@ from workers.ticks import Tick
 F32, F16, I32 = GGMLType.F32, GGMLType.F16, GGMLType.I32
 TICK_COST = 400_000_000
 """Multiplications after which a running plan looks at its sockets: some milliseconds."""
-
-Binding = Callable[..., bool]
-
-
-class Bindings(dict[tuple[str, ...], Binding]):
-    """By the op, or by the ops of neighbours that are one step."""
-
-    def of(self, *ops: str) -> Callable[[Binding], Binding]:
-        """Declares the binding of each of these ops."""
-
-        def add(f: Binding) -> Binding:
-            self.update({(op,): f for op in ops})
-            return f
-
-        return add
-
-    def of_neighbours(self, *ops: str) -> Callable[[Binding], Binding]:
-        """Declares the binding of neighbours with these ops."""
-
-        def add(f: Binding) -> Binding:
-            self[ops] = f
-            return f
-
-        return add
 
 
 class Rows(NamedTuple):

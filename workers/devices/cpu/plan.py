@@ -11,8 +11,9 @@ import numpy as np
 from protocol.errors import KernelError
 from protocol.graph import Graph
 from workers.devices.base import Plan, StepNote
+from workers.devices.bindings import Bindings
 from workers.devices.cpu import attention, products, rows, scans
-from workers.devices.cpu.binding import Binder, Bindings
+from workers.devices.cpu.binding import Binder
 from workers.devices.cpu.program import Run, Words
 from workers.devices.cpu.weights import CPUBuffer, Weights
 from workers.devices.host import Arena, HostMemory, HostPlan, Step

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from protocol.dtypes import TYPES, GGMLType, row_bytes
 from protocol.graph import Tensor
-from workers.devices.cpu.binding import F16, F32, I32, TICK_COST, Binder, Bindings
+from workers.devices.bindings import Bindings
+from workers.devices.cpu.binding import F16, F32, I32, TICK_COST, Binder
 from workers.devices.lower import SCRATCH, Node, Span
 from workers.kernels import layout, steps
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from protocol.dtypes import GGMLType
 from protocol.ops import OPS
-from workers.devices.cpu.binding import F16, F32, I32, Binder, Bindings, Rows
+from workers.devices.bindings import Bindings
+from workers.devices.cpu.binding import F16, F32, I32, Binder, Rows
 from workers.devices.lower import Node
 from workers.kernels import layout, steps
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from workers.devices.cpu.binding import F32, Binder, Bindings
+from workers.devices.bindings import Bindings
+from workers.devices.cpu.binding import F32, Binder
 from workers.devices.lower import Node
 from workers.kernels import steps
 

@@ -1,0 +1,127 @@
+"""Binds the nodes of a lowered graph to kernels; others run the reference kernel on the host, over copies.
+
+A binding is a function of a binder and of nodes: it adds launches and returns whether there are any. `rows`, `attention`,
+`products` and `scans` have them. One stream runs them in order, so nothing waits for anything by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from protocol.dtypes import GGMLType
+from protocol.graph import Tensor
+from workers.devices.bindings import Bindings
+from workers.devices.cuda.driver import Driver, Function, Grid
+from workers.devices.cuda.weights import CUDABuffer, Memory, Weights
+from workers.devices.lower import SCRATCH, Lowered, Node, Scratch, Span
+from workers.kernels.cuda.launches import Four, Launch
+from workers.kernels.cuda.sources import Kernel
+from workers.ticks import Tick
+
+F32, F16, BF16, I32 = GGMLType.F32, GGMLType.F16, GGMLType.BF16, GGMLType.I32
+STATUS_BYTES = 256
+"""At the beginning of the arena: the word where kernels say which node's index was bad."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A kernel, and what it is called with."""
+
+    function: Function
+    grid: Grid
+    argument: Launch
+    node: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fallback:
+    """A node that the host computes."""
+
+    node: Node
+
+
+@dataclass(slots=True)
+class Binder:
+    """One pass over a graph.
+
+    Attributes:
+        base: address of the arena, which has the plan's scratch memory behind the status word.
+        steps: launches and fallbacks, in order.
+        kept: memory that kernels read and no node writes.
+    """
+
+    lowered: Lowered
+    buffers: Mapping[int, CUDABuffer]
+    base: int
+    driver: Driver
+    weights: Weights
+    bindings: Bindings
+    tick: Tick
+    scratch: Scratch = field(init=False)
+    steps: list[Launched | Fallback] = field(default_factory=list)
+    fallbacks: list[str] = field(default_factory=list)
+    kept: list[Memory] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.scratch = Scratch(self.lowered)
+
+    def bind(self) -> None:
+        """Every node, once."""
+        for group in self.lowered.groups:
+            if len(group) > 1 and self._try(group):
+                continue
+            for node in group:
+                if 0 not in node.tensor.ne and not self._try((node,)):
+                    self.steps.append(Fallback(node))
+                    self.fallbacks.append(node.op.name)
+
+    def _try(self, nodes: Sequence[Node]) -> bool:
+        binding = self.bindings.get(tuple(n.op.name for n in nodes))
+        return binding is not None and all(0 not in n.tensor.ne for n in nodes) and binding(self, *nodes)
+
+    # -- what bindings ask ---------------------------------------------------------------------------------------------
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.lowered.graph.tensors
+
+    @property
+    def status(self) -> int:
+        """Address for `Launch.status`."""
+        return self.base
+
+    def at(self, span: Span) -> int:
+        """Where a span begins."""
+        if span.buffer == SCRATCH:
+            return self.base + STATUS_BYTES + span.start
+        return self.buffers[span.buffer].address + span.start
+
+    def address(self, i: int) -> int:
+        """Where tensor `i` begins."""
+        return self.at(self.lowered.places[i])
+
+    def more(self, n_bytes: int) -> int:
+        """Address of scratch memory of this plan's own."""
+        return self.at(self.scratch.more(n_bytes))
+
+    def constant(self, data: bytes) -> int:
+        """Address of these bytes, as long as the plan lives."""
+        memory = Memory(self.driver, len(data))
+        self.weights.copies.store(memory.address, memoryview(data), self.tick)
+        self.kept.append(memory)
+        return memory.address
+
+    def add(self, node: Node, argument: Launch, x: int, y: int = 1, threads: int = 256, **macros: object) -> None:
+        """A kernel of so many blocks, compiled with these macros."""
+        kernel = Kernel(argument.file, argument.function, tuple(sorted((name, str(value)) for name, value in macros.items())))
+        self.steps.append(Launched(self.driver.function(kernel), Grid(x, y, threads), argument, node.index))
+
+
+def ceil_div(n: int, size: int) -> int:
+    return -(-n // size)
+
+
+def strides(t: Tensor) -> Four:
+    """ggml's strides, with 0 where there is one element: a result broadcasts over it."""
+    return tuple(0 if n == 1 else size for n, size in zip(t.ne, t.nb, strict=True))  # type: ignore[return-value]

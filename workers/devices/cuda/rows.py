@@ -1,0 +1,7 @@
+"""Bindings of rows."""
+
+from __future__ import annotations
+
+from workers.devices.bindings import Bindings
+
+BINDINGS = Bindings()

@@ -1,0 +1,122 @@
+"""Kernels of weights and products, and what they are called with."""
+
+from __future__ import annotations
+
+from workers.kernels.cuda.launches import Launch, launch
+from workers.kernels.records import Address, Bytes, Count, Flag, NodeIndex
+
+# -- weights -----------------------------------------------------------------------------------------------------------
+
+
+class PackedRows(Launch, frozen=True, kw_only=True):
+    """Rows of weights, k elements each, between GGUF's layout at `raw` and the device's own at `packed`.
+
+    `n_rows` are those of the whole tensor, which decide where its planes lie; of them `n` from `first` on are meant, which is a
+    multiple of 16. `raw` has the row `first` at its beginning.
+    """
+
+    raw: Address
+    packed: Address
+    n_rows: Count
+    k: Count
+    first: Count
+    n: Count
+
+
+@launch("packing.pack", "pack weights")
+class Pack(PackedRows, frozen=True, kw_only=True):
+    pass
+
+
+@launch("packing.unpack", "unpack weights")
+class Unpack(PackedRows, frozen=True, kw_only=True):
+    pass
+
+
+# -- products ----------------------------------------------------------------------------------------------------------
+
+
+@launch("columns.halve", "columns to F16")
+class Halve(Launch, frozen=True, kw_only=True):
+    """n columns of k float32 as float16 (or bfloat16, `wide`), each times a power of two of its own; `scales` undo it.
+
+    Columns lie `y_row` bytes apart, filled up with zeros.
+    """
+
+    x: Address
+    x_row: Bytes
+    n: Count
+    k: Count
+    y: Address
+    y_row: Bytes
+    scales: Address
+    wide: Flag
+
+
+class Weights(Launch, frozen=True, kw_only=True):
+    """Rows of packed weights of a tensor with `n_all` rows; the first is `first`, a multiple of 16."""
+
+    w: Address
+    n_all: Count
+    first: Count
+    n_rows: Count
+    k: Count
+
+
+@launch("products.product", "MUL_MAT")
+class Product(Weights, frozen=True, kw_only=True):
+    """Rows of weights times n columns."""
+
+    x: Address
+    x_row: Bytes
+    scales: Address
+    n: Count
+    y: Address
+    y_row: Bytes
+
+
+@launch("columns.route", "MUL_MAT_ID route")
+class Route(Launch, frozen=True, kw_only=True):
+    """Who chose which expert: `pairs` lists token * n_used + slot by expert, in order; `tiles` has (expert, first, count) for
+    each `n_columns` pairs of one expert, then entries with count 0, `n_tiles` in all."""
+
+    ids: Address
+    ids_row: Bytes
+    n_used: Count
+    n_tokens: Count
+    n_experts: Count
+    n_columns: Count
+    pairs: Address
+    tiles: Address
+    n_tiles: Count
+    status: Address
+    node: NodeIndex
+
+
+@launch("products.expert_product", "MUL_MAT_ID")
+class ExpertProduct(Weights, frozen=True, kw_only=True):
+    """Each expert's rows times the columns that chose it. `n_rows`: of one expert. Column of a pair: token * n_slots + slot %
+    n_slots."""
+
+    x: Address
+    x_row: Bytes
+    scales: Address
+    n_slots: Count
+    n_used: Count
+    pairs: Address
+    tiles: Address
+    y: Address
+    y_row: Bytes
+
+
+@launch("products.get_rows", "GET_ROWS of weights")
+class GetWeightRows(Weights, frozen=True, kw_only=True):
+    """Rows of packed weights as float32, `y_row` bytes apart."""
+
+    ids: Address
+    id_step: Bytes
+    n: Count
+    y: Address
+    y_row: Bytes
+    status: Address
+    node: NodeIndex
