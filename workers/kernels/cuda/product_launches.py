@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from workers.kernels.cuda.launches import Launch, launch
-from workers.kernels.records import Address, Bytes, Count, Flag, NodeIndex
+from workers.kernels.cuda.launches import Four, Launch, launch
+from workers.kernels.records import Address, Bytes, Code, Count, Flag, NodeIndex
 
 # -- weights -----------------------------------------------------------------------------------------------------------
 
@@ -120,3 +120,22 @@ class GetWeightRows(Weights, frozen=True, kw_only=True):
     y_row: Bytes
     status: Address
     node: NodeIndex
+
+
+@launch("columns.plain_product", "MUL_MAT of plain weights")
+class PlainProduct(Launch, frozen=True, kw_only=True):
+    """y [n] = rows of w by rows of x, of any strides. Types: 0 float32, 1 float16, 2 bfloat16. `repeat2`, `repeat3`: how many
+    of x share one of w."""
+
+    w: Address
+    w_type: Code
+    w_nb: Four
+    repeat2: Count
+    repeat3: Count
+    x: Address
+    x_type: Code
+    x_nb: Four
+    y: Address
+    y_nb: Four
+    n: Four
+    k: Count
