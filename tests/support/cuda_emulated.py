@@ -1,4 +1,4 @@
-"""A worker that has the device `cuda-emulated` too: the CUDA device over kernels that run on the host. It has a worker's options."""
+"""The device `cuda-emulated`: the CUDA device over kernels that run on the host. As a program this is a worker that has it."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ from config.caches import cache_folder
 
 FOLDER = Path(__file__).parent
 COMPILERS = ("g++", "clang++", "c++")
-OPTIONS = ("-O1", "-g1", "-gdwarf-4", "-w", "-fPIC", "-std=c++17", "-ffp-contract=off", "-fno-strict-aliasing", "-fno-exceptions", "-fno-rtti",
-           "-fvisibility=hidden")  # fmt: skip
+OPTIONS = ("-O1", "-g1", "-gdwarf-4", "-w", "-fPIC", "-std=c++17", "-ffp-contract=off", "-fno-strict-aliasing",
+           "-fno-exceptions", "-fno-rtti", "-fvisibility=hidden")  # fmt: skip
 CHECKS = ("-fsanitize=bounds,alignment,shift-exponent,integer-divide-by-zero", "-fno-sanitize-recover=all")
 """What the compiler finds by itself; `machine.cpp` has the functions that are called then."""
 MACHINE_OPTIONS = ("-O2", "-fPIC", "-std=c++17", "-fno-exceptions", "-fno-rtti", "-U_FORTIFY_SOURCE", "-fcf-protection=none")
@@ -92,8 +92,8 @@ def machine() -> Any:
     made, _ = library((FOLDER / "machine.cpp").read_text(encoding="utf-8"), MACHINE_OPTIONS)
     loaded = ctypes.CDLL(str(made), mode=ctypes.RTLD_GLOBAL)
     word, size = ctypes.c_uint32, ctypes.c_size_t
-    loaded.emulated_launch.argtypes = [ctypes.c_void_p, ctypes.c_char_p, word, word, word, ctypes.c_int, ctypes.c_void_p, size,
-                                       ctypes.c_int, ctypes.POINTER(Failure)]  # fmt: skip
+    kernel, shared = [ctypes.c_void_p, ctypes.c_char_p], [ctypes.c_void_p, size, ctypes.c_int]
+    loaded.emulated_launch.argtypes = [*kernel, word, word, word, ctypes.c_int, *shared, ctypes.POINTER(Failure)]
     loaded.emulated_reserve.argtypes, loaded.emulated_reserve.restype = [size], ctypes.c_uint64
     loaded.emulated_commit.argtypes = [ctypes.c_uint64, size]
     loaded.emulated_release.argtypes, loaded.emulated_release.restype = [ctypes.c_uint64, size], None

@@ -1,5 +1,7 @@
-"""A driver of a CUDA device that is not there. Its memory is the host's, its kernels run on the host, and its stream does what is
-put on it as late as it may: when somebody looks whether it has been done."""
+"""A driver of a CUDA device that is not there: its memory is the host's, and its kernels run on the host.
+
+Its stream does what is put on it as late as it may: when somebody looks whether it has been done.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +35,9 @@ MAX_STEPS = 4096
 """What waits on the stream is done when it is more."""
 MAX_ARGUMENT_BYTES = 4096
 MAX_THREADS = 1024
+
+PRIMITIVES = "".join(f'#line 1 "{f}"\n' + (FOLDER / f).read_text(encoding="utf-8") for f in ("builtins.h", "primitives.h"))
+"""Instead of `primitives.cuh`."""
 
 Step = Callable[[], None]
 
@@ -217,7 +222,9 @@ class EmulatedDriver:
 
     @staticmethod
     def _bytes(address: int, n_bytes: int) -> np.ndarray:
-        return np.frombuffer((ctypes.c_uint8 * n_bytes).from_address(address), np.uint8) if n_bytes else np.empty(0, np.uint8)
+        if not n_bytes:
+            return np.empty(0, np.uint8)
+        return np.frombuffer((ctypes.c_uint8 * n_bytes).from_address(address), np.uint8)
 
     def capture(self, do: Callable[[], None]) -> Recorded:
         self._not_recording("a capture")
@@ -258,7 +265,7 @@ class EmulatedDriver:
         record = next((r for r in LAUNCHES if (r.file, r.function) == (kernel.file, kernel.function)), None)
         if record is None:
             raise EmulationError(f"{title}: no record of its argument is declared")
-        return self.compiled(title, kernel.function, record, kernel.text((FOLDER / "primitives.h").read_text(encoding="utf-8")))
+        return self.compiled(title, kernel.function, record, kernel.text(PRIMITIVES))
 
     def compiled(self, title: str, name: str, record: type[Launch], text: str) -> EmulatedFunction:
         """A kernel of a whole source."""
@@ -312,8 +319,8 @@ EXPORTED u64 emulated_shared_bound(int end) {{ return (u64)(end ? __stop_emulate
             if ctypes.string_at(a.address, a.n_bytes) != first:
                 differs = np.flatnonzero(np.frombuffer(first, np.uint8) != self._bytes(a.address, a.n_bytes))
                 at = a.address + int(differs[0])
-                raise EmulationError(f"{function.title}: {len(differs)} bytes depend on the order of threads or on shared memory "
-                                     f"that was not written, the first at {at:#x}, {self._near(at)}")  # fmt: skip
+                raise EmulationError(f"{function.title}: {len(differs)} bytes depend on the order of threads, or on shared memory "
+                                     f"without content, the first at {at:#x}, {self._near(at)}")  # fmt: skip
 
     def _run(self, function: EmulatedFunction, grid: Grid, data: bytes, descending: bool) -> None:
         failure = Failure()
