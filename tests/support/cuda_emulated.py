@@ -1,4 +1,4 @@
-"""The device `cuda-emulated`: the CUDA device over kernels that run on the host. As a program this is a worker that has it."""
+"""The device `cuda-emulated`: the CUDA device over kernels that run on the host. As a program this is a worker with it."""
 
 from __future__ import annotations
 

@@ -41,8 +41,11 @@ def put(driver: EmulatedDriver, data: np.ndarray) -> int:
     return address
 
 
+WARP = Grid(1, 1, 32)
+
+
 def run(
-    driver: EmulatedDriver, body: str, x: np.ndarray, out: np.ndarray, grid: Grid = Grid(1, 1, 32), before: str = ""
+    driver: EmulatedDriver, body: str, x: np.ndarray, out: np.ndarray, grid: Grid = WARP, before: str = ""
 ) -> np.ndarray:
     """What a kernel of this body makes of `x` and `out`, at the addresses a.x and a.y; a.n is the number of threads."""
     source = f"{before}\nKERNEL(256) trial(Trial a) {{\n{body}\n}}\n"
@@ -204,10 +207,7 @@ MULTIPLY = LANE + """
 @pytest.mark.parametrize("name", ["mma_halves", "mma_bf16s"])
 def test_matrices_multiply(driver: EmulatedDriver, name: str) -> None:
     x = np.random.default_rng(6).integers(-64, 64, (24, 16)).astype(np.float32)
-    if name == "mma_halves":
-        bits = x.astype(np.float16).view(np.uint16)
-    else:
-        bits = (x.view(np.uint32) >> 16).astype(np.uint16)
+    bits = x.astype(np.float16).view(np.uint16) if name == "mma_halves" else (x.view(np.uint32) >> 16).astype(np.uint16)
     got = run(driver, MULTIPLY.replace("MMA", name), bits, np.zeros((16, 8), np.float32))
     begun = np.array([[0, 1], [2, 3]], np.float32)
     want = x[:16] @ x[16:].T + np.tile(np.repeat(begun, 8, 0), (1, 4))
@@ -235,7 +235,10 @@ def test_matrices_are_transposed(driver: EmulatedDriver) -> None:
 
 def test_atomics_return_what_was_there(driver: EmulatedDriver) -> None:
     out = np.array([7, 7, 0, 0], np.uint32)
-    body = HERE + "u32* y = (u32*)a.y; atomicMin(y, (u32)i); atomicMax(y + 1, (u32)i); atomicAdd(y + 2, 2u); report(a.y + 12, i);"
+    body = HERE + """
+        u32* y = (u32*)a.y;
+        atomicMin(y, (u32)i), atomicMax(y + 1, (u32)i), atomicAdd(y + 2, 2u), report(a.y + 12, i);
+    """
     assert list(run(driver, body, NONE, out, Grid(2, 1, 64))) == [0, 127, 256, 0]
     assert list(run(driver, "((u32*)a.y)[0] = atomicCAS((u32*)a.y + 1, 7u, 9u);", NONE, out, Grid(1, 1, 1))) == [7, 9, 0, 0]
 
@@ -247,22 +250,22 @@ WRONG = {
     "behind": (HERE + "((float*)a.y)[i] = ((const float*)a.x)[i + 16];", r"trial.cu:4: reads or writes 0x"),
     "before": ("*(int*)(a.y - 4) = (int)threadIdx.x;", "wrote just outside of 256 bytes"),
     "nowhere": ("*(int*)a.n = 1;", "reads or writes 0x40, where no memory is"),
-    "barrier": ("if (threadIdx.x < 40) __syncthreads();", r"thread 0 waits at trial.cu:3 \(__syncthreads\), but thread 40 has ended"),
+    "barrier": ("if (threadIdx.x < 40) __syncthreads();", r"trial.cu:3 \(__syncthreads\), but thread 40 has ended"),
     "barriers": ("if (threadIdx.x < 32) {\n__syncthreads();\n} else\n__syncthreads();", r"thread 32 waits at trial.cu:6"),
-    "shuffle": ("if (threadIdx.x % 2) __shfl_xor_sync(ALL_LANES, 1, 2);", r"__shfl_xor_sync\), but thread 0 has ended"),
-    "shuffles": ("if (threadIdx.x % 2) __syncwarp();\nelse __syncthreads();", r"\(__syncwarp\), but thread 0 waits at trial.cu:4"),
+    "shuffle": ("if (threadIdx.x % 2) __shfl_xor_sync(ALL_LANES, 1, 2);", r"_xor_sync\), but thread 0 has ended"),
+    "shuffles": ("if (threadIdx.x % 2) __syncwarp();\nelse __syncthreads();", r"but thread 0 waits at trial.cu:4"),
     "lane": ("__shfl_sync(0xffff, 1, 20);", "a lane that its own mask does not name"),
-    "source": ("__shfl_sync(threadIdx.x % 32 < 16 ? 0xffffu : 0xffff0000u, 1, 20);", "from a lane that does not take part"),
+    "source": ("__shfl_sync(threadIdx.x % 32 < 16 ? 0xffffu : 0xffff0000u, 1, 20);", "from a lane that does not"),
     "index": (ROOM + "room[threadIdx.x + 1] = 1;", r"thread 63 of block \(0, 0\): trial.cu:4: an index outside an array"),
     "alignment": ("*(uint4*)(a.y + 4) = make_uint4(1, 2, 3, 4);", "not aligned as its type asks"),
     "shift": (HERE + "((u32*)a.y)[i] = 1u << a.n;", "a shift by as many bits"),
     "division": (HERE + "((i64*)a.y)[i / 2] = i / (a.n - 64);", "a division by zero"),
     "matrix": ("u32 v[4];\nload_transposed(v, (const void*)a.x);", "what is not shared memory"),
     "stack": ("*(int*)a.y = deep((int*)a.x);", "of stack"),
-    "first": ("*(int*)a.y = (int)threadIdx.x;", r"bytes depend on the order of threads .*, 0 bytes behind the beginning of 256"),
+    "first": ("*(int*)a.y = (int)threadIdx.x;", "bytes depend on the order of threads.*, 0 bytes behind"),
     "blocks": ("*(int*)a.y = (int)blockIdx.x;", "depend on the order"),
     "added": ("float* y = (float*)a.y;\n*y = *y * 1.5f + threadIdx.x;", "depend on the order"),
-    "unsynchronised": (ROOM + "room[threadIdx.x] = 1;\n((int*)a.y)[threadIdx.x] = room[63 - threadIdx.x];", "depend on the order"),
+    "no barrier": (ROOM + "room[threadIdx.x] = 1;\n((int*)a.y)[threadIdx.x] = room[63 - threadIdx.x];", "depend on"),
     "unwritten": (ROOM + "((int*)a.y)[threadIdx.x] = room[threadIdx.x];", "depend on the order"),
 }  # fmt: skip
 DEEP = "__noinline__ int deep(int* p) { int more[4096]; for (int& m : more) m = *p; return deep(more) + more[*p]; }"
@@ -272,13 +275,18 @@ DEEP = "__noinline__ int deep(int* p) { int more[4096]; for (int& m : more) m = 
 def test_what_is_wrong_is_said(driver: EmulatedDriver, what: str) -> None:
     body, said = WRONG[what]
     with pytest.raises(EmulationError, match=f"trial: .*{said}"):
-        run(driver, body, np.zeros(64, np.int32), np.zeros(64, np.int32), Grid(2 if what == "blocks" else 1, 1, 64), DEEP)
+        zeros, grid = np.zeros(64, np.int32), Grid(2 if what == "blocks" else 1, 1, 64)
+        run(driver, body, zeros, zeros, grid, DEEP)
     y = run(driver, HERE + "((int*)a.y)[i] = 1;", NONE, np.zeros(64, np.int32), Grid(1, 1, 64))
     assert y.all(), "it goes on"
 
 
 def test_what_is_synchronised_is_right(driver: EmulatedDriver) -> None:
-    body = ROOM + "room[threadIdx.x] = (int)threadIdx.x;\n__syncthreads();\n((int*)a.y)[threadIdx.x] = room[63 - threadIdx.x];"
+    body = ROOM + """
+        room[threadIdx.x] = (int)threadIdx.x;
+        __syncthreads();
+        ((int*)a.y)[threadIdx.x] = room[63 - threadIdx.x];
+    """
     assert list(run(driver, body, NONE, np.zeros(64, np.int32), Grid(1, 1, 64))) == list(range(64))[::-1]
 
 

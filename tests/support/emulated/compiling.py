@@ -92,8 +92,9 @@ def machine() -> Any:
     made, _ = library((FOLDER / "machine.cpp").read_text(encoding="utf-8"), MACHINE_OPTIONS)
     loaded = ctypes.CDLL(str(made), mode=ctypes.RTLD_GLOBAL)
     word, size = ctypes.c_uint32, ctypes.c_size_t
-    kernel, shared = [ctypes.c_void_p, ctypes.c_char_p], [ctypes.c_void_p, size, ctypes.c_int]
-    loaded.emulated_launch.argtypes = [*kernel, word, word, word, ctypes.c_int, *shared, ctypes.POINTER(Failure)]
+    shared: list[Any] = [ctypes.c_void_p, size, ctypes.c_int]
+    grid: list[Any] = [word, word, word, ctypes.c_int]
+    loaded.emulated_launch.argtypes = [ctypes.c_void_p, ctypes.c_char_p, *grid, *shared, ctypes.POINTER(Failure)]
     loaded.emulated_reserve.argtypes, loaded.emulated_reserve.restype = [size], ctypes.c_uint64
     loaded.emulated_commit.argtypes = [ctypes.c_uint64, size]
     loaded.emulated_release.argtypes, loaded.emulated_release.restype = [ctypes.c_uint64, size], None

@@ -17,9 +17,10 @@ import numpy as np
 
 from protocol.errors import OutOfMemory
 from tests.support.emulated.compiling import FOLDER, Failure, library, machine
-from workers.devices.cuda.driver import Facts, Grid
+from workers.devices.cuda.driver import Facts, Function, Grid
 from workers.kernels.cuda.launches import LAUNCHES, Launch
 from workers.kernels.cuda.sources import Kernel
+from workers.tensors import Bytes
 
 PAGE = mmap.PAGESIZE
 ALIGN = 16
@@ -221,14 +222,15 @@ class EmulatedDriver:
         ctypes.memset(address, value, n_bytes)
 
     @staticmethod
-    def _bytes(address: int, n_bytes: int) -> np.ndarray:
+    def _bytes(address: int, n_bytes: int) -> Bytes:
         if not n_bytes:
             return np.empty(0, np.uint8)
-        return np.frombuffer((ctypes.c_uint8 * n_bytes).from_address(address), np.uint8)
+        return np.frombuffer(memoryview((ctypes.c_uint8 * n_bytes).from_address(address)).cast("B"), np.uint8)
 
     def capture(self, do: Callable[[], None]) -> Recorded:
         self._not_recording("a capture")
-        self._recording = steps = []
+        steps: list[Step] = []
+        self._recording = steps
         try:
             do()
         finally:
@@ -288,7 +290,8 @@ EXPORTED u64 emulated_shared_bound(int end) {{ return (u64)(end ? __stop_emulate
         max_threads = int(told[1]) if told is not None else int(threads) if threads.isdigit() else MAX_THREADS
         return EmulatedFunction(title, record, address, (begin, loaded.emulated_shared_bound(1) - begin), max_threads)
 
-    def launch(self, function: EmulatedFunction, grid: Grid, argument: Launch) -> None:
+    def launch(self, function: Function, grid: Grid, argument: Launch) -> None:
+        assert isinstance(function, EmulatedFunction)  # `function` gives no others
         if not isinstance(argument, function.record):
             raise EmulationError(f"{function.title} takes a {function.record.__name__}, got a {type(argument).__name__}")
         if not (1 <= grid.x < 1 << 31 and 1 <= grid.y < 1 << 16 and 1 <= grid.threads <= function.max_threads):
@@ -319,8 +322,8 @@ EXPORTED u64 emulated_shared_bound(int end) {{ return (u64)(end ? __stop_emulate
             if ctypes.string_at(a.address, a.n_bytes) != first:
                 differs = np.flatnonzero(np.frombuffer(first, np.uint8) != self._bytes(a.address, a.n_bytes))
                 at = a.address + int(differs[0])
-                raise EmulationError(f"{function.title}: {len(differs)} bytes depend on the order of threads, or on shared memory "
-                                     f"without content, the first at {at:#x}, {self._near(at)}")  # fmt: skip
+                raise EmulationError(f"{function.title}: {len(differs)} bytes depend on the order of threads, or on what "
+                                     f"shared memory held before, the first at {at:#x}, {self._near(at)}")  # fmt: skip
 
     def _run(self, function: EmulatedFunction, grid: Grid, data: bytes, descending: bool) -> None:
         failure = Failure()

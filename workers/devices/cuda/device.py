@@ -171,6 +171,7 @@ class CUDADevice(Device[CUDABuffer]):
     ) -> None:
         if not packs(type_id, ne, buffer.address + offset):  # the bytes lie where they should
             return
+        self._raw(buffer, offset, n_bytes, tick)
         try:
             self.weights.pack_here(buffer, offset, n_bytes, type_id, ne)
         except BaseException:

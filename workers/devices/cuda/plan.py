@@ -24,7 +24,7 @@ from workers.devices.cuda.driver import Captured, Driver
 from workers.devices.cuda.weights import CUDABuffer, Weights
 from workers.devices.lower import Lowered, Node, aligned
 from workers.kernels import reference
-from workers.ticks import Tick
+from workers.ticks import Tick, completing, paced
 
 GOOD = 0xFFFFFFFF
 """What the status word holds when every index was good."""
@@ -182,7 +182,7 @@ class CUDAPlan(Plan):
 
     def _run_parts(self, bound: Bound, tick: Tick, notes: list[StepNote] | None) -> None:
         """Part after part, with what the host computes between them."""
-        driver = self._device.driver
+        driver, tick = self._device.driver, paced(tick)
         self._begin(bound)
         for part in bound.parts:
             if isinstance(part, Node):
@@ -222,5 +222,6 @@ class CUDAPlan(Plan):
         copies.store(binder.address(node.index), held[node.index].data, tick)
 
     def _wait(self, tick: Tick) -> None:
-        """Until the stream has done all, looking at the sockets meanwhile."""
-        wait(self._device.driver.record(), tick)
+        """Until the stream has done all, looking at the sockets meanwhile; it uses staging memory until then."""
+        with completing(tick) as steady:
+            wait(self._device.driver.record(), steady)
