@@ -31,7 +31,7 @@ from workers.devices.cuda.driver import Facts, Grid
 from workers.devices.cuda.weights import CUDABuffer
 from workers.kernels.cuda.launches import Launch
 from workers.kernels.cuda.sources import Kernel
-from workers.ticks import nothing
+from workers.ticks import Tick, nothing
 
 TOTAL_BYTES = 1 << 40
 N_CTX = 256
@@ -67,7 +67,7 @@ class RecordingDriver:
     def staging(self, n_bytes: int) -> memoryview:
         return memoryview(bytearray(n_bytes))
 
-    def function(self, kernel: Kernel) -> Kernel:
+    def function(self, kernel: Kernel, tick: Tick = nothing) -> Kernel:
         return kernel
 
     def launch(self, function: object, grid: Grid, argument: Launch) -> None:

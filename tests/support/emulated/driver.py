@@ -20,6 +20,7 @@ from tests.support.emulated.compiling import FOLDER, Failure, library, machine
 from workers.devices.cuda.driver import Facts, Function, Grid
 from workers.kernels.cuda.launches import LAUNCHES, Launch
 from workers.kernels.cuda.sources import Kernel
+from workers.ticks import Tick, nothing
 from workers.tensors import Bytes
 
 PAGE = mmap.PAGESIZE
@@ -256,7 +257,7 @@ class EmulatedDriver:
 
     # -- kernels -------------------------------------------------------------------------------------------------------
 
-    def function(self, kernel: Kernel) -> EmulatedFunction:
+    def function(self, kernel: Kernel, tick: Tick = nothing) -> EmulatedFunction:
         if kernel not in self._functions:
             self._not_recording("a kernel is compiled")
             self._functions[kernel] = self._load(kernel)

@@ -125,7 +125,7 @@ class Compiler:
     Attributes:
         n_compiles: how many were not there yet.
 
-    Threads: use from one.
+    Threads: any; two that ask for the same at once both have it compiled.
     """
 
     def __init__(self, major: int, architecture: str, folder: Path | None = None) -> None:

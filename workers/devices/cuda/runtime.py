@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import cupy
@@ -20,7 +22,10 @@ from workers.devices.cuda.compiling import Compiler
 from workers.devices.cuda.driver import Facts, Function, Grid
 from workers.kernels.cuda.launches import Launch
 from workers.kernels.cuda.sources import Kernel
+from workers.ticks import Job, Tick, nothing
 
+COMPILE_S = 60.0
+"""A compiler is waited for in pieces of so long."""
 NOT_READY = 600
 """cudaErrorNotReady: what was asked after is still on the stream."""
 MEMORY = 2
@@ -160,19 +165,27 @@ class CupyDriver:
 
     # -- kernels -------------------------------------------------------------------------------------------------------
 
-    def function(self, kernel: Kernel) -> CupyFunction:
+    def function(self, kernel: Kernel, tick: Tick = nothing) -> CupyFunction:
         found = self._functions.get(kernel)
         if found is None:
             key = kernel.file, kernel.macros
             name = " ".join((f"{kernel.file}.{kernel.function}", *(f"{k}={v}" for k, v in kernel.macros)))
-            code = self._compiler.get(kernel) if key not in self._modules else b""
-            self.n_compiles = self._compiler.n_compiles
+            code = self._compiled(kernel, tick) if key not in self._modules else b""
             with self.asking(f"kernel {name}"):
                 if code:
                     self._modules[key] = driver.moduleLoadData(code)
                 found = CupyFunction(driver.moduleGetFunction(self._modules[key], kernel.function), name)
             self._functions[kernel] = found
         return found
+
+    def _compiled(self, kernel: Kernel, tick: Tick) -> bytes:
+        """On a thread of its own, since a kernel may take a second: whoever asks for a worker meanwhile is answered."""
+        job = Job(partial(self._compiler.get, kernel))
+        threading.Thread(target=job.run, daemon=True, name="ggmq-nvrtc").start()
+        while not job.wait(tick, COMPILE_S):
+            pass
+        self.n_compiles = self._compiler.n_compiles
+        return job.outcome()
 
     def launch(self, function: Function, grid: Grid, argument: Launch) -> None:
         assert isinstance(function, CupyFunction)  # this driver's own
