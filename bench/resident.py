@@ -148,13 +148,13 @@ class Resident:
 
     def decoding(self, n_streams: int, depth: int) -> Computed:
         """One token of each of so many sequences, behind `depth` others. It has been computed once."""
-        self.run([self.rows(i, [300 + i], depth) for i in range(n_streams)])
+        self.run([self.rows(i, [i], depth) for i in range(n_streams)])
         assert self.here.last is not None  # just computed
         return self.here.last
 
     def reading(self, n_tokens: int) -> Computed:
         """A prompt of so many tokens, of which the last gives a token."""
-        self.run([self.rows(0, [300 + i % 1000 for i in range(n_tokens)], 0)])
+        self.run([self.rows(0, [7 * i % self.arch.hp.n_vocab for i in range(n_tokens)], 0)])
         assert self.here.last is not None  # just computed
         return self.here.last
 

@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+from workers.kernels.cuda import attention_launches, product_launches, row_launches, scan_launches  # noqa: F401  declare records
 from workers.kernels.cuda.launches import declarations
 
 FOLDER = Path(__file__).parent
