@@ -221,8 +221,8 @@ def test_memory_is_given_back(driver: Observed, device: CUDADevice) -> None:
 
 def test_a_run_that_is_no_longer_wanted_ends_before_the_next_begins(driver: Observed, device: CUDADevice) -> None:
     other = compiled(device, chain("SCALE"))
-    x = leaf(GGMLType.F32, NE)
-    one = compiled(device, Graph((x, node("SCALE", 0), node("SCALE", 1)), (0,), (1, 2)))  # an output where that has its input
+    both = Graph((leaf(GGMLType.F32, NE), node("SCALE", 0), node("SCALE", 1)), (0,), (1, 2))
+    one = compiled(device, both)  # with an output where the other has its input
 
     def cancel() -> None:
         raise Cancelled("no longer wanted")
