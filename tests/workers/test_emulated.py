@@ -342,6 +342,8 @@ def test_memory_is_counted_and_guarded(driver: EmulatedDriver) -> None:
         driver.synchronize()
     driver.fill(address, 1, 100)
     driver.free(address)  # what is on the stream may still use it
+    with pytest.raises(EmulationError, match="nothing to free"):
+        driver.free(address)
     driver.synchronize()
     driver.fill(address, 1, 100)
     with pytest.raises(EmulationError):

@@ -22,15 +22,16 @@ OPTIONS = ("-O1", "-g1", "-gdwarf-4", "-w", "-fPIC", "-std=c++17", "-ffp-contrac
            "-fno-exceptions", "-fno-rtti", "-fvisibility=hidden")  # fmt: skip
 CHECKS = ("-fsanitize=bounds,alignment,shift-exponent,integer-divide-by-zero", "-fno-sanitize-recover=all")
 """What the compiler finds by itself; `machine.cpp` has the functions that are called then."""
-MACHINE_OPTIONS = ("-O2", "-fPIC", "-std=c++17", "-fno-exceptions", "-fno-rtti", "-U_FORTIFY_SOURCE", "-fcf-protection=none")
-MACHINES = ("x86_64", "amd64", "aarch64", "arm64")
+MACHINE_OPTIONS = ("-O2", "-fPIC", "-std=c++17", "-fno-exceptions", "-fno-rtti")
+MACHINES = ("x86_64", "aarch64")
 
 
 @lru_cache
 def compiler() -> tuple[str, str]:
     """The host's C++ compiler, or the empty string and why kernels cannot be run here."""
-    if platform.machine().lower() not in MACHINES or os.name != "posix":
-        return "", f"kernels run on the host on {' and '.join(MACHINES)} under a POSIX system, this is {platform.machine()}"
+    if platform.system() != "Linux" or platform.machine() not in MACHINES:
+        here = f"{platform.system()} on {platform.machine()}"
+        return "", f"CUDA kernels run on the host under Linux on {' and '.join(MACHINES)}, this is {here}"
     for name in (os.environ.get("CXX", ""), *COMPILERS):
         path = shutil.which(name) if name else None
         if path is not None:
@@ -64,10 +65,8 @@ def library(text: str, options: Sequence[str] = (*OPTIONS, *CHECKS)) -> tuple[Pa
     kept.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=kept.parent) as room:
         (Path(room) / "kernel.cpp").write_text(text, encoding="utf-8")
-        allowed = [o for o in options if o != "-fcf-protection=none" or platform.machine().lower() in ("x86_64", "amd64")]
-        _run([path, *allowed, "-c", "kernel.cpp", "-o", "kernel.o"], room)
-        undefined = ["-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else []
-        _run([path, "-shared", *undefined, "kernel.o", "-o", "kernel.so"], room)
+        _run([path, *options, "-c", "kernel.cpp", "-o", "kernel.o"], room)
+        _run([path, "-shared", "kernel.o", "-o", "kernel.so"], room)
         os.replace(Path(room) / "kernel.so", kept)  # another process may have made the same
     return kept, True
 

@@ -9,6 +9,8 @@ import bisect
 import ctypes
 import mmap
 import re
+import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -40,6 +42,9 @@ MAX_THREADS = 1024
 
 PRIMITIVES = "".join(f'#line 1 "{f}"\n' + (FOLDER / f).read_text(encoding="utf-8") for f in ("builtins.h", "primitives.h"))
 """Instead of `primitives.cuh`."""
+
+RUNNING = threading.Lock()
+"""The machine runs one launch at a time."""
 
 Step = Callable[[], None]
 
@@ -104,10 +109,11 @@ class EmulatedDriver:
         self._compares = compares
         self._machine = machine()
         self._allocations: dict[int, Allocation] = {}
+        self._freed: set[int] = set()
         self._addresses: list[int] = []
         self._at = self._end = 0
         self._functions: dict[Kernel, EmulatedFunction] = {}
-        self._waiting: list[Step] = []
+        self._waiting: deque[Step] = deque()
         self._n_done = self._n_put = 0
         self._recording: list[Step] | None = None
 
@@ -139,13 +145,17 @@ class EmulatedDriver:
         return a.address
 
     def free(self, address: int) -> None:
-        a = self._allocations[address]
+        a = self._allocations.get(address)
+        if a is None or address in self._freed:
+            raise EmulationError(f"nothing to free at {address:#x}, {self._near(address)}")
         self._used_bytes -= a.n_bytes
+        self._freed.add(address)
         self._waiting.append(partial(self._release, a))
         self._n_put += 1
 
     def _release(self, a: Allocation) -> None:
         del self._allocations[a.address]
+        self._freed.remove(a.address)
         self._addresses.remove(a.address)
         self._machine.emulated_release(a.room, a.room_bytes)
 
@@ -189,7 +199,7 @@ class EmulatedDriver:
         """Do what was put on the stream before."""
         while self._n_done < until:
             self._n_done += 1
-            self._waiting.pop(0)()
+            self._waiting.popleft()()
 
     def upload(self, address: int, data: memoryview) -> None:
         self.put(partial(self._upload, address, data))
@@ -329,9 +339,10 @@ EXPORTED u64 emulated_shared_bound(int end) {{ return (u64)(end ? __stop_emulate
     def _run(self, function: EmulatedFunction, grid: Grid, data: bytes, descending: bool) -> None:
         failure = Failure()
         garbage = 0x5A if descending else GARBAGE
-        if not self._machine.emulated_launch(
-            function.entry, data, grid.x, grid.y, grid.threads, descending, *function.shared, garbage, ctypes.byref(failure)
-        ):
+        with RUNNING:
+            good = self._machine.emulated_launch(function.entry, data, grid.x, grid.y, grid.threads, descending,
+                                                 *function.shared, garbage, ctypes.byref(failure))  # fmt: skip
+        if not good:
             said = failure.text.decode(errors="replace")
             if failure.kind == 1:
                 said = f"reads or writes {failure.address:#x}, {self._near(failure.address)}"

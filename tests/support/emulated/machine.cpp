@@ -62,20 +62,15 @@ static Failure* failure;
 static bool failed;
 
 // What a function keeps for its caller goes on the stack, which then is changed.
-#if defined(__APPLE__)
-#define NAME(name) "_" name
-#else
-#define NAME(name) name
-#endif
 #if defined(__x86_64__)
 static const int KEPT = 6;
-asm(".text\n.globl " NAME("emulated_switch") "\n" NAME("emulated_switch") ":\n"
+asm(".text\n.globl emulated_switch\nemulated_switch:\n"
     "push %rbp\npush %rbx\npush %r12\npush %r13\npush %r14\npush %r15\n"
     "mov %rsp, (%rdi)\nmov %rsi, %rsp\n"
     "pop %r15\npop %r14\npop %r13\npop %r12\npop %rbx\npop %rbp\npop %rcx\njmp *%rcx\n");
 #elif defined(__aarch64__)
 static const int KEPT = 20;
-asm(".text\n.globl " NAME("emulated_switch") "\n" NAME("emulated_switch") ":\n"
+asm(".text\n.globl emulated_switch\nemulated_switch:\n"
     "sub sp, sp, #160\n"
     "stp x19, x20, [sp]\nstp x21, x22, [sp, #16]\nstp x23, x24, [sp, #32]\nstp x25, x26, [sp, #48]\n"
     "stp x27, x28, [sp, #64]\nstp x29, x30, [sp, #80]\n"
@@ -149,14 +144,10 @@ alignas(16) static char signal_stack[64 << 10];
 
 static uint64_t place_of(void* context) {
     ucontext_t* u = (ucontext_t*)context;
-#if defined(__linux__) && defined(__x86_64__)
+#if defined(__x86_64__)
     return (uint64_t)u->uc_mcontext.gregs[REG_RIP];
-#elif defined(__linux__)
-    return u->uc_mcontext.pc;
-#elif defined(__x86_64__)
-    return u->uc_mcontext->__ss.__rip;
 #else
-    return u->uc_mcontext->__ss.__pc;
+    return u->uc_mcontext.pc;
 #endif
 }
 
