@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -210,7 +211,7 @@ def kernel_seconds(device: CUDADevice, clock: Clock, computed: Computed) -> dict
     finally:
         device.free(room)
     found: dict[str, tuple[float, int]] = defaultdict(lambda: (0.0, 0))
-    for step, begun, ended in zip(steps, marks, marks[1:], strict=True):
+    for step, (begun, ended) in zip(steps, pairwise(marks), strict=True):
         title = step.argument.title()
         so_far, n = found[title]
         found[title] = so_far + clock.between(begun, ended), n + 1

@@ -7,12 +7,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bench import cuda
 from bench.models import Shape
+from bench.resident import Computed
 from tests.support import emulated
 from tests.support.fixtures import ROOT
+from tests.workers.test_cuda_plans import N, Observed, chain, compiled
 from workers.devices.cuda.device import CUDADevice
 
 pytestmark = pytest.mark.skipif(not emulated.compiler()[0], reason="no C++ compiler, which the emulated device needs")
@@ -39,6 +42,15 @@ def test_a_model_gives_its_figures(device: CUDADevice, tmp_path: Path) -> None:
     assert {"decode at 20", "decode, 3 streams at 20", "prefill of 24", "loading"} <= {row.what for row in rows}
     assert all(row.value >= 0 for row in rows if row.unit in ("tokens/s", "GB/s", "TFLOP/s"))
     assert device.used_bytes == 0
+
+
+def test_time_by_kernel(device: CUDADevice) -> None:
+    device = CUDADevice("CUDA0", Observed())
+    plan = compiled(device, chain("SCALE", "SCALE", "SCALE"))
+    computed = Computed(plan, [np.ones(N, np.float32).tobytes()])
+    rows = list(cuda.by_kernel("three", device, cuda.HostClock(device), computed))
+    assert rows[0].what == "square, 3 times" and rows[0].share == 1
+    assert rows[1].what == "all kernels, each by itself" and rows[1].value == rows[0].value > 0 < rows[2].value
 
 
 def test_a_scenario_that_fails_is_told_and_the_others_go_on(capsys: pytest.CaptureFixture[str]) -> None:

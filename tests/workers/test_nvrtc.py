@@ -43,7 +43,8 @@ def pool() -> ProcessPoolExecutor:
 
 def test_every_kernel_is_asked_for_by_some_graph() -> None:
     asked = {(k.file, k.function) for k in kernels()}
-    missing = {f"{r.file}.{r.function}" for r in LAUNCHES if (r.file, r.function) not in asked}
+    ours = [r for r in LAUNCHES if r.__module__.startswith("workers.")]  # other tests declare their own
+    missing = {f"{r.file}.{r.function}" for r in ours if (r.file, r.function) not in asked}
     assert not missing
     assert all((k.file, k.function) == (record.file, record.function) for k, record in kernels().items())
 
