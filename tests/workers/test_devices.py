@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, quantize
+from hypothesis import given
+from hypothesis import strategies as st
 
 from protocol import messages as m
 from protocol.dtypes import GGMLType, contiguous_nb, tensor_bytes
@@ -304,3 +306,63 @@ def test_a_worker_says_once_what_runs_without_a_kernel(kernels: None, tmp_path: 
         a.close()
     assert counts == [1, 2]
     assert log.read_text().count("worker: CPU: no kernel of its own for CPY") == 1
+
+
+# -- whatever order things come in -------------------------------------------------------------------------------------
+
+SIZE = 40_000
+LOADED = (GGMLType.F32, GGMLType.F16, GGMLType.Q8_0, GGMLType.Q4_K, GGMLType.Q6_K, GGMLType.IQ2_XXS)
+PARTS = st.tuples(st.integers(0, SIZE), st.integers(0, SIZE)).map(lambda p: (min(p), max(p) - min(p)))
+PLACES = st.tuples(st.integers(0, 40), st.sampled_from((64, 64, 64, 16, 2))).map(lambda p: p[0] * p[1])
+WEIGHTS = st.tuples(st.sampled_from(LOADED), st.sampled_from((8, 16, 24, 40, 5)), st.sampled_from((1, 1, 1, 2)))
+CHANGES = st.one_of(
+    st.tuples(st.sampled_from(("fill", "finish", "spoilt")), st.integers(0, 1), PLACES, WEIGHTS),
+    st.tuples(st.sampled_from(("write", "read")), st.integers(0, 1), PARTS),
+    st.tuples(st.just("copy"), st.integers(0, 1), PARTS, st.integers(0, 1), st.integers(0, SIZE)),
+)
+
+
+class Spoilt(Copy):
+    """Bytes that turn out to be wrong."""
+
+    def pieces(self, size: int, tick: Tick) -> Iterator[memoryview]:
+        yield from super().pieces(size, tick)
+        self.good = False
+
+
+@given(changes=st.lists(CHANGES, min_size=2, max_size=8), seed=st.integers(0, 1 << 16))
+def test_buffers_hold_what_was_stored_last(device: Device[Any], changes: list[Any], seed: int) -> None:
+    """Whatever the layout of what lies there is in between."""
+    rng = np.random.default_rng(seed)
+    buffers, held = [device.alloc(SIZE) for _ in range(2)], np.zeros((2, SIZE), np.uint8)
+    for what, number, place, *more in changes:
+        buffer, bytes_held = buffers[number], held[number]
+        if what in ("fill", "finish", "spoilt"):
+            type_id, n_rows, n_planes = more[0]
+            ne = (256, n_rows, n_planes, 1)
+            n = tensor_bytes(type_id, ne)
+            if place + n > SIZE:
+                continue
+            data = rng.integers(0, 256, n, np.uint8)
+            bytes_held[place : place + n] = data if what != "spoilt" else 0
+            if what == "finish":
+                device.write(buffer, place, data.data)
+                device.finish(buffer, place, n, type_id, ne)
+                continue
+            source = Copy(data) if what == "fill" else Spoilt(data)
+            assert device.fill(buffer, place, n, type_id, ne, source) == (what == "fill")
+        elif what == "write":
+            at, n = place
+            bytes_held[at : at + n] = rng.integers(0, 256, n, np.uint8)
+            device.write(buffer, at, bytes_held[at : at + n].data)
+        elif what == "read":
+            at, n = place
+            assert device.read(buffer, at, n) == bytes_held[at : at + n].tobytes()
+        else:
+            (at, n), (to, where) = place, more
+            n = min(n, SIZE - where)
+            device.copy(buffer, at, buffers[to], where, n)
+            held[to, where : where + n] = bytes_held[at : at + n].copy()
+    for buffer, bytes_held in zip(buffers, held, strict=True):
+        assert device.read(buffer, 0, SIZE) == bytes_held.tobytes()
+        device.free(buffer)

@@ -7,6 +7,7 @@ import pytest
 
 from protocol.errors import OutOfMemory
 from tests.support.emulated import EmulatedDriver, EmulationError, compiler
+from tests.support.emulated.compiling import GARBAGE, kernel_options
 from tests.support.emulated.driver import PRIMITIVES
 from workers.devices.cuda.driver import Grid
 from workers.kernels.cuda.launches import LAUNCHES, Launch, declarations, launch
@@ -279,6 +280,13 @@ def test_what_is_wrong_is_said(driver: EmulatedDriver, what: str) -> None:
         run(driver, body, zeros, zeros, grid, DEEP)
     y = run(driver, HERE + "((int*)a.y)[i] = 1;", NONE, np.zeros(64, np.int32), Grid(1, 1, 64))
     assert y.all(), "it goes on"
+
+
+@pytest.mark.skipif(GARBAGE not in kernel_options(compiler()[0]), reason="the compiler leaves variables as they are")
+def test_a_variable_without_content_is_not_zero(driver: EmulatedDriver) -> None:
+    body = "volatile float sums[4];\nfor (int i = 0; i < 4; i++) ((float*)a.y)[i] = sums[i];"
+    got = run(driver, body, NONE, np.zeros(4, np.float32), Grid(1, 1, 1))
+    assert (np.abs(got) > 1e30).all() or np.isnan(got).all()
 
 
 def test_what_is_synchronised_is_right(driver: EmulatedDriver) -> None:

@@ -22,6 +22,8 @@ OPTIONS = ("-O1", "-g1", "-gdwarf-4", "-w", "-fPIC", "-std=c++17", "-ffp-contrac
            "-fno-exceptions", "-fno-rtti", "-fvisibility=hidden")  # fmt: skip
 CHECKS = ("-fsanitize=bounds,alignment,shift-exponent,integer-divide-by-zero", "-fno-sanitize-recover=all")
 """What the compiler finds by itself; `machine.cpp` has the functions that are called then."""
+GARBAGE = "-ftrivial-auto-var-init=pattern"
+"""Variables that nothing was put into hold something strange; newer compilers know it."""
 MACHINE_OPTIONS = ("-O2", "-fPIC", "-std=c++17", "-fno-exceptions", "-fno-rtti")
 MACHINES = ("x86_64", "aarch64")
 
@@ -44,20 +46,30 @@ def _version(path: str) -> str:
     return subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
 
 
+@lru_cache
+def kernel_options(path: str) -> tuple[str, ...]:
+    """What this compiler takes kernels with; nothing where there is none."""
+    if not path:
+        return ()
+    known = subprocess.run([path, GARBAGE, "-fsyntax-only", "-x", "c++", os.devnull], capture_output=True).returncode == 0
+    return (*OPTIONS, *CHECKS, GARBAGE) if known else (*OPTIONS, *CHECKS)
+
+
 def _run(command: Sequence[str], folder: str) -> None:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: {done.stderr or done.stdout}")
 
 
-def library(text: str, options: Sequence[str] = (*OPTIONS, *CHECKS)) -> tuple[Path, bool]:
-    """The shared library of a C++ source, and whether it was compiled just now.
+def library(text: str, options: Sequence[str] = ()) -> tuple[Path, bool]:
+    """The shared library of a C++ source, and whether it was compiled just now. `options`: other than a kernel's.
 
     Errors: RuntimeError with what the compiler said.
     """
     path, reason = compiler()
     if not path:
         raise RuntimeError(reason)
+    options = options or kernel_options(path)
     key = hashlib.sha256("\0".join([text, _version(path), platform.machine(), *options]).encode()).hexdigest()
     kept = cache_folder("ggmq") / "emulated" / f"{key[:32]}.so"
     if kept.exists():
