@@ -22,8 +22,8 @@ from tests.support.emulated.compiling import FOLDER, Failure, library, machine
 from workers.devices.cuda.driver import Facts, Function, Grid
 from workers.kernels.cuda.launches import LAUNCHES, Launch
 from workers.kernels.cuda.sources import Kernel
-from workers.ticks import Tick, nothing
 from workers.tensors import Bytes
+from workers.ticks import Tick, nothing
 
 PAGE = mmap.PAGESIZE
 ALIGN = 16
