@@ -39,7 +39,7 @@ def _file(name: str) -> str:
     return f'#line 1 "{name}"\n' + (FOLDER / name).read_text(encoding="utf-8")
 
 
-SHARED = {"packing": ("formats.cuh",), "products": ("formats.cuh",)}
+SHARED = {"packing": ("formats.cuh",), "products": ("formats.cuh",), "paged": ("softmax.cuh",), "attention": ("softmax.cuh",)}
 """Headers of a file besides those that all have."""
 
 
