@@ -52,10 +52,10 @@ DEVICE float halve(const float* q, u16* row, int lane) {
 struct Tile {
     int base, group, head;
     i64 token;
-
-    DEVICE i64 token_of(int row) const { return token + (base + row) / group; }
-    DEVICE i64 head_of(int row) const { return head + (base + row) % group; }
 };
+
+DEVICE i64 token_of(const Tile& tile, int row) { return tile.token + (tile.base + row) / tile.group; }
+DEVICE i64 head_of(const Tile& tile, int row) { return tile.head + (tile.base + row) % tile.group; }
 
 KERNEL(128) attend(PagedAttend a) {
     __shared__ __align__(16) u16 queries[ROWS * Q_ROW];
@@ -70,8 +70,8 @@ KERNEL(128) attend(PagedAttend a) {
     int n = (int)min((i64)ROWS, min(a.unit, a.n_tokens - tile.token) * group - tile.base);
 
     // The sequence of this block is one of those whose tokens are in the tile.
-    i64 first = tile.token_of(0);
-    int n_tokens = (int)(tile.token_of(n - 1) - first) + 1;
+    i64 first = token_of(tile, 0);
+    int n_tokens = (int)(token_of(tile, n - 1) - first) + 1;
     if (threadIdx.x < n_tokens) {
         i64 token = first + threadIdx.x, n_seen = ((const i32*)a.n_seen)[token];
         i64 sequence = a.rows ? ((const i32*)a.rows)[token] : 0;
@@ -98,8 +98,8 @@ KERNEL(128) attend(PagedAttend a) {
     if (threadIdx.x < ROWS) {
         int row = threadIdx.x;
         Seen seen = {0, -1};
-        if (row < n && sequences[tile.token_of(row) - first] == sequence)
-            seen = seen_of(((const i32*)a.n_seen)[tile.token_of(row)], a.n_pages, a.window);
+        if (row < n && sequences[token_of(tile, row) - first] == sequence)
+            seen = seen_of(((const i32*)a.n_seen)[token_of(tile, row)], a.n_pages, a.window);
         begins[row] = (int)seen.begin, ends[row] = (int)seen.end;
     }
     __syncthreads();
@@ -121,7 +121,7 @@ KERNEL(128) attend(PagedAttend a) {
             if (lane == 0) factors[row] = 0.0f;
             continue;
         }
-        float undo = halve((const float*)(a.q + tile.token_of(row) * a.q_row + tile.head_of(row) * a.q_head), to, lane);
+        float undo = halve((const float*)(a.q + token_of(tile, row) * a.q_row + head_of(tile, row) * a.q_head), to, lane);
         if (lane == 0) factors[row] = undo * a.scale * (a.softcap != 0.0f ? 1.0f : LOG2E);
     }
     __syncthreads();
@@ -262,7 +262,7 @@ KERNEL(128) attend(PagedAttend a) {
         for (int h = 0; h < 2; h++) {
             if (a.parts) {
                 if (row_end[h] < 0) continue;
-                i64 query = tile.token_of(row + 8 * h) * a.n_head + tile.head_of(row + 8 * h), at = query * a.n_splits + split;
+                i64 query = token_of(tile, row + 8 * h) * a.n_head + head_of(tile, row + 8 * h), at = query * a.n_splits + split;
                 if (t == 0 && (WIDE || warp == 0)) ((float2*)a.sums)[at] = make_float2(peak[h], sum[2 * h]);
 #pragma unroll
                 for (int i = 0; i < MINE; i++) {
@@ -286,7 +286,7 @@ KERNEL(128) attend(PagedAttend a) {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         if (row_end[h] < 0) continue;
-        i64 head = tile.head_of(row + 8 * h), query = tile.token_of(row + 8 * h) * a.n_head + head;
+        i64 head = head_of(tile, row + 8 * h), query = token_of(tile, row + 8 * h) * a.n_head + head;
         float by = finishing(total_peak[h], total_sum[h], a.sinks ? (const float*)a.sinks + head : nullptr);
 #pragma unroll
         for (int i = 0; i < MINE; i++) {
