@@ -60,6 +60,7 @@ class Copies:
         room[:] = data
         self._driver.upload(address, room)
         self.sent()
+        tick()
 
     def store(self, address: int, data: memoryview, tick: Tick) -> None:
         """Bytes to the device; they are there for whatever is put on the stream afterwards."""
@@ -86,6 +87,7 @@ class Copies:
                 self._driver.download(room, address + at)
                 waiting.append((at, room, self._driver.record()))
                 self.sent()
+                steady()
             while waiting:
                 take()
         return out

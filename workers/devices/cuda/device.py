@@ -55,6 +55,10 @@ class CUDADevice(Device[CUDABuffer]):
         """Kernels that were compiled by this process, and not taken from the disk."""
         return self.driver.n_compiles
 
+    @property
+    def broken(self) -> bool:  # type: ignore[override]
+        return self.driver.broken
+
     # -- memory --------------------------------------------------------------------------------------------------------
 
     def total_bytes(self) -> int:
@@ -167,6 +171,7 @@ class CUDADevice(Device[CUDABuffer]):
     ) -> None:
         if not packs(type_id, ne, buffer.address + offset):  # the bytes lie where they should
             return
+        self._raw(buffer, offset, n_bytes, tick)
         try:
             self.weights.pack_here(buffer, offset, n_bytes, type_id, ne)
         except BaseException:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
@@ -19,18 +19,30 @@ from workers import tensors
 from workers.devices.base import Plan, StepNote
 from workers.devices.bindings import Bindings
 from workers.devices.cuda.binding import STATUS_BYTES, Binder, Fallback, Launched
-from workers.devices.cuda.copies import wait
-from workers.devices.cuda.driver import Captured
-from workers.devices.cuda.weights import CUDABuffer
+from workers.devices.cuda.copies import Copies, wait
+from workers.devices.cuda.driver import Captured, Driver
+from workers.devices.cuda.weights import CUDABuffer, Weights
 from workers.devices.lower import Lowered, Node, aligned
 from workers.kernels import reference
-from workers.ticks import Tick
-
-if TYPE_CHECKING:
-    from workers.devices.cuda.device import CUDADevice
+from workers.ticks import Tick, completing, paced
 
 GOOD = 0xFFFFFFFF
 """What the status word holds when every index was good."""
+
+
+class Owner(Protocol):
+    """What a plan asks of its device (`CUDADevice`)."""
+
+    driver: Driver
+    copies: Copies
+    weights: Weights
+    n_arenas: int
+    staging: memoryview
+
+    @property
+    def arena(self) -> int: ...
+
+    def reserve(self, scratch_bytes: int, staging_bytes: int) -> None: ...
 
 
 class Places:
@@ -67,7 +79,7 @@ class Bound:
 class CUDAPlan(Plan):
     """`bind` it, then run it; it binds itself again when weights or the arena have moved."""
 
-    def __init__(self, device: CUDADevice, lowered: Lowered, buffers: Mapping[int, CUDABuffer], bindings: Bindings) -> None:
+    def __init__(self, device: Owner, lowered: Lowered, buffers: Mapping[int, CUDABuffer], bindings: Bindings) -> None:
         self.graph = lowered.graph
         self.n_nodes = sum(len(group) for group in lowered.groups)
         self._device, self._lowered, self._buffers, self._bindings = device, lowered, buffers, bindings
@@ -170,7 +182,7 @@ class CUDAPlan(Plan):
 
     def _run_parts(self, bound: Bound, tick: Tick, notes: list[StepNote] | None) -> None:
         """Part after part, with what the host computes between them."""
-        driver = self._device.driver
+        driver, tick = self._device.driver, paced(tick)
         self._begin(bound)
         for part in bound.parts:
             if isinstance(part, Node):
@@ -210,5 +222,6 @@ class CUDAPlan(Plan):
         copies.store(binder.address(node.index), held[node.index].data, tick)
 
     def _wait(self, tick: Tick) -> None:
-        """Until the stream has done all, looking at the sockets meanwhile."""
-        wait(self._device.driver.record(), tick)
+        """Until the stream has done all, looking at the sockets meanwhile; it uses staging memory until then."""
+        with completing(tick) as steady:
+            wait(self._device.driver.record(), steady)
