@@ -37,7 +37,10 @@ def _file(name: str) -> str:
     return f'#line 1 "{name}"\n' + (FOLDER / name).read_text(encoding="utf-8")
 
 
-SHARED = {"packing": ("formats.cuh",), "products": ("formats.cuh",)}
+SHARED = {
+    "packing": ("formats.cuh",), "products": ("formats.cuh",), "blocks": ("strided.cuh", "blocks.cuh"),
+    **dict.fromkeys(("elements", "rows", "sorts", "moves"), ("strided.cuh",)),
+}  # fmt: skip
 """Headers of a file besides those that all have."""
 
 
