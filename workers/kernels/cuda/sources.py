@@ -39,7 +39,10 @@ def _file(name: str) -> str:
     return f'#line 1 "{name}"\n' + (FOLDER / name).read_text(encoding="utf-8")
 
 
-SHARED = {"packing": ("formats.cuh",), "products": ("formats.cuh",), "paged": ("softmax.cuh",), "attention": ("softmax.cuh",)}
+SHARED = {
+    **dict.fromkeys(("packing", "products"), ("formats.cuh",)), **dict.fromkeys(("paged", "attention"), ("softmax.cuh",)),
+    **dict.fromkeys(("elements", "rows", "sorts", "moves"), ("strided.cuh",)), "blocks": ("strided.cuh", "blocks.cuh"),
+}  # fmt: skip
 """Headers of a file besides those that all have."""
 
 
