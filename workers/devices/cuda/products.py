@@ -1,7 +1,8 @@
 """Bindings of products, and of rows of their weights.
 
-Products read packed weights. Those that a buffer holds packed are read where they lie; others are packed to scratch memory each
-time, and types without products are multiplied as F16 copies. Weights of F32, and of any strides, have a kernel of their own.
+Products read packed weights. Those that a buffer holds packed are read where they lie; others are packed to scratch memory
+each time, and types without products are multiplied as F16 copies. Weights of F32, and of any strides, have a kernel of
+their own.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ MAX_EXPERTS = 1024
 PLAIN = (F32, F16, BF16)
 """Types of weights that need not be packed, by the number that kernels know them by."""
 TILES = ((8, 1, 1), (16, 1, 2), (32, 2, 4))
-"""Up to so many columns: tiles of rows and of columns that a warp multiplies at once; else LARGEST. A result does not depend on it."""
+"""Up to so many columns: tiles of rows and of columns that a warp multiplies at once; else LARGEST. A result does not
+depend on it.
+"""
 LARGEST = (2, 8)
 
 
@@ -87,7 +90,8 @@ def _columns(b: Binder, n: Node, wide: bool) -> Columns | None:
     at = b.at(Span(SCRATCH, place.start, place.start + n_bytes))
     columns = Columns(at, row, at + row * t.n_rows)
     if fresh:
-        halve = Halve(x=b.address(j), x_row=t.nb[1], n=t.n_rows, k=t.ne[0], y=at, y_row=row, scales=columns.scales, wide=wide)
+        halve = Halve(x=b.address(j), x_row=t.nb[1], n=t.n_rows, k=t.ne[0], y=at, y_row=row, scales=columns.scales,
+                      wide=wide)
         b.add(n, halve, t.n_rows)
     return columns
 
@@ -133,7 +137,9 @@ def _plain(b: Binder, n: Node) -> bool:
 def mul_mat_id(b: Binder, n: Node) -> bool:
     a, z, ids = n.req(0), n.req(1), n.req(2)
     n_experts, n_used, n_tokens = a.ne[2], ids.ne[0], ids.ne[1]
-    if ids.nb[0] != 4 or n_experts > MAX_EXPERTS or a.ne[1] % TILE or z.type != F32 or not z.contiguous or not n.tensor.contiguous:
+    if ids.nb[0] != 4 or n_experts > MAX_EXPERTS or a.ne[1] % TILE:
+        return False
+    if z.type != F32 or not z.contiguous or not n.tensor.contiguous:
         return False
     w = _packed(b, n, n.tensor.src[0])
     if w is None:

@@ -12,7 +12,8 @@ from workers.kernels.records import Address, Bytes, Code, Count, Flag, Float32, 
 class RopeTable(Launch, frozen=True, kw_only=True):
     """Cosine and sine, times `magnitude`, of each token and pair: float32 [n_tokens][n_pairs][2] at `turned`.
 
-    `pairs` has for each pair the angle by which one position turns it, float64, and which of the token's positions it goes by,
+    `pairs` has for each pair the angle by which one position turns it, float64, and which of the token's positions it goes
+    by,
     int64; `factors` (0: none) divide the angles. `step`: bytes from position to position; the n_positions of all
     tokens stand together, then those of the next kind. `bound`: positions are smaller.
     """
@@ -126,7 +127,8 @@ class RowAttend(Pages, frozen=True, kw_only=True):
     """Attention of any types and shapes: a block for a query.
 
     With `pages` it is PAGED_ATTN, without FLASH_ATTN_EXT over `n_kv` cells. Types are GGUF's numbers. `group`, `seq_group`:
-    heads and sequences of q that share those of k. Slopes of ALiBi, if `max_bias`, count heads up to `n_slopes` and those behind it.
+    heads and sequences of q that share those of k. Slopes of ALiBi, if `max_bias`, count heads up to `n_slopes` and those
+    behind it.
     """
 
     q: Address
