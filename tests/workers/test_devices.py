@@ -277,14 +277,14 @@ def test_a_plan_whose_weights_change_layout_can_be_cancelled_and_run_again(devic
     columns = np.ones(NE[0], np.float32).tobytes()
     expected = bytes(plan.run([columns], nothing)[0])
     unpacks = device.compile(fallback(NE), {1: buffer})
-    assert unpacks.fallbacks == ("CPY",) and plan.fallbacks == ()
+    assert unpacks.fallbacks == (() if device.kind == "cuda" else ("CPY",)) and plan.fallbacks == ()
     assert not buffer.packed
     assert bytes(plan.run([columns], nothing)[0]) == expected
     device.trim()  # a session ended meanwhile
     assert bytes(plan.run([columns], nothing)[0]) == expected
     device.finish(buffer, 0, N, GGMLType.Q8_0, NE)
     with pytest.raises(Cancelled):
-        device.compile(fallback(NE), {1: buffer}, Counted(3))
+        device.compile(fallback(NE), {1: buffer}, Counted(1 if device.kind == "cuda" else 3))
     assert bytes(plan.run([columns], nothing)[0]) == expected
     device.free(buffer)
 

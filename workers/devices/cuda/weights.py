@@ -173,7 +173,8 @@ class Weights:
         wide, raw = Memory(self._driver, 2 * t.n_elements), Memory(self._driver, 2 * t.n_elements)
         for at, n in pieces(n_blocks, WIDENED_BLOCKS):
             blocks = self.copies.fetch(buffer.address + t.offset + at * info.bytes, n * info.bytes, tick)
-            values = load(blocks.reshape(1, 1, 1, n, info.bytes), t.type, np.float32).astype(np.float16)
+            with np.errstate(over="ignore"):  # what is beyond F16 is infinite there
+                values = load(blocks.reshape(1, 1, 1, n, info.bytes), t.type, np.float32).astype(np.float16)
             self.copies.store(raw.address + 2 * at * info.block, values.reshape(-1).data, tick)
         self.move(Pack, GGMLType.F16, t.ne, raw.address, wide.address, 0, t.n_rows)
         with completing(tick) as steady:
