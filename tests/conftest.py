@@ -40,11 +40,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Ops are tried over CUDA kernels that run on the host; whole models take them minutes."""
     if os.environ.get("GGMQ_LONG"):
         return
+    long = pytest.mark.skip(reason="models over CUDA kernels on the host take minutes: GGMQ_LONG=1 runs them")
     for item in items:
         params = getattr(getattr(item, "callspec", None), "params", {})
-        if params.get("device") == cuda_emulated.NAME and item.path.name in ("test_models.py", "test_mamba2.py",
-                                                                             "test_tracing.py"):
-            item.add_marker(pytest.mark.skip(reason="models over CUDA kernels on the host take minutes: GGMQ_LONG=1 runs them"))
+        if params.get("device") == cuda_emulated.NAME and item.path.stem in ("test_models", "test_mamba2", "test_tracing"):
+            item.add_marker(long)
 
 
 @pytest.fixture(autouse=True)

@@ -29,7 +29,7 @@ from workers.devices.base import Plan
 from workers.devices.cuda.device import CUDADevice
 from workers.devices.cuda.driver import Facts, Grid
 from workers.devices.cuda.weights import CUDABuffer
-from workers.kernels.cuda.launches import Launch
+from workers.kernels.cuda.launches import LAUNCHES, Launch
 from workers.kernels.cuda.sources import Kernel
 from workers.ticks import Tick, nothing
 
@@ -170,7 +170,12 @@ def kernels() -> dict[Kernel, type[Launch]]:
         _models(device, Path(folder))
     _products(device)
     _nodes(device)
-    return dict(sorted(device.recording.kernels.items()))
+    asked = device.recording.kernels
+    files = {k.file for k in asked if k.macros}
+    for record in LAUNCHES:  # those of nodes that none of these graphs has
+        if record.__module__.startswith("workers.") and record.file not in files:
+            asked.setdefault(Kernel(record.file, record.function), record)
+    return dict(sorted(asked.items()))
 
 
 def sources() -> Iterator[Kernel]:
