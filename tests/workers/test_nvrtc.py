@@ -1,7 +1,8 @@
 """Kernels compile for the architectures that we name, and take no more of a GPU than they may. Needs no GPU.
 
-The tests compile every source for sm_90 and for one other, and some for all. `python -m tests.workers.test_nvrtc` compiles
-every source for every architecture, and prints the registers, shared memory and stack of each kernel.
+The tests compile sources with the smallest tiles for one of them each, and those without a format for all. `python -m
+tests.workers.test_nvrtc` compiles every source for every architecture, and prints the registers, shared memory and stack
+of each kernel.
 """
 
 from __future__ import annotations

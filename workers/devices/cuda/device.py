@@ -106,7 +106,7 @@ class CUDADevice(Device[CUDABuffer]):
     def alloc(self, n_bytes: int) -> CUDABuffer:
         free = self.free_bytes()
         if n_bytes > free:
-            raise OutOfMemory(f"{self.name}: a buffer needs {n_bytes} bytes, {free} are free", n_bytes, free)
+            raise OutOfMemory(f"a buffer needs {n_bytes} bytes, {free} are free", n_bytes, free)
         memory = Memory(self.driver, n_bytes)
         self.driver.fill(memory.address, 0, n_bytes)
         self.used_bytes += n_bytes
