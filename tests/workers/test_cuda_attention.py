@@ -84,6 +84,9 @@ class Layer:
     sinks: bool = False
     latent: bool = False
 
+    def __str__(self) -> str:
+        return "-".join(map(str, (self.d, self.d_v, self.n_head, self.n_head_kv, *(k.name for k in self.kinds), self.window)))
+
     def cache(self, seed: int = 1) -> list[bytes]:
         rng = np.random.default_rng(seed)
         out = []
@@ -212,14 +215,14 @@ def test_bits_do_not_depend_on_how_the_context_is_divided(layer: Layer) -> None:
 
 
 def test_bits_do_not_depend_on_where_pages_lie(device: CUDADevice) -> None:
-    layer = Layer(n_pool=20)
+    layer = Layer(n_pool=24)
     tokens = layer.tokens((0, 700), (0, 701), (1, 90))
-    pages = np.arange(20, dtype=np.int32).reshape(2, 10)
-    order = np.random.default_rng(5).permutation(20).astype(np.int32)
+    pages = np.arange(24, dtype=np.int32).reshape(2, 12)
+    order = np.random.default_rng(5).permutation(24).astype(np.int32)
     cache = layer.cache()
     moved = []
     for part in cache:
-        of = np.frombuffer(part, np.uint8).reshape(20, -1)
+        of = np.frombuffer(part, np.uint8).reshape(24, -1)
         to = np.empty_like(of)
         to[order] = of
         moved.append(to.tobytes())

@@ -57,6 +57,19 @@ struct Tile {
 DEVICE i64 token_of(const Tile& tile, int row) { return tile.token + (tile.base + row) / tile.group; }
 DEVICE i64 head_of(const Tile& tile, int row) { return tile.head + (tile.base + row) % tile.group; }
 
+// A page of one head's rows, `n_bytes` each, will be read soon.
+DEVICE void expect(i64 page, i64 row_bytes, int n_bytes) {
+    int lines = (n_bytes + 127) / 128;
+    for (int i = threadIdx.x; i < CELLS * lines; i += 128) prefetch((const char*)(page + i / lines * row_bytes + i % lines * 128));
+}
+
+DEVICE void expect_page(const PagedAttend& a, i64 head_kv, i64 sequence, int page) {
+    i64 number = ((const i32*)a.pages)[sequence * a.n_pages + page];
+    if (number < 0 || number >= a.n_pool) return;
+    expect(a.k + head_kv * a.k_head + number * CELLS * a.k_row, a.k_row, a.k_q8 ? D / 32 * 34 : 2 * D);
+    expect(a.v + head_kv * a.v_head + number * CELLS * a.v_row, a.v_row, a.v_q8 ? DV / 32 * 34 : 2 * DV);
+}
+
 KERNEL(128) attend(PagedAttend a) {
     __shared__ __align__(16) u16 queries[ROWS * Q_ROW];
     __shared__ __align__(16) u16 values[V_CELLS * V_ROW];
@@ -113,6 +126,9 @@ KERNEL(128) attend(PagedAttend a) {
         if (split < chunk || split >= last_chunk) return;
         chunk = (int)split, last_chunk = chunk + 1;
     }
+    last_chunk = max(last_chunk, 1);  // who sees nothing gives zeros
+    int last_page = min(CHUNK_PAGES * last_chunk, (end + CELLS - 1) / CELLS);
+    if (end) expect_page(a, head_kv, sequence, max(CHUNK_PAGES * chunk, begin / CELLS));
 
     for (int row = warp; row < ROWS; row += WARPS) {
         u16* to = queries + row * Q_ROW;
@@ -130,23 +146,21 @@ KERNEL(128) attend(PagedAttend a) {
     int row = g + (WIDE ? 16 * warp : 0), first_cell = WIDE ? 0 : 16 * warp;
     int row_begin[2] = {begins[row], begins[row + 8]}, row_end[2] = {ends[row], ends[row + 8]};
     float factor[2] = {factors[row], factors[row + 8]};
-    float total[MINE][4], total_peak[2] = {-INFINITE, -INFINITE}, total_sum[2] = {0.0f, 0.0f};
-#pragma unroll
-    for (int i = 0; i < MINE; i++)
-        for (int e = 0; e < 4; e++) total[i][e] = 0.0f;
+    float total_peak[2] = {-INFINITE, -INFINITE}, total_sum[2] = {0.0f, 0.0f};
+    bool begun[2] = {false, false};
 
     for (; chunk < last_chunk; chunk++) {
         float o[MINE][4], sum[4] = {0.0f, 0.0f, 0.0f, 0.0f}, peak[2] = {-INFINITE, -INFINITE};
 #pragma unroll
         for (int i = 0; i < MINE; i++)
             for (int e = 0; e < 4; e++) o[i][e] = 0.0f;
-        int last = min(CHUNK_PAGES * (chunk + 1), (end + CELLS - 1) / CELLS);
-        for (int page = max(CHUNK_PAGES * chunk, begin / CELLS); page < last; page++) {
+        for (int page = max(CHUNK_PAGES * chunk, begin / CELLS); page < min(CHUNK_PAGES * (chunk + 1), last_page); page++) {
             i64 number = ((const i32*)a.pages)[sequence * a.n_pages + page];
             if (number < 0 || number >= a.n_pool) {
                 report(a.status, a.node);
                 continue;
             }
+            if (page + 1 < last_page) expect_page(a, head_kv, sequence, page + 1);
             const char* k = (const char*)(a.k + head_kv * a.k_head + number * CELLS * a.k_row);
             const char* v = (const char*)(a.v + head_kv * a.v_head + number * CELLS * a.v_row);
             uint4 ahead[N_AHEAD];
@@ -258,42 +272,31 @@ KERNEL(128) attend(PagedAttend a) {
             }
         }
 
+        // Between chunks totals lie where the result will be; each element is one thread's.
 #pragma unroll
         for (int h = 0; h < 2; h++) {
+            if (row_end[h] < 0) continue;
+            i64 head = head_of(tile, row + 8 * h), query = token_of(tile, row + 8 * h) * a.n_head + head;
+            i64 part = query * a.n_splits + split;
+            float* to = a.parts ? (float*)a.parts + part * DV : (float*)a.y + query * DV;
+            float keep = 0.0f, by = 1.0f, final = 1.0f;
             if (a.parts) {
-                if (row_end[h] < 0) continue;
-                i64 query = token_of(tile, row + 8 * h) * a.n_head + head_of(tile, row + 8 * h), at = query * a.n_splits + split;
-                if (t == 0 && (WIDE || warp == 0)) ((float2*)a.sums)[at] = make_float2(peak[h], sum[2 * h]);
-#pragma unroll
-                for (int i = 0; i < MINE; i++) {
-                    int at_tile = WIDE ? i : WARPS * i + warp;
-                    if (at_tile < TILES)
-                        *(float2*)((float*)a.parts + at * DV + 8 * at_tile + 2 * t) = make_float2(o[i][2 * h], o[i][2 * h + 1]);
-                }
-                continue;
+                if (t == 0 && (WIDE || warp == 0)) ((float2*)a.sums)[part] = make_float2(peak[h], sum[2 * h]);
+            } else {
+                merge_sums(total_peak[h], total_sum[h], peak[h], sum[2 * h], keep, by);
+                if (chunk + 1 == last_chunk)
+                    final = finishing(total_peak[h], total_sum[h], a.sinks ? (const float*)a.sinks + head : nullptr);
             }
-            if (sum[2 * h] == 0.0f) continue;
-            float higher = fmaxf(total_peak[h], peak[h]), keep = rescaled(total_peak[h], higher), by = rescaled(peak[h], higher);
-            total_peak[h] = higher, total_sum[h] = fmaf(total_sum[h], keep, sum[2 * h] * by);
 #pragma unroll
             for (int i = 0; i < MINE; i++) {
-                total[i][2 * h] = fmaf(total[i][2 * h], keep, o[i][2 * h] * by);
-                total[i][2 * h + 1] = fmaf(total[i][2 * h + 1], keep, o[i][2 * h + 1] * by);
+                int at_tile = WIDE ? i : WARPS * i + warp;
+                if (at_tile >= TILES) continue;
+                float2* place = (float2*)(to + 8 * at_tile + 2 * t);
+                float2 x = begun[h] ? *place : make_float2(0.0f, 0.0f);
+                x.x = merged(x.x, keep, o[i][2 * h], by), x.y = merged(x.y, keep, o[i][2 * h + 1], by);
+                *place = a.parts ? make_float2(o[i][2 * h], o[i][2 * h + 1]) : make_float2(x.x * final, x.y * final);
             }
-        }
-    }
-    if (a.parts) return;
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        if (row_end[h] < 0) continue;
-        i64 head = head_of(tile, row + 8 * h), query = token_of(tile, row + 8 * h) * a.n_head + head;
-        float by = finishing(total_peak[h], total_sum[h], a.sinks ? (const float*)a.sinks + head : nullptr);
-#pragma unroll
-        for (int i = 0; i < MINE; i++) {
-            int at_tile = WIDE ? i : WARPS * i + warp;
-            if (at_tile < TILES)
-                *(float2*)((float*)a.y + query * DV + 8 * at_tile + 2 * t) =
-                    make_float2(total[i][2 * h] * by, total[i][2 * h + 1] * by);
+            begun[h] = true;
         }
     }
 }
@@ -313,11 +316,10 @@ KERNEL(128) merge(Merge a) {
         float x[N];
 #pragma unroll
         for (int i = 0; i < N; i++) x[i] = threadIdx.x + 128 * i < DV ? ((const float*)a.parts)[at * DV + threadIdx.x + 128 * i] : 0.0f;
-        if (part.y == 0.0f) continue;
-        float higher = fmaxf(total_peak, part.x), keep = rescaled(total_peak, higher), by = rescaled(part.x, higher);
-        total_peak = higher, total_sum = fmaf(total_sum, keep, part.y * by);
+        float keep, by;
+        merge_sums(total_peak, total_sum, part.x, part.y, keep, by);
 #pragma unroll
-        for (int i = 0; i < N; i++) total[i] = fmaf(total[i], keep, x[i] * by);
+        for (int i = 0; i < N; i++) total[i] = merged(total[i], keep, x[i], by);
     }
     float by = finishing(total_peak, total_sum, a.sinks ? (const float*)a.sinks + query % a.n_head : nullptr);
 #pragma unroll
