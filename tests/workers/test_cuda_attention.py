@@ -1,4 +1,4 @@
-"""Kernels of positions and attention, run on the host: what they give, and that a token's bits do not depend on its company."""
+"""Kernels of positions and attention, run on the host: what they give, and that bits do not depend on a token's company."""
 
 from __future__ import annotations
 
@@ -85,7 +85,8 @@ class Layer:
     latent: bool = False
 
     def __str__(self) -> str:
-        return "-".join(map(str, (self.d, self.d_v, self.n_head, self.n_head_kv, *(k.name for k in self.kinds), self.window)))
+        kinds = (k.name for k in self.kinds)
+        return "-".join(map(str, (self.d, self.d_v, self.n_head, self.n_head_kv, *kinds, self.window)))
 
     def cache(self, seed: int = 1) -> list[bytes]:
         rng = np.random.default_rng(seed)
@@ -106,7 +107,8 @@ class Layer:
     def graph(self, n_tokens: int, n_pages: int, n_sequences: int) -> Graph:
         n_cells = self.n_pool * PAGE_CELLS
         leaves = [leaf(F32, (self.d, self.n_head, n_tokens, 1))]
-        leaves += [leaf(kind, (d * self.n_head_kv, n_cells, 1, 1)) for kind, d in zip(self.kinds, (self.d, self.d_v), strict=True)]
+        rows = [(kind, d * self.n_head_kv) for kind, d in zip(self.kinds, (self.d, self.d_v), strict=True)]
+        leaves += [leaf(kind, (n, n_cells, 1, 1)) for kind, n in rows]
         leaves += [leaf(I32, (n_pages, n_sequences, 1, 1)), leaf(I32, (n_tokens, 1, 1, 1)), leaf(I32, (n_tokens, 1, 1, 1)),
                    leaf(F32, (self.n_head, 1, 1, 1))]  # fmt: skip
         q = replace(leaves[0], op="PERMUTE", ne=(self.d, n_tokens, self.n_head, 1), src=(0,), view_src=0,
@@ -123,7 +125,7 @@ class Layer:
         return Graph((*leaves, *views, node), tuple(range(7)), (10,))
 
     def inputs(self, tokens: list[Token], pages: npt.NDArray[np.int32], cache: list[bytes]) -> list[bytes]:
-        numbers = [np.array(list(of), np.int32).tobytes() for of in ((t.n_seen for t in tokens), (t.sequence for t in tokens))]
+        numbers = [np.array(of, np.int32).tobytes() for of in ([t.n_seen for t in tokens], [t.sequence for t in tokens])]
         sinks = np.linspace(-1, 2, self.n_head, dtype=np.float32).tobytes()
         return [np.stack([t.q for t in tokens]).tobytes(), *cache, pages.tobytes(), *numbers, sinks]
 
@@ -150,7 +152,8 @@ def table(n_sequences: int, n_pages: int, n_pool: int = 40, seed: int = 3) -> np
 
 LAYERS = [
     Layer(), Layer(n_head=6, n_head_kv=2, softcap=5.0, sinks=True), Layer(d=128, d_v=128, n_head=8, n_head_kv=1, sinks=True),
-    Layer(d=80, d_v=72, window=100), Layer(d=32, d_v=32, kinds=(Q8_0, Q8_0)), Layer(d=64, d_v=96, kinds=(Q8_0, F16), window=7),
+    Layer(d=80, d_v=72, window=100), Layer(d=32, d_v=32, kinds=(Q8_0, Q8_0)),
+    Layer(d=64, d_v=96, kinds=(Q8_0, F16), window=7),
     Layer(d=256, d_v=256, n_head=2, n_head_kv=1, kinds=(F16, Q8_0)), Layer(d=24, d_v=8, n_head_kv=4),
     Layer(d=192, d_v=128, n_head_kv=4), Layer(d=576, d_v=512, n_head=20, n_head_kv=1, n_pool=8, latent=True),
     Layer(d=288, d_v=256, n_head=3, n_head_kv=1, n_pool=8, latent=True, kinds=(Q8_0, Q8_0)), Layer(d=12, d_v=20, sinks=True),
@@ -169,7 +172,8 @@ def test_tokens_see_their_cells(device: CUDADevice, layer: Layer) -> None:
 
 def test_a_tile_of_64_queries(device: CUDADevice) -> None:
     """Prompts of several sequences, whose tokens share tiles."""
-    for layer in (Layer(d=32, d_v=32, n_head=8, n_head_kv=1, softcap=3.0, sinks=True), Layer(n_head=4, n_head_kv=4, window=33)):
+    grouped = Layer(d=32, d_v=32, n_head=8, n_head_kv=1, softcap=3.0, sinks=True)
+    for layer in (grouped, Layer(n_head=4, n_head_kv=4, window=33)):
         group, n = layer.n_head // layer.n_head_kv, 80 if layer.n_head_kv == 1 else 300
         tokens = layer.tokens(*((i * 5 // n, 1 + 3 * i % 170) for i in range(n)))
         assert divide(n, 5, 4, group, layer.n_head_kv, layer.d, layer.d_v, 4).rows == WIDE
@@ -187,7 +191,8 @@ def alone(device: CUDADevice, layer: Layer, token: Token, pages: npt.NDArray[np.
 def test_bits_do_not_depend_on_company(device: CUDADevice, layer: Layer) -> None:
     """Tiles of 64 and of 16 queries, one of several sequences, a context that is divided over blocks and one that is not."""
     pages = table(4, 20)
-    numbers = [(0, 1230), *((1, 500 + i) for i in range(40)), (2, 64), (3, 1), *((3, 600 + i) for i in range(60)), *((2, i) for i in range(160))]
+    numbers = [(0, 1230), *((1, 500 + i) for i in range(40)), (2, 64), (3, 1), *((3, 600 + i) for i in range(60)),
+               *((2, i) for i in range(160))]  # fmt: skip
     tokens = layer.tokens(*numbers)
     for n in (len(tokens), 20):
         some = tokens[:n]
@@ -249,13 +254,14 @@ def test_what_no_token_sees_may_be_anything(device: CUDADevice, group: int) -> N
 
 def test_queries_of_any_size(device: CUDADevice) -> None:
     """Numbers that are none of float16."""
-    layer = Layer(scale=1.0)
-    for size in (1e-30, 1e30, 0.0):
-        tokens = [replace(t, q=t.q * np.float32(size)) for t in layer.tokens((0, 100), (0, 101))]
-        scaled = replace(layer, scale=0.3 / size) if size else layer
-        want = layer.attend(device, [replace(t, q=t.q * np.float32(0.3 if size else 0)) for t in layer.tokens((0, 100), (0, 101))],
-                            table(1, 2))  # fmt: skip
-        assert nmse(scaled.attend(device, tokens, table(1, 2)), want) < 1e-5
+    layer = Layer()
+    tokens = layer.tokens((0, 100), (0, 101))
+    want = layer.attend(device, tokens, table(1, 2))
+    for size in (1e-30, 1e30):
+        scaled = replace(layer, scale=layer.scale / size)
+        other = [replace(t, q=t.q * np.float32(size)) for t in tokens]
+        assert nmse(scaled.attend(device, other, table(1, 2)), want) < 1e-5
+    layer.check(device, [replace(t, q=t.q * np.float32(0)) for t in tokens], table(1, 2))
 
 
 @pytest.mark.parametrize("d", [32, 12])
@@ -292,15 +298,16 @@ def test_work_is_divided_by_shapes() -> None:
 
 
 @pytest.mark.parametrize("kinds", [(F32, F16), (F16, Q8_0), (BF16, BF16), (Q4_0, F32)], ids=str)
-@pytest.mark.parametrize("more", [{}, {"mask": True}, {"mask": True, "max_bias": 8.0, "sinks": True}, {"softcap": 2.0, "n_seq": 4}],
-                         ids=str)  # fmt: skip
+@pytest.mark.parametrize("more", [{}, {"mask": True}, {"mask": True, "max_bias": 8.0, "sinks": True},
+                                  {"softcap": 2.0, "n_seq": 4}], ids=str)  # fmt: skip
 def test_flash_attention(device: CUDADevice, kinds: tuple[GGMLType, GGMLType], more: dict[str, Any]) -> None:
     d, d_v, n_tokens, n_head, n_kv, n_seq = 64, 32, 5, 6, 70, more.get("n_seq", 2)
     rng = np.random.default_rng(1)
 
     def values(kind: GGMLType, ne: tuple[int, int, int, int]) -> bytes:
         x = rng.standard_normal(int(np.prod(ne)), np.float32)
-        return convert(x, kind, (len(x) // TYPES[kind].block, TYPES[kind].bytes) if TYPES[kind].quantized else x.shape).tobytes()
+        info = TYPES[kind]
+        return convert(x, kind, (len(x) // info.block, info.bytes) if info.quantized else x.shape).tobytes()
 
     shapes = [(F32, (d, n_tokens, n_head, n_seq)), (kinds[0], (d, n_kv, 3, 2)), (kinds[1], (d_v, n_kv, 3, 2))]
     inputs = [values(*s) for s in shapes]

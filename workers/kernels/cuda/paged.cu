@@ -2,8 +2,8 @@
 // a tile, 16 or 64.
 //
 // A query's sums run over the cells of its sequence in one order, whatever stands beside it: a page of 64 cells after the
-// other, eight pages a chunk whose softmax is one running sum, chunks one after the other. With 16 rows the warps of a block share a
-// page's cells, and then its columns; with 64 each has 16 rows of its own. Both do the same to a row.
+// other, eight pages a chunk whose softmax is one running sum, chunks one after the other. With 16 rows the warps of a block
+// share a page's cells, and then its columns; with 64 each has 16 rows of its own. Both do the same to a row.
 // Source: Dao et al., FlashAttention-2; Dao et al., Flash-Decoding for the chunks; Kwon et al. (PagedAttention).
 
 #define WARPS 4
@@ -60,7 +60,8 @@ DEVICE i64 head_of(const Tile& tile, int row) { return tile.head + (tile.base + 
 // A page of one head's rows, `n_bytes` each, will be read soon.
 DEVICE void expect(i64 page, i64 row_bytes, int n_bytes) {
     int lines = (n_bytes + 127) / 128;
-    for (int i = threadIdx.x; i < CELLS * lines; i += 128) prefetch((const char*)(page + i / lines * row_bytes + i % lines * 128));
+    for (int i = threadIdx.x; i < CELLS * lines; i += 128)
+        prefetch((const char*)(page + i / lines * row_bytes + i % lines * 128));
 }
 
 DEVICE void expect_page(const PagedAttend& a, i64 head_kv, i64 sequence, int page) {
@@ -168,9 +169,10 @@ KERNEL(128) attend(PagedAttend a) {
             auto fetch = [&](int part, int at) {
 #pragma unroll
                 for (int i = 0; i < N_AHEAD; i++) {
-                    int cell = at + (threadIdx.x + 128 * i) / OCTETS, octets = OCTETS * part + (threadIdx.x + 128 * i) % OCTETS;
-                    bool is = cell < at + V_CELLS && octets < TILES && page * CELLS + cell >= begin && page * CELLS + cell < end;
-                    ahead[i] = is ? octet(v + cell * a.v_row, octets, a.v_q8) : make_uint4(0, 0, 0, 0);
+                    int j = threadIdx.x + 128 * i, cell = at + j / OCTETS, column = OCTETS * part + j % OCTETS;
+                    int seen = page * CELLS + cell;
+                    bool is = cell < at + V_CELLS && column < TILES && seen >= begin && seen < end;
+                    ahead[i] = is ? octet(v + cell * a.v_row, column, a.v_q8) : make_uint4(0, 0, 0, 0);
                 }
             };
             if (!WIDE) fetch(0, 0);
@@ -181,7 +183,7 @@ KERNEL(128) attend(PagedAttend a) {
                 for (int e = 0; e < 4; e++) score[j][e] = 0.0f;
 #pragma unroll(WIDE ? 2 : GROUPS <= 8 ? GROUPS : 6)
             for (int i = 0; i < GROUPS; i++) {
-                // Of 32 elements each lane takes eight that lie together, of queries and of keys: which, does not matter to a sum.
+                // Of 32 elements each lane takes eight that lie together, of queries and of keys alike.
                 const u16* from = queries + row * Q_ROW + 32 * i + 8 * t;
                 uint4 q = *(const uint4*)from, q8 = *(const uint4*)(from + 8 * Q_ROW);
 #pragma unroll
@@ -246,8 +248,10 @@ KERNEL(128) attend(PagedAttend a) {
                     __syncthreads();
                     if (!WIDE && part == 0 && at == 0) {
 #pragma unroll
-                        for (int i = 0; i < 16; i++)
-                            p[i / 4][i % 4] = *(const u32*)(weights + (g + i % 2 * 8) * P_ROW + i / 4 * 16 + i % 4 / 2 * 8 + 2 * t);
+                        for (int i = 0; i < 16; i++) {
+                            const u16* from = weights + (g + i % 2 * 8) * P_ROW + i / 4 * 16 + i % 4 / 2 * 8 + 2 * t;
+                            p[i / 4][i % 4] = *(const u32*)from;
+                        }
                     }
 #pragma unroll
                     for (int j = 0; j < V_CELLS / 16; j++) {
@@ -315,7 +319,10 @@ KERNEL(128) merge(Merge a) {
         float2 part = ((const float2*)a.sums)[at];
         float x[N];
 #pragma unroll
-        for (int i = 0; i < N; i++) x[i] = threadIdx.x + 128 * i < DV ? ((const float*)a.parts)[at * DV + threadIdx.x + 128 * i] : 0.0f;
+        for (int i = 0; i < N; i++) {
+            int column = threadIdx.x + 128 * i;
+            x[i] = column < DV ? ((const float*)a.parts)[at * DV + column] : 0.0f;
+        }
         float keep, by;
         merge_sums(total_peak, total_sum, part.x, part.y, keep, by);
 #pragma unroll

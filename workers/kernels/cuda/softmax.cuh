@@ -10,7 +10,7 @@ DEVICE float weight(float score, float peak) { return exp2f(score - (peak == -IN
 
 DEVICE float capped(float score, float cap) { return cap != 0.0f ? cap * tanhf(score / cap) : score; }
 
-// Adds a chunk's peak and sum to those of all before it. Values are to be multiplied: theirs by `keep`, the chunk's by `by`. A chunk
+// Adds a chunk's peak and sum to those of all before it. Their values are to be multiplied by `keep`, the chunk's by `by`; one
 // of which nothing is seen changes nothing.
 DEVICE void merge_sums(float& peak, float& sum, float other_peak, float other_sum, float& keep, float& by) {
     keep = 1.0f, by = 0.0f;

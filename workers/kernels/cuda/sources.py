@@ -39,7 +39,9 @@ def _file(name: str) -> str:
     return f'#line 1 "{name}"\n' + (FOLDER / name).read_text(encoding="utf-8")
 
 
-SHARED = {"packing": ("formats.cuh",), "products": ("formats.cuh",), "paged": ("softmax.cuh",), "attention": ("softmax.cuh",)}
+SHARED = {
+    "packing": ("formats.cuh",), "products": ("formats.cuh",), "paged": ("softmax.cuh",), "attention": ("softmax.cuh",),
+}  # fmt: skip
 """Headers of a file besides those that all have."""
 
 
