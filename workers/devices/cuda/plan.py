@@ -212,7 +212,8 @@ class CUDAPlan(Plan):
         src = [arrays[j] if j >= 0 else None for j in node.tensor.src]
         try:
             with np.errstate(all="ignore"):
-                reference.run(reference.Node(node.index, node.op, node.tensor, node.params, arrays[node.index], src, list(node.src)))
+                reference.run(reference.Node(node.index, node.op, node.tensor, node.params, arrays[node.index], src,
+                                             list(node.src)))
         except GgmqError:
             raise
         except MemoryError as e:

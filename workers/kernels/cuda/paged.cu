@@ -169,8 +169,8 @@ KERNEL(128) attend(PagedAttend a) {
             auto fetch = [&](int part, int at) {
 #pragma unroll
                 for (int i = 0; i < N_AHEAD; i++) {
-                    int j = threadIdx.x + 128 * i, cell = at + j / OCTETS, column = OCTETS * part + j % OCTETS;
-                    int seen = page * CELLS + cell;
+                    u32 j = threadIdx.x + 128 * i;
+                    int cell = at + j / OCTETS, column = OCTETS * part + j % OCTETS, seen = page * CELLS + cell;
                     bool is = cell < at + V_CELLS && column < TILES && seen >= begin && seen < end;
                     ahead[i] = is ? octet(v + cell * a.v_row, column, a.v_q8) : make_uint4(0, 0, 0, 0);
                 }
@@ -242,7 +242,7 @@ KERNEL(128) attend(PagedAttend a) {
                     }
 #pragma unroll
                     for (int i = 0; i < N_AHEAD; i++) {
-                        int j = threadIdx.x + 128 * i;
+                        u32 j = threadIdx.x + 128 * i;
                         if (j < V_CELLS * OCTETS) *(uint4*)(values + j / OCTETS * V_ROW + j % OCTETS * 8) = ahead[i];
                     }
                     __syncthreads();

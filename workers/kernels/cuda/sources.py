@@ -40,7 +40,8 @@ def _file(name: str) -> str:
 
 
 SHARED = {
-    "packing": ("formats.cuh",), "products": ("formats.cuh",), "paged": ("softmax.cuh",), "attention": ("softmax.cuh",),
+    **dict.fromkeys(("packing", "products"), ("formats.cuh",)), **dict.fromkeys(("paged", "attention"), ("softmax.cuh",)),
+    **dict.fromkeys(("elements", "rows", "sorts", "moves"), ("strided.cuh",)), "blocks": ("strided.cuh", "blocks.cuh"),
 }  # fmt: skip
 """Headers of a file besides those that all have."""
 
