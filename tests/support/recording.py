@@ -22,7 +22,7 @@ from ggmq.loader import Loader
 from ggmq.placement import Assignment
 from ggmq.runner import ALL, ARGMAX, HIDDEN, Rows, Runner
 from protocol.dtypes import TYPES, GGMLType, tensor_bytes
-from protocol.graph import Graph, Shape
+from protocol.graph import Graph, Shape, f32_bits
 from tests.support import random_models
 from tests.support.strategies import leaf, node_graphs
 from workers.devices.base import Plan
@@ -152,6 +152,19 @@ def _products(device: RecordingDevice) -> None:
                 device.compile(Graph((weight, leaf(GGMLType.I32, (5, 1, 1, 1)), rows), (1,), (2,)), {1: buffer})
 
 
+def _attention(device: RecordingDevice) -> None:
+    """A token and a prompt over a long context, also with latents and with rows of odd lengths; cells that lie together."""
+    for d, d_v, n_head_kv in ((64, 64, 2), (128, 128, 2), (256, 256, 1), (192, 128, 4), (576, 512, 1), (12, 20, 2)):
+        for n_tokens in (1, 200):
+            kv = [leaf(GGMLType.F16, (n, 64 * PAGE, n_head_kv, 1)) for n in (d, d_v)]
+            numbers = [leaf(GGMLType.I32, ne) for ne in ((64, 1, 1, 1), (n_tokens, 1, 1, 1))]
+            out = replace(leaf(0, (d_v, 8, n_tokens, 1)), op="PAGED_ATTN", src=(0, 1, 2, 3, 4),
+                          params=(f32_bits(0.1), *(0,) * 15))  # fmt: skip
+            device.compile(Graph((leaf(0, (d, n_tokens, 8, 1)), *kv, *numbers, out), (0, 1, 2, 3, 4), (5,)), {})
+            together = replace(out, op="FLASH_ATTN_EXT", src=(0, 1, 2))
+            device.compile(Graph((leaf(0, (d, n_tokens, 8, 1)), *kv, together), (0, 1, 2), (3,)), {})
+
+
 def _nodes(device: RecordingDevice) -> None:
     @settings(max_examples=600, derandomize=True, database=None, phases=[Phase.generate], deadline=None,
               suppress_health_check=list(HealthCheck))  # fmt: skip
@@ -169,6 +182,7 @@ def kernels() -> dict[Kernel, type[Launch]]:
     with tempfile.TemporaryDirectory() as folder:
         _models(device, Path(folder))
     _products(device)
+    _attention(device)
     _nodes(device)
     asked = device.recording.kernels
     files = {k.file for k in asked if k.macros}

@@ -27,8 +27,9 @@ def rope_angles(p: dict[str, Any], ne0: int, positions: Array, factors: Array | 
 
 
 def rope_kinds(p: dict[str, Any], n_pairs: int) -> tuple[Array, Array]:
-    """Which of a token's positions each pair goes by, and its exponent. Shapes: both (n_pairs,). Source: as
-    `rope_angles`.
+    """Which of a token's positions each pair goes by, and its exponent.
+
+    Shapes: both (n_pairs,). Source: as `rope_angles`.
     """
     mode, pair = p["mode"], np.arange(n_pairs)
     if not mode & ROPE_MROPE:

@@ -56,6 +56,7 @@ DEVICE u32 fma_halves(u32 a, u32 b, u32 c) {
 }
 DEVICE u32 choose_bytes(u32 a, u32 b, u32 which) { return __byte_perm(a, b, which); }
 DEVICE uint4 stream16(const void* at) { return *(const uint4*)at; }
+DEVICE void prefetch(const void*) {}
 
 // -- matrices -------------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from protocol.graph import Tensor
 from protocol.limits import MAX_ROPE_POSITION
 from protocol.rules import PAGE_CELLS, ROPE_VISION
 from workers.devices.bindings import Bindings
-from workers.devices.cuda.binding import BF16, F16, F32, I32, Binder, ceil_div, strides
+from workers.devices.cuda.binding import BF16, F16, F32, I32, Binder, ceil_div
 from workers.devices.lower import Node
 from workers.kernels.cuda import attention_launches as launches
 from workers.kernels.rotary import rope_kinds, rope_turn
@@ -32,9 +32,10 @@ def rope(b: Binder, n: Node) -> bool:
         return False
     if t.ne[1] * (n_pairs + n_copied) >= 1 << 23:  # blocks of one token
         return False
-    launch = launches.Rope(x=b.address(t.src[0]), x_nb=x.nb, y=b.address(n.index), y_nb=t.nb, ne=t.ne, turned=_turned(b, n),
-                           n_pairs=n_pairs, first=first, n_copied=n_copied, apart=p["mode"] != 0,
-                           halves=t.type == F16)  # fmt: skip
+    launch = launches.Rope(
+        x=b.address(t.src[0]), x_nb=x.nb, y=b.address(n.index), y_nb=t.nb, ne=t.ne, turned=_turned(b, n), n_pairs=n_pairs,
+        first=first, n_copied=n_copied, apart=p["mode"] != 0, halves=t.type == F16,
+    )  # fmt: skip
     b.add(n, launch, t.ne[2] * t.ne[3], ceil_div(t.ne[1] * (n_pairs + n_copied), 256))
     return True
 
@@ -89,8 +90,14 @@ MAX_PARTS_BYTES = 256 << 20
 
 
 class Division(NamedTuple):
-    """How the work is divided among blocks. `unit`: tokens whose queries make tiles, `n_tiles` of each of `n_units`;
-    `n_slots`: sequences that a tile may have; `n_splits`: chunks that are blocks of their own."""
+    """How the work is divided among blocks.
+
+    Attributes:
+        rows: queries of a tile.
+        unit: tokens whose queries make `n_tiles` tiles; there are `n_units` of these.
+        n_slots: sequences that a tile may have.
+        n_splits: chunks that are blocks of their own.
+    """
 
     rows: int
     unit: int
@@ -118,8 +125,8 @@ def divide(n_tokens: int, n_sequences: int, n_pages: int, group: int, n_head_kv:
 @BINDINGS.of("PAGED_ATTN")
 def paged_attn(b: Binder, n: Node) -> bool:
     q, k, v, pages, n_seen, rows, sinks = *(n.req(i) for i in range(5)), n.opt(5), n.opt(6)
-    if q.nb[0] != 4 or not n.tensor.contiguous or not all(t.contiguous for t in (pages, n_seen, rows,
-                                                                                 sinks) if t is not None):
+    whole = [t for t in (n.tensor, pages, n_seen, rows, sinks) if t is not None]
+    if q.nb[0] != 4 or not all(t.contiguous for t in whole):
         return False
     src, (d, n_tokens, n_head, _), d_v = n.tensor.src, q.ne, v.ne[0]
     cells = {
@@ -162,7 +169,7 @@ def _in_octets(b: Binder, i: int, t: Tensor) -> bool:
 
 
 def _by_rows(b: Binder, n: Node, **cells: int) -> bool:
-    """Attention of a query by a block, with `cells` over pages."""
+    """Attention with a block for each query; with `cells` it is over pages."""
     q, k, v = n.req(0), n.req(1), n.req(2)
     mask, sinks = (None, n.opt(6)) if cells else (n.opt(3), n.opt(4))
     if k.type not in ROW_TYPES or v.type not in ROW_TYPES or max(q.ne[0], v.ne[0]) > MAX_ROW or q.ne[2] > MAX_GRID_Y:
@@ -172,14 +179,13 @@ def _by_rows(b: Binder, n: Node, **cells: int) -> bool:
     if (mask is not None and mask.nb[0] != 2) or (sinks is not None and sinks.nb[0] != 4):
         return False
     src, t, p = n.tensor.src, n.tensor, n.params
-    pages = cells or {"pages": 0, "n_pages": 0, "n_sequences": 0, "n_pool": 0, "n_seen": 0, "rows": 0, "window": 0,
-                      "status": b.status,
-                          "node": n.index}
+    none = dict.fromkeys(("pages", "n_pages", "n_sequences", "n_pool", "n_seen", "rows", "window"), 0)
+    pages = cells or {**none, "status": b.status, "node": n.index}
     masked = {"mask": 0, "mask_row": 0, "mask_head": 0, "mask_seq": 0, "n_mask_head": 1, "n_mask_seq": 1}
     if mask is not None:
-        _, row, head, seq = strides(mask)
+        _, row, head, seq = mask.nb
         masked = {"mask": b.address(src[3]), "mask_row": row, "mask_head": head, "mask_seq": seq, "n_mask_head": mask.ne[2],
-                      "n_mask_seq": mask.ne[3]}  # fmt: skip
+                  "n_mask_seq": mask.ne[3]}  # fmt: skip
     launch = launches.RowAttend(
         **pages, **masked, q=b.address(src[0]), q_row=q.nb[1], q_head=q.nb[2], q_seq=q.nb[3], d=q.ne[0], n_tokens=q.ne[1],
         k=b.address(src[1]), k_row=k.nb[1], k_head=k.nb[2], k_seq=k.nb[3], k_type=k.type, v=b.address(src[2]), v_row=v.nb[1],

@@ -47,7 +47,10 @@ KERNEL(128) attend(RowAttend a) {
     const char* k = (const char*)(a.k + seq / a.seq_group * a.k_seq + head / a.group * a.k_head);
     const char* v = (const char*)(a.v + seq / a.seq_group * a.v_seq + head / a.group * a.v_head);
     const u16* mask = nullptr;
-    if (a.mask) mask = (const u16*)(a.mask + seq % a.n_mask_seq * a.mask_seq + head % a.n_mask_head * a.mask_head + token * a.mask_row);
+    if (a.mask) {
+        i64 at = seq % a.n_mask_seq * a.mask_seq + head % a.n_mask_head * a.mask_head + token * a.mask_row;
+        mask = (const u16*)(a.mask + at);
+    }
     const float* x = (const float*)(a.q + seq * a.q_seq + head * a.q_head + token * a.q_row);
     for (i64 i = threadIdx.x; i < a.d; i += blockDim.x) q[i] = x[i];
     for (i64 i = threadIdx.x; i < a.d_v; i += blockDim.x) o[i] = 0.0f;
@@ -68,7 +71,8 @@ KERNEL(128) attend(RowAttend a) {
             float score = -INFINITE;
             if (c >= low && c < high) {
                 float product = 0.0f;
-                for (i64 i = lane; i < a.d; i += WARP) product = fmaf(q[i], element(k + (at + c) * a.k_row, a.k_type, i), product);
+                const char* row = k + (at + c) * a.k_row;
+                for (i64 i = lane; i < a.d; i += WARP) product = fmaf(q[i], element(row, a.k_type, i), product);
                 score = capped(warp_sum(product) * a.scale, a.softcap);
                 if (mask) score += slope * float_of_half(mask[first + c]);
             }

@@ -13,9 +13,8 @@ class RopeTable(Launch, frozen=True, kw_only=True):
     """Cosine and sine, times `magnitude`, of each token and pair: float32 [n_tokens][n_pairs][2] at `turned`.
 
     `pairs` has for each pair the angle by which one position turns it, float64, and which of the token's positions it goes
-    by,
-    int64; `factors` (0: none) divide the angles. `step`: bytes from position to position; the n_positions of all
-    tokens stand together, then those of the next kind. `bound`: positions are smaller.
+    by, int64; `factors` (0: none) divide the angles. Of n_positions, `step` bytes apart and smaller than `bound`, the first
+    of all tokens stand together, then the second of all.
     """
 
     positions: Address
@@ -127,8 +126,7 @@ class RowAttend(Pages, frozen=True, kw_only=True):
     """Attention of any types and shapes: a block for a query.
 
     With `pages` it is PAGED_ATTN, without FLASH_ATTN_EXT over `n_kv` cells. Types are GGUF's numbers. `group`, `seq_group`:
-    heads and sequences of q that share those of k. Slopes of ALiBi, if `max_bias`, count heads up to `n_slopes` and those
-    behind it.
+    heads and sequences of q that share those of k. `n_slopes`: the greatest power of two that is no more than the heads.
     """
 
     q: Address

@@ -2,8 +2,8 @@
 // a tile, 16 or 64.
 //
 // A query's sums run over the cells of its sequence in one order, whatever stands beside it: a page of 64 cells after the
-// other, eight pages a chunk whose softmax is one running sum, chunks one after the other. With 16 rows the warps of a block share a
-// page's cells, and then its columns; with 64 each has 16 rows of its own. Both do the same to a row.
+// other, eight pages a chunk whose softmax is one running sum, chunks one after the other. With 16 rows the warps of a block
+// share a page's cells, and then its columns; with 64 each has 16 rows of its own. Both do the same to a row.
 // Source: Dao et al., FlashAttention-2; Dao et al., Flash-Decoding for the chunks; Kwon et al. (PagedAttention).
 
 #define WARPS 4
@@ -56,6 +56,20 @@ struct Tile {
 
 DEVICE i64 token_of(const Tile& tile, int row) { return tile.token + (tile.base + row) / tile.group; }
 DEVICE i64 head_of(const Tile& tile, int row) { return tile.head + (tile.base + row) % tile.group; }
+
+// A page of one head's rows, `n_bytes` each, will be read soon.
+DEVICE void expect(i64 page, i64 row_bytes, int n_bytes) {
+    int lines = (n_bytes + 127) / 128;
+    for (int i = threadIdx.x; i < CELLS * lines; i += 128)
+        prefetch((const char*)(page + i / lines * row_bytes + i % lines * 128));
+}
+
+DEVICE void expect_page(const PagedAttend& a, i64 head_kv, i64 sequence, int page) {
+    i64 number = ((const i32*)a.pages)[sequence * a.n_pages + page];
+    if (number < 0 || number >= a.n_pool) return;
+    expect(a.k + head_kv * a.k_head + number * CELLS * a.k_row, a.k_row, a.k_q8 ? D / 32 * 34 : 2 * D);
+    expect(a.v + head_kv * a.v_head + number * CELLS * a.v_row, a.v_row, a.v_q8 ? DV / 32 * 34 : 2 * DV);
+}
 
 KERNEL(128) attend(PagedAttend a) {
     __shared__ __align__(16) u16 queries[ROWS * Q_ROW];
@@ -113,6 +127,9 @@ KERNEL(128) attend(PagedAttend a) {
         if (split < chunk || split >= last_chunk) return;
         chunk = (int)split, last_chunk = chunk + 1;
     }
+    last_chunk = max(last_chunk, 1);  // who sees nothing gives zeros
+    int last_page = min(CHUNK_PAGES * last_chunk, (end + CELLS - 1) / CELLS);
+    if (end) expect_page(a, head_kv, sequence, max(CHUNK_PAGES * chunk, begin / CELLS));
 
     for (int row = warp; row < ROWS; row += WARPS) {
         u16* to = queries + row * Q_ROW;
@@ -130,23 +147,21 @@ KERNEL(128) attend(PagedAttend a) {
     int row = g + (WIDE ? 16 * warp : 0), first_cell = WIDE ? 0 : 16 * warp;
     int row_begin[2] = {begins[row], begins[row + 8]}, row_end[2] = {ends[row], ends[row + 8]};
     float factor[2] = {factors[row], factors[row + 8]};
-    float total[MINE][4], total_peak[2] = {-INFINITE, -INFINITE}, total_sum[2] = {0.0f, 0.0f};
-#pragma unroll
-    for (int i = 0; i < MINE; i++)
-        for (int e = 0; e < 4; e++) total[i][e] = 0.0f;
+    float total_peak[2] = {-INFINITE, -INFINITE}, total_sum[2] = {0.0f, 0.0f};
+    bool begun[2] = {false, false};
 
     for (; chunk < last_chunk; chunk++) {
         float o[MINE][4], sum[4] = {0.0f, 0.0f, 0.0f, 0.0f}, peak[2] = {-INFINITE, -INFINITE};
 #pragma unroll
         for (int i = 0; i < MINE; i++)
             for (int e = 0; e < 4; e++) o[i][e] = 0.0f;
-        int last = min(CHUNK_PAGES * (chunk + 1), (end + CELLS - 1) / CELLS);
-        for (int page = max(CHUNK_PAGES * chunk, begin / CELLS); page < last; page++) {
+        for (int page = max(CHUNK_PAGES * chunk, begin / CELLS); page < min(CHUNK_PAGES * (chunk + 1), last_page); page++) {
             i64 number = ((const i32*)a.pages)[sequence * a.n_pages + page];
             if (number < 0 || number >= a.n_pool) {
                 report(a.status, a.node);
                 continue;
             }
+            if (page + 1 < last_page) expect_page(a, head_kv, sequence, page + 1);
             const char* k = (const char*)(a.k + head_kv * a.k_head + number * CELLS * a.k_row);
             const char* v = (const char*)(a.v + head_kv * a.v_head + number * CELLS * a.v_row);
             uint4 ahead[N_AHEAD];
@@ -154,9 +169,10 @@ KERNEL(128) attend(PagedAttend a) {
             auto fetch = [&](int part, int at) {
 #pragma unroll
                 for (int i = 0; i < N_AHEAD; i++) {
-                    int cell = at + (threadIdx.x + 128 * i) / OCTETS, octets = OCTETS * part + (threadIdx.x + 128 * i) % OCTETS;
-                    bool is = cell < at + V_CELLS && octets < TILES && page * CELLS + cell >= begin && page * CELLS + cell < end;
-                    ahead[i] = is ? octet(v + cell * a.v_row, octets, a.v_q8) : make_uint4(0, 0, 0, 0);
+                    u32 j = threadIdx.x + 128 * i;
+                    int cell = at + j / OCTETS, column = OCTETS * part + j % OCTETS, seen = page * CELLS + cell;
+                    bool is = cell < at + V_CELLS && column < TILES && seen >= begin && seen < end;
+                    ahead[i] = is ? octet(v + cell * a.v_row, column, a.v_q8) : make_uint4(0, 0, 0, 0);
                 }
             };
             if (!WIDE) fetch(0, 0);
@@ -167,7 +183,7 @@ KERNEL(128) attend(PagedAttend a) {
                 for (int e = 0; e < 4; e++) score[j][e] = 0.0f;
 #pragma unroll(WIDE ? 2 : GROUPS <= 8 ? GROUPS : 6)
             for (int i = 0; i < GROUPS; i++) {
-                // Of 32 elements each lane takes eight that lie together, of queries and of keys: which, does not matter to a sum.
+                // Of 32 elements each lane takes eight that lie together, of queries and of keys alike.
                 const u16* from = queries + row * Q_ROW + 32 * i + 8 * t;
                 uint4 q = *(const uint4*)from, q8 = *(const uint4*)(from + 8 * Q_ROW);
 #pragma unroll
@@ -226,14 +242,16 @@ KERNEL(128) attend(PagedAttend a) {
                     }
 #pragma unroll
                     for (int i = 0; i < N_AHEAD; i++) {
-                        int j = threadIdx.x + 128 * i;
+                        u32 j = threadIdx.x + 128 * i;
                         if (j < V_CELLS * OCTETS) *(uint4*)(values + j / OCTETS * V_ROW + j % OCTETS * 8) = ahead[i];
                     }
                     __syncthreads();
                     if (!WIDE && part == 0 && at == 0) {
 #pragma unroll
-                        for (int i = 0; i < 16; i++)
-                            p[i / 4][i % 4] = *(const u32*)(weights + (g + i % 2 * 8) * P_ROW + i / 4 * 16 + i % 4 / 2 * 8 + 2 * t);
+                        for (int i = 0; i < 16; i++) {
+                            const u16* from = weights + (g + i % 2 * 8) * P_ROW + i / 4 * 16 + i % 4 / 2 * 8 + 2 * t;
+                            p[i / 4][i % 4] = *(const u32*)from;
+                        }
                     }
 #pragma unroll
                     for (int j = 0; j < V_CELLS / 16; j++) {
@@ -258,42 +276,31 @@ KERNEL(128) attend(PagedAttend a) {
             }
         }
 
+        // Between chunks totals lie where the result will be; each element is one thread's.
 #pragma unroll
         for (int h = 0; h < 2; h++) {
+            if (row_end[h] < 0) continue;
+            i64 head = head_of(tile, row + 8 * h), query = token_of(tile, row + 8 * h) * a.n_head + head;
+            i64 part = query * a.n_splits + split;
+            float* to = a.parts ? (float*)a.parts + part * DV : (float*)a.y + query * DV;
+            float keep = 0.0f, by = 1.0f, final = 1.0f;
             if (a.parts) {
-                if (row_end[h] < 0) continue;
-                i64 query = token_of(tile, row + 8 * h) * a.n_head + head_of(tile, row + 8 * h), at = query * a.n_splits + split;
-                if (t == 0 && (WIDE || warp == 0)) ((float2*)a.sums)[at] = make_float2(peak[h], sum[2 * h]);
-#pragma unroll
-                for (int i = 0; i < MINE; i++) {
-                    int at_tile = WIDE ? i : WARPS * i + warp;
-                    if (at_tile < TILES)
-                        *(float2*)((float*)a.parts + at * DV + 8 * at_tile + 2 * t) = make_float2(o[i][2 * h], o[i][2 * h + 1]);
-                }
-                continue;
+                if (t == 0 && (WIDE || warp == 0)) ((float2*)a.sums)[part] = make_float2(peak[h], sum[2 * h]);
+            } else {
+                merge_sums(total_peak[h], total_sum[h], peak[h], sum[2 * h], keep, by);
+                if (chunk + 1 == last_chunk)
+                    final = finishing(total_peak[h], total_sum[h], a.sinks ? (const float*)a.sinks + head : nullptr);
             }
-            if (sum[2 * h] == 0.0f) continue;
-            float higher = fmaxf(total_peak[h], peak[h]), keep = rescaled(total_peak[h], higher), by = rescaled(peak[h], higher);
-            total_peak[h] = higher, total_sum[h] = fmaf(total_sum[h], keep, sum[2 * h] * by);
 #pragma unroll
             for (int i = 0; i < MINE; i++) {
-                total[i][2 * h] = fmaf(total[i][2 * h], keep, o[i][2 * h] * by);
-                total[i][2 * h + 1] = fmaf(total[i][2 * h + 1], keep, o[i][2 * h + 1] * by);
+                int at_tile = WIDE ? i : WARPS * i + warp;
+                if (at_tile >= TILES) continue;
+                float2* place = (float2*)(to + 8 * at_tile + 2 * t);
+                float2 x = begun[h] ? *place : make_float2(0.0f, 0.0f);
+                x.x = merged(x.x, keep, o[i][2 * h], by), x.y = merged(x.y, keep, o[i][2 * h + 1], by);
+                *place = a.parts ? make_float2(o[i][2 * h], o[i][2 * h + 1]) : make_float2(x.x * final, x.y * final);
             }
-        }
-    }
-    if (a.parts) return;
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        if (row_end[h] < 0) continue;
-        i64 head = head_of(tile, row + 8 * h), query = token_of(tile, row + 8 * h) * a.n_head + head;
-        float by = finishing(total_peak[h], total_sum[h], a.sinks ? (const float*)a.sinks + head : nullptr);
-#pragma unroll
-        for (int i = 0; i < MINE; i++) {
-            int at_tile = WIDE ? i : WARPS * i + warp;
-            if (at_tile < TILES)
-                *(float2*)((float*)a.y + query * DV + 8 * at_tile + 2 * t) =
-                    make_float2(total[i][2 * h] * by, total[i][2 * h + 1] * by);
+            begun[h] = true;
         }
     }
 }
@@ -312,12 +319,14 @@ KERNEL(128) merge(Merge a) {
         float2 part = ((const float2*)a.sums)[at];
         float x[N];
 #pragma unroll
-        for (int i = 0; i < N; i++) x[i] = threadIdx.x + 128 * i < DV ? ((const float*)a.parts)[at * DV + threadIdx.x + 128 * i] : 0.0f;
-        if (part.y == 0.0f) continue;
-        float higher = fmaxf(total_peak, part.x), keep = rescaled(total_peak, higher), by = rescaled(part.x, higher);
-        total_peak = higher, total_sum = fmaf(total_sum, keep, part.y * by);
+        for (int i = 0; i < N; i++) {
+            int column = threadIdx.x + 128 * i;
+            x[i] = column < DV ? ((const float*)a.parts)[at * DV + column] : 0.0f;
+        }
+        float keep, by;
+        merge_sums(total_peak, total_sum, part.x, part.y, keep, by);
 #pragma unroll
-        for (int i = 0; i < N; i++) total[i] = fmaf(total[i], keep, x[i] * by);
+        for (int i = 0; i < N; i++) total[i] = merged(total[i], keep, x[i], by);
     }
     float by = finishing(total_peak, total_sum, a.sinks ? (const float*)a.sinks + query % a.n_head : nullptr);
 #pragma unroll

@@ -1,6 +1,6 @@
 // What kernels use of the machine beyond C++: numbers of 16 bits, matrix instructions, loads past the first cache.
 // Kernels have no other assembly and include no header, so a host's compiler can take them over other primitives.
-// Source: the PTX ISA (cvt, fma.f16x2, mma.sync.m16n8k16, ldmatrix, ld.global.nc).
+// Source: the PTX ISA (cvt, fma.f16x2, mma.sync.m16n8k16, ldmatrix, ld.global.nc, prefetch).
 
 typedef signed char i8;
 typedef unsigned char u8;
@@ -75,6 +75,9 @@ DEVICE uint4 stream16(const void* at) {
     asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at));
     return v;
 }
+
+// What will be read soon is brought into the second cache.
+DEVICE void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
 // -- matrices -------------------------------------------------------------------------------------------------------
 

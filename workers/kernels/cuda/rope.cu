@@ -34,10 +34,11 @@ DEVICE void stored(char* at, i64 halves, float x) {
     else *(float*)at = x;
 }
 
-// In x a block for each token, in y the pairs and copied elements of its heads.
+// Blocks in x are tokens, in y the pairs and copied elements of their heads.
 KERNEL(256) rope(Rope a) {
-    i64 token = blockIdx.x % a.ne[2], seq = blockIdx.x / a.ne[2], width = a.n_pairs + a.n_copied;
-    u32 at = blockIdx.y * blockDim.x + threadIdx.x, head = at / (u32)width, i = at % (u32)width;
+    u32 n_tokens = (u32)a.ne[2], token = blockIdx.x % n_tokens, seq = blockIdx.x / n_tokens;
+    u32 width = (u32)(a.n_pairs + a.n_copied);
+    u32 at = blockIdx.y * blockDim.x + threadIdx.x, head = at / width, i = at % width;
     if (head >= a.ne[1]) return;
     const char* x = (const char*)(a.x + seq * a.x_nb[3] + token * a.x_nb[2] + head * a.x_nb[1]);
     char* y = (char*)(a.y + seq * a.y_nb[3] + token * a.y_nb[2] + head * a.y_nb[1]);

@@ -10,6 +10,18 @@ DEVICE float weight(float score, float peak) { return exp2f(score - (peak == -IN
 
 DEVICE float capped(float score, float cap) { return cap != 0.0f ? cap * tanhf(score / cap) : score; }
 
+// Adds a chunk's peak and sum to those of all before it. Their values are to be multiplied by `keep`, the chunk's by `by`; one
+// of which nothing is seen changes nothing.
+DEVICE void merge_sums(float& peak, float& sum, float other_peak, float other_sum, float& keep, float& by) {
+    keep = 1.0f, by = 0.0f;
+    if (other_sum == 0.0f) return;
+    float top = fmaxf(peak, other_peak);
+    keep = rescaled(peak, top), by = rescaled(other_peak, top);
+    peak = top, sum = fmaf(sum, keep, other_sum * by);
+}
+
+DEVICE float merged(float total, float keep, float x, float by) { return fmaf(total, keep, by != 0.0f ? x * by : 0.0f); }
+
 // What a sum of values is multiplied by in the end. A sink takes part in the sum of weights and gives nothing.
 DEVICE float finishing(float peak, float sum, const float* sink) {
     float factor = 1.0f;
