@@ -26,7 +26,10 @@ from workers.kernels.cuda.row_launches import (
 BINDINGS = Bindings()
 T = GGMLType
 UNITS = (16, 8, 4, 2, 1)
-BLOCKS = frozenset({T.Q4_0, T.Q4_1, T.Q5_0, T.Q5_1, T.Q8_0, T.Q2_K, T.Q3_K, T.Q4_K, T.Q5_K, T.Q6_K, T.IQ4_NL, T.IQ4_XS, T.MXFP4})
+BLOCKS = frozenset({
+    T.Q4_0, T.Q4_1, T.Q5_0, T.Q5_1, T.Q8_0, T.Q2_K, T.Q3_K, T.Q4_K, T.Q5_K, T.Q6_K, T.IQ4_NL, T.IQ4_XS, T.TQ1_0, T.TQ2_0, T.MXFP4,
+    T.NVFP4, T.Q1_0, T.Q2_0,
+})  # fmt: skip
 """Types of blocks that kernels read as they lie in a file."""
 NUMBERS = FLOATS | INTEGERS
 PER_BLOCK = THREADS // 32
