@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +12,10 @@ import gguf
 import numpy as np
 from tokenizers import pre_tokenizers
 
-from protocol.dtypes import TYPES, GGMLType
+from protocol.dtypes import TYPES, GGMLType, row_bytes
+
+ALIGN = 32
+"""Where a GGUF file's tensors begin."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +73,79 @@ def _type_of(name: str, mix: str, n_layer: int) -> GGMLType:
     return GGMLType.Q4_K
 
 
+def tensors(shape: Shape, mix: str) -> Iterator[tuple[str, GGMLType, tuple[int, ...]]]:
+    """Name, type and shape of each, in NumPy's order. F32 are norms and routers."""
+    s, kv = shape, shape.n_embd // shape.n_head * shape.n_head_kv
+
+    def matrix(name: str, *shape: int) -> tuple[str, GGMLType, tuple[int, ...]]:
+        return name, _type_of(name, mix, s.n_layer), shape
+
+    yield matrix("token_embd.weight", s.n_vocab, s.n_embd)
+    yield matrix("output.weight", s.n_vocab, s.n_embd)
+    yield "output_norm.weight", GGMLType.F32, (s.n_embd,)
+    for i in range(s.n_layer):
+        p = f"blk.{i}."
+        yield p + "attn_norm.weight", GGMLType.F32, (s.n_embd,)
+        yield p + "ffn_norm.weight", GGMLType.F32, (s.n_embd,)
+        yield matrix(p + "attn_q.weight", s.n_embd, s.n_embd)
+        yield matrix(p + "attn_k.weight", kv, s.n_embd)
+        yield matrix(p + "attn_v.weight", kv, s.n_embd)
+        yield matrix(p + "attn_output.weight", s.n_embd, s.n_embd)
+        experts, end = ((), "") if not s.n_expert else ((s.n_expert,), "_exps")
+        if s.n_expert:
+            yield p + "ffn_gate_inp.weight", GGMLType.F32, (s.n_expert, s.n_embd)
+        yield matrix(f"{p}ffn_gate{end}.weight", *experts, s.n_ff, s.n_embd)
+        yield matrix(f"{p}ffn_up{end}.weight", *experts, s.n_ff, s.n_embd)
+        yield matrix(f"{p}ffn_down{end}.weight", *experts, s.n_embd, s.n_ff)
+
+
+def weights(rng: np.random.Generator, type_id: GGMLType, shape: tuple[int, ...]) -> np.ndarray:
+    """Random weights as GGUF has them; norms are ones."""
+    if type_id != GGMLType.F32:
+        data = _random_blocks(rng, type_id, math.prod(shape[:-1]), shape[-1])
+        return data if len(shape) == 2 else data.reshape(*shape[:-1], -1)
+    if len(shape) == 1:
+        return np.ones(shape, np.float32)
+    return (rng.standard_normal(shape, np.float32) / np.sqrt(shape[-1])).astype(np.float32)
+
+
 def write_model(path: Path, mix: str = "Q4_0", shape: Shape = LARGE, seed: int = 1) -> None:
     """Write a GGUF file unless it is there. Norms are ones, matrices are of a type, or of a mix of types."""
     if path.exists():
         return
     rng = np.random.default_rng(seed)
-    s = shape
-    w = gguf.GGUFWriter(path.with_suffix(".part"), "llama")
+    w = _begun(path.with_suffix(".part"), shape)
+    for name, type_id, ne in tensors(shape, mix):
+        plain = type_id in (GGMLType.F32, GGMLType.F16)
+        w.add_tensor(name, weights(rng, type_id, ne), raw_dtype=None if plain else gguf.GGMLQuantizationType(int(type_id)))
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    path.with_suffix(".part").rename(path)
+
+
+def write_outline(path: Path, mix: str, shape: Shape) -> None:
+    """The same file with zeros for weights, which take no room on the disk."""
+    w = _begun(path, shape)
+    n_bytes = 0
+    for name, type_id, ne in tensors(shape, mix):
+        size = math.prod(ne[:-1]) * row_bytes(type_id, ne[-1])
+        plain = {GGMLType.F32: np.float32, GGMLType.F16: np.float16}.get(type_id)
+        raw = None if plain else gguf.GGMLQuantizationType(int(type_id))
+        bytes_of = ne if plain else (*ne[:-1], row_bytes(type_id, ne[-1]))
+        w.add_tensor_info(name, bytes_of, np.dtype(plain or np.uint8), size, raw)
+        n_bytes += -(-size // ALIGN) * ALIGN
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_ti_data_to_file()
+    w.close()
+    os.truncate(path, -(-path.stat().st_size // ALIGN) * ALIGN + n_bytes)
+
+
+def _begun(path: Path, s: Shape) -> gguf.GGUFWriter:
+    """A writer that has the keys."""
+    w = gguf.GGUFWriter(path, "llama")
     w.add_context_length(s.n_ctx)
     w.add_embedding_length(s.n_embd)
     w.add_block_count(s.n_layer)
@@ -93,39 +165,4 @@ def write_model(path: Path, mix: str = "Q4_0", shape: Shape = LARGE, seed: int =
     w.add_token_types([int(gguf.TokenType.NORMAL)] * s.n_vocab)
     w.add_token_merges(["t o"])
     w.add_eos_token_id(0)
-    kv = s.n_embd // s.n_head * s.n_head_kv
-
-    def matrix(name: str, rows: int, width: int, n_expert: int = 0) -> None:
-        type_id = _type_of(name, mix, s.n_layer)
-        data = _random_blocks(rng, type_id, rows * max(1, n_expert), width)
-        if n_expert:
-            data = data.reshape(n_expert, rows, -1)
-        raw = None if type_id == GGMLType.F16 else gguf.GGMLQuantizationType(int(type_id))
-        w.add_tensor(name, data, raw_dtype=raw)
-
-    matrix("token_embd.weight", s.n_vocab, s.n_embd)
-    matrix("output.weight", s.n_vocab, s.n_embd)
-    w.add_tensor("output_norm.weight", np.ones(s.n_embd, np.float32))
-    for i in range(s.n_layer):
-        p = f"blk.{i}."
-        w.add_tensor(p + "attn_norm.weight", np.ones(s.n_embd, np.float32))
-        w.add_tensor(p + "ffn_norm.weight", np.ones(s.n_embd, np.float32))
-        matrix(p + "attn_q.weight", s.n_embd, s.n_embd)
-        matrix(p + "attn_k.weight", kv, s.n_embd)
-        matrix(p + "attn_v.weight", kv, s.n_embd)
-        matrix(p + "attn_output.weight", s.n_embd, s.n_embd)
-        if s.n_expert:
-            router = rng.standard_normal((s.n_expert, s.n_embd), np.float32) / np.sqrt(s.n_embd)
-            w.add_tensor(p + "ffn_gate_inp.weight", router.astype(np.float32))
-            matrix(p + "ffn_gate_exps.weight", s.n_ff, s.n_embd, s.n_expert)
-            matrix(p + "ffn_up_exps.weight", s.n_ff, s.n_embd, s.n_expert)
-            matrix(p + "ffn_down_exps.weight", s.n_embd, s.n_ff, s.n_expert)
-            continue
-        matrix(p + "ffn_gate.weight", s.n_ff, s.n_embd)
-        matrix(p + "ffn_up.weight", s.n_ff, s.n_embd)
-        matrix(p + "ffn_down.weight", s.n_embd, s.n_ff)
-    w.write_header_to_file()
-    w.write_kv_data_to_file()
-    w.write_tensors_to_file()
-    w.close()
-    path.with_suffix(".part").rename(path)
+    return w

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from ggmq.cluster import Client, local_bus
-from tests.support import cuda_emulated, elsewhere, emulated, processes
+from tests.support import cuda_emulated, elsewhere, emulated, gpu, processes
 from tests.support.fixtures import SHARED
 from workers.devices.system import cpu_model
 from workers.kernels import native
@@ -29,6 +29,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests that need a GPU are skipped where there is none, before their workers are started."""
+    if item.get_closest_marker("cuda") is not None and gpu.missing():
+        pytest.skip(gpu.missing())
+
+
 @pytest.fixture(autouse=True)
 def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """State and keys of a test are its own; compiled kernels are shared, since they take a minute to make."""
@@ -37,7 +44,8 @@ def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GGMQ_KEYS", raising=False)
 
 
-@pytest.fixture(scope="session", params=["CPU", "reference", elsewhere.NAME, cuda_emulated.NAME])
+@pytest.fixture(scope="session", params=["CPU", "reference", elsewhere.NAME, cuda_emulated.NAME,
+                                       pytest.param(gpu.NAME, marks=pytest.mark.cuda)])  # fmt: skip
 def device(request: pytest.FixtureRequest) -> str:
     if request.param == cuda_emulated.NAME and not emulated.compiler()[0]:
         pytest.skip(emulated.compiler()[1])

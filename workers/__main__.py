@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from config.auth import find_keys
 from config.commandline import Parser
@@ -196,8 +196,21 @@ def _main(args: argparse.Namespace) -> int:
         endpoint = loop.listen(_endpoint(args))
     if not args.quiet and not args.join:
         _banner(endpoint, cache, [device], keys is not None, dialled=bool(args.broker))
-    serve(loop)
+    try:
+        serve(loop)
+    except GgmqError as e:
+        if device.broken:
+            _end_at_once(e)
+        raise
     return 0
+
+
+def _end_at_once(error: GgmqError) -> NoReturn:
+    """Without what else a process does at its end: the driver of a device that is broken may wait for it for ever."""
+    print_line(f"worker: {error}", file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        flushed(stream)
+    os._exit(1)
 
 
 def _cache(args: argparse.Namespace) -> Cache | None:

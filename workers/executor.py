@@ -71,6 +71,7 @@ class Executor:
     contents: by (session, buffer), of buffers whose client said what they will hold.
     n_fallbacks: nodes that were computed without a kernel of the device's own.
     traces: when computes ran, for sessions that asked.
+    broke: why the device computes nothing any more.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Executor:
         self.leases = Leases(device, keep_s)
         self.n_fallbacks = 0
         self.traces = Traces()
+        self.broke: GgmqError | None = None
         self._warned: set[str] = set()
 
     def execute(self, work: Work, tick: Tick) -> Sequence[LinkInstruction]:
@@ -95,6 +97,8 @@ class Executor:
                 return self._compute(work, tick)
             header, payload = self._do(work, paced(tick), tick)
         except GgmqError as e:
+            if self.device.broken:
+                self.broke = e
             return self.state.failed(work, e)
         except MemoryError:
             free = self.device.info().free_bytes

@@ -28,7 +28,7 @@ from config.keys import KeyPair
 from config.terminal import print_line
 from protocol import PROTOCOL_VERSION, limits, tokens
 from protocol import messages as m
-from protocol.errors import Cancelled, GgmqError, ProtocolError, Unavailable, VersionError
+from protocol.errors import Cancelled, DeviceError, GgmqError, ProtocolError, Unavailable, VersionError
 from protocol.frames import Frame, Message, decode, encode, refusal_of
 from protocol.messages import Command
 from workers.cache import Cache, ModelFolder
@@ -42,6 +42,8 @@ from workers.uplink import Uplink
 from workers.work import Compute, Key, Send, Work
 
 HOUSEKEEPING_S = 0.1
+LAST_WORDS_MS = 1000
+"""A worker whose device broke waits so long until the answer that says so has gone."""
 
 
 class WorkerLoop:
@@ -136,19 +138,21 @@ class WorkerLoop:
     # -- the loop ------------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Serve until `stop`; then close every socket."""
+        """Serve until `stop`; then close every socket. Errors: DeviceError when the device computes nothing any more."""
         try:
             while not self.stopping:
                 self._await()
                 while self.queue and not self.stopping:
                     self._work()
+                    if self.executor.broke is not None:
+                        raise DeviceError(f"{self.device.name}: {self.executor.broke.message}")
                     self._tick()
                     self._housekeeping()
                 self._housekeeping()
         finally:
             for line in self.device.profile():
                 print(line, file=sys.stderr)
-            self.sockets.close()
+            self.sockets.close(LAST_WORDS_MS if self.executor.broke is not None else 0)
             self.executor.close()
             if self.parent_pid and os.getppid() != self.parent_pid:
                 remove_socket_folder(self.joined or (self.uplink.endpoint if self.uplink is not None else ""))

@@ -71,10 +71,10 @@ class Sockets:
             for listener in self.listeners.values():
                 listener.guard()
 
-    def close(self) -> None:
-        """Close all."""
+    def close(self, linger_ms: int = 0) -> None:
+        """Close all. What is still to be sent is waited for so long."""
         if self._auth is not None:
             self._auth.stop()
         for s in self._open:
-            s.close()
-        self.context.destroy(linger=0)
+            s.close(linger=linger_ms)
+        self.context.destroy(linger=linger_ms)

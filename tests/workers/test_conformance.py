@@ -16,7 +16,7 @@ from protocol.dtypes import GGMLType
 from protocol.encoding import encode_graph, graph_digest
 from protocol.graph import Graph
 from protocol.ops import COPYABLE, OPS
-from tests.support import cuda_emulated
+from tests.support import cuda_emulated, gpu
 from tests.support.fixtures import OPS as RECORDED
 from tests.support.fixtures import ROOT
 from tests.support.strategies import leaf, node_graphs
@@ -51,7 +51,7 @@ def test_a_device_says_what_it_can_run(bus: Client, device: str) -> None:
     (said,) = header.devices
     assert {*said.fast_ops, *said.slow_ops} == set(KERNELS) and not {*said.fast_ops} & {*said.slow_ops}
     assert {*said.fast_types, *said.slow_types} == {int(t) for t in COPYABLE}
-    assert bool(said.fast_ops and said.fast_types) == (device in ("CPU", cuda_emulated.NAME))
+    assert bool(said.fast_ops and said.fast_types) == (device in ("CPU", cuda_emulated.NAME, gpu.NAME))
 
 
 @pytest.mark.parametrize("file", RECORDED)

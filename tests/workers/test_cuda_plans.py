@@ -25,7 +25,7 @@ from workers.devices.lower import Node, lower
 from workers.kernels.cuda.launches import LAUNCHES, Launch, declarations, launch
 from workers.kernels.cuda.sources import FOLDER, Kernel
 from workers.kernels.records import Address, Count, NodeIndex
-from workers.ticks import TICK_S, nothing
+from workers.ticks import TICK_S, Tick, nothing
 
 pytestmark = pytest.mark.skipif(not compiler()[0], reason=compiler()[1])
 
@@ -72,7 +72,7 @@ class Observed(EmulatedDriver):
         self.said: list[str] = []
         self.late_s = 0.0
 
-    def function(self, kernel: Kernel) -> EmulatedFunction:
+    def function(self, kernel: Kernel, tick: Tick = nothing) -> EmulatedFunction:
         self.said.append("function")
         return self.compiled("trial", "square", Square, SOURCE)
 

@@ -9,16 +9,14 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from protocol.errors import ConfigError, DeviceError
+from protocol.errors import ConfigError
 from workers.devices.base import Device
 
 
 def accelerators() -> list[str]:
     """Names of the accelerators of this host; respects CUDA_VISIBLE_DEVICES through the driver."""
-    try:
-        from workers.devices.cuda import device_names
-    except ImportError:
-        return []
+    from workers.devices.cuda import device_names
+
     return device_names()
 
 
@@ -48,7 +46,7 @@ def open_device(name: str, n_threads: int, memory_bytes: int = 0, cpus: Sequence
     if opener is not None:
         return opener(n_threads, memory_bytes, cpus)
     if re.fullmatch(r"CUDA\d+", name.upper()):
-        from workers.devices.cuda import require_cuda
+        from workers.devices.cuda import open_cuda
 
-        raise DeviceError(require_cuda(name.upper()))
+        return open_cuda(name.upper(), memory_bytes)
     raise ConfigError(f"--device {name}: expected CPU, reference or CUDA0, CUDA1, ...; run `worker --device` to list")

@@ -96,12 +96,16 @@ class Abilities:
 class Device(ABC, Generic[B]):
     """What takes long takes a tick, which it calls between pieces of a few milliseconds.
 
+    Attributes:
+        broken: it computes nothing any more in this process, which ends then, so that another can be started.
+
     Threads: one thread calls; `run` may use others inside.
     """
 
     name: str
     kind: str
     kernel_compiles = 0
+    broken = False
 
     def profile(self) -> list[str]:
         """Where the time of the plans went, a line each; empty unless GGMQ_PROFILE is set."""

@@ -17,28 +17,33 @@ def rope_angles(p: dict[str, Any], ne0: int, positions: Array, factors: Array | 
     Shapes: `positions` [n_tokens] or [4 * n_tokens]; both results (n_tokens, n_pairs). `ne0`: elements of a row.
     Source: Su et al. (RoPE), Peng et al. (YaRN), Wang et al. (M-RoPE, Qwen2-VL).
     """
-    n_dims, mode = p["n_dims"], p["mode"]
-    n_pairs = ne0 // 2 if mode == ROPE_VISION else n_dims // 2
-    pair = np.arange(n_pairs)
-    exponent = pair.astype(np.float64)
-    if mode & ROPE_MROPE:
-        s = [p[f"section_{i}"] for i in range(4)]
-        sector = pair % sum(s)
-        edge = np.cumsum(s)
-        if mode == ROPE_IMROPE:
-            which = np.full(n_pairs, 3)
-            for i in range(3):
-                which[(sector % 3 == i) & (sector < 3 * s[i])] = i
-        else:
-            which = np.minimum(np.searchsorted(edge, sector, side="right"), 3)
-        if mode == ROPE_VISION:  # every section starts its frequencies anew
-            exponent = (sector - np.concatenate([[0], edge[:3]])[which]).astype(np.float64)
-        pos = positions.reshape(4, -1).astype(np.float64)[which].T
-    else:
-        pos = np.broadcast_to(positions.astype(np.float64)[:, None], (len(positions), n_pairs))
+    mode = p["mode"]
+    which, exponent = rope_kinds(p, ne0 // 2 if mode == ROPE_VISION else p["n_dims"] // 2)
+    kinds = positions.reshape(4 if mode & ROPE_MROPE else 1, -1).astype(np.float64)
+    pos = kinds[which].T
     turn, magnitude = rope_turn(p, factors, exponent)
     angle = pos * turn
     return np.cos(angle) * magnitude, np.sin(angle) * magnitude, magnitude
+
+
+def rope_kinds(p: dict[str, Any], n_pairs: int) -> tuple[Array, Array]:
+    """Which of a token's positions each pair goes by, and its exponent. Shapes: both (n_pairs,). Source: as
+    `rope_angles`.
+    """
+    mode, pair = p["mode"], np.arange(n_pairs)
+    if not mode & ROPE_MROPE:
+        return np.zeros(n_pairs, np.int64), pair.astype(np.float64)
+    s = [p[f"section_{i}"] for i in range(4)]
+    sector, edge = pair % sum(s), np.cumsum(s)
+    if mode == ROPE_IMROPE:
+        which = np.full(n_pairs, 3)
+        for i in range(3):
+            which[(sector % 3 == i) & (sector < 3 * s[i])] = i
+    else:
+        which = np.minimum(np.searchsorted(edge, sector, side="right"), 3)
+    if mode == ROPE_VISION:  # every section starts its frequencies anew
+        return which, (sector - np.concatenate([[0], edge[:3]])[which]).astype(np.float64)
+    return which, pair.astype(np.float64)
 
 
 def rope_turn(p: dict[str, Any], factors: Array | None, exponent: Array) -> tuple[Array, float]:

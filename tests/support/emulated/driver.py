@@ -23,6 +23,7 @@ from workers.devices.cuda.driver import Facts, Function, Grid
 from workers.kernels.cuda.launches import LAUNCHES, Launch
 from workers.kernels.cuda.sources import Kernel
 from workers.tensors import Bytes
+from workers.ticks import Tick, nothing
 
 PAGE = mmap.PAGESIZE
 ALIGN = 16
@@ -266,7 +267,7 @@ class EmulatedDriver:
 
     # -- kernels -------------------------------------------------------------------------------------------------------
 
-    def function(self, kernel: Kernel) -> EmulatedFunction:
+    def function(self, kernel: Kernel, tick: Tick = nothing) -> EmulatedFunction:
         if kernel not in self._functions:
             self._not_recording("a kernel is compiled")
             self._functions[kernel] = self._load(kernel)

@@ -114,8 +114,9 @@ class Binder:
 
     def add(self, node: Node, argument: Launch, x: int, y: int = 1, threads: int = 256, **macros: object) -> None:
         """A kernel of so many blocks, compiled with these macros."""
-        kernel = Kernel(argument.file, argument.function, tuple(sorted((name, str(value)) for name, value in macros.items())))
-        self.steps.append(Launched(self.driver.function(kernel), Grid(x, y, threads), argument, node.index))
+        given = tuple(sorted((name, str(value)) for name, value in macros.items()))
+        kernel = Kernel(argument.file, argument.function, given)
+        self.steps.append(Launched(self.driver.function(kernel, self.tick), Grid(x, y, threads), argument, node.index))
 
 
 def ceil_div(n: int, size: int) -> int:

@@ -55,6 +55,10 @@ class CUDADevice(Device[CUDABuffer]):
         """Kernels that were compiled by this process, and not taken from the disk."""
         return self.driver.n_compiles
 
+    @property
+    def broken(self) -> bool:  # type: ignore[override]
+        return self.driver.broken
+
     # -- memory --------------------------------------------------------------------------------------------------------
 
     def total_bytes(self) -> int:

@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 
 from workers.kernels.cuda.launches import Launch
 from workers.kernels.cuda.sources import Kernel
+from workers.ticks import Tick, nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +84,8 @@ class Driver(Protocol):
     def fill(self, address: int, value: int, n_bytes: int) -> None:
         """Put bytes of one value on the stream."""
 
-    def function(self, kernel: Kernel) -> Function:
-        """Compiled for this device, and kept."""
+    def function(self, kernel: Kernel, tick: Tick = nothing) -> Function:
+        """Compiled for this device, and kept. Errors: InternalError with the compiler's words."""
 
     def launch(self, function: Function, grid: Grid, argument: Launch) -> None:
         """Put a kernel on the stream."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from protocol.dtypes import FLOATS, TYPES
+from protocol.dtypes import FLOATS
 from protocol.ops import GLU_KINDS
 from workers.devices.bindings import Bindings
 from workers.devices.cuda.binding import F32, Binder, ceil_div
@@ -32,7 +32,8 @@ def unary(b: Binder, n: Node) -> bool:
         return False
     x, y = found
     f = flat(n.tensor.ne, [x, y])
-    b.add(n, Unary(n=f.n, ne=f.ne, width=f.width, x=x.address, x_type=x.type, x_nb=f.nb[0], y=y.address, y_type=y.type, y_nb=f.nb[1],
+    b.add(n, Unary(n=f.n, ne=f.ne, width=f.width, x=x.address, x_type=x.type, x_nb=f.nb[0], y=y.address, y_type=y.type,
+                   y_nb=f.nb[1],
                    kind=UNARY.index(n.op.name), **_parameters(list(n.params.values()), 4)), blocks(f.n))  # fmt: skip
     return True
 
@@ -105,7 +106,8 @@ def add_terms(b: Binder, *nodes: Node) -> bool:
     f = flat(t.ne, [found[0], found[-1]], more)
     others = [*((o.address, nb) for o, nb in zip(more, f.nb[2:], strict=True)), *[(0, (0, 0, 0, 0))] * 2]
     (z, z_nb), (w, w_nb) = others[:2]
-    b.add(last, AddTerms(n=f.n, ne=f.ne, width=f.width, x=at[0], x_type=F32, x_nb=f.nb[0], y=at[-1], y_type=F32, y_nb=f.nb[1],
+    b.add(last, AddTerms(n=f.n, ne=f.ne, width=f.width, x=at[0], x_type=F32, x_nb=f.nb[0], y=at[-1], y_type=F32,
+                         y_nb=f.nb[1],
                          step=step, n_terms=n_terms, z=z, z_nb=z_nb, w=w, w_nb=w_nb), blocks(f.n))  # fmt: skip
     return True
 
@@ -128,7 +130,8 @@ def _count_up(b: Binder, n: Node, start: float, step: float) -> bool:
     y = operand(b, n.index)
     if y is None or n.tensor.type not in FLOATS:
         return False
-    b.add(n, CountUp(n=n.tensor.n_elements, ne=n.tensor.ne, width=1, y=y.address, y_type=y.type, y_nb=four(y.nb, 0), start=start,
+    b.add(n, CountUp(n=n.tensor.n_elements, ne=n.tensor.ne, width=1, y=y.address, y_type=y.type, y_nb=four(y.nb, 0),
+                     start=start,
                      step=step), blocks(n.tensor.n_elements))  # fmt: skip
     return True
 
@@ -140,6 +143,7 @@ def diag_mask(b: Binder, n: Node) -> bool:
     if found is None or not separate(b, n.index, i):
         return False
     x, y = found
-    b.add(n, DiagMask(n=n.tensor.n_elements, ne=n.tensor.ne, width=1, x=x.address, x_type=F32, x_nb=four(x.nb, 0), y=y.address,
+    b.add(n, DiagMask(n=n.tensor.n_elements, ne=n.tensor.ne, width=1, x=x.address, x_type=F32, x_nb=four(x.nb, 0),
+                      y=y.address,
                       y_type=F32, y_nb=four(y.nb, 0), n_past=n.params["n_past"]), blocks(n.tensor.n_elements))  # fmt: skip
     return True

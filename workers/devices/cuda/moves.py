@@ -27,8 +27,8 @@ BINDINGS = Bindings()
 T = GGMLType
 UNITS = (16, 8, 4, 2, 1)
 BLOCKS = frozenset({
-    T.Q4_0, T.Q4_1, T.Q5_0, T.Q5_1, T.Q8_0, T.Q2_K, T.Q3_K, T.Q4_K, T.Q5_K, T.Q6_K, T.IQ4_NL, T.IQ4_XS, T.TQ1_0, T.TQ2_0, T.MXFP4,
-    T.NVFP4, T.Q1_0, T.Q2_0,
+    T.Q4_0, T.Q4_1, T.Q5_0, T.Q5_1, T.Q8_0, T.Q2_K, T.Q3_K, T.Q4_K, T.Q5_K, T.Q6_K, T.IQ4_NL, T.IQ4_XS, T.TQ1_0, T.TQ2_0,
+    T.MXFP4, T.NVFP4, T.Q1_0, T.Q2_0,
 })  # fmt: skip
 """Types of blocks that kernels read as they lie in a file."""
 NUMBERS = FLOATS | INTEGERS
@@ -76,7 +76,8 @@ def _move(b: Binder, n: Node, x: Operand, x_ne: Dims, y: Operand, y_ne: Dims) ->
 
 def _copy(b: Binder, n: Node, unit: int, x: Operand, x_ne: Dims, y: Operand, y_ne: Dims) -> None:
     count = x_ne[0] * x_ne[1] * x_ne[2] * x_ne[3]
-    b.add(n, Copy(n=count, unit=unit, x=x.address, x_type=x.type, x_ne=four(x_ne, 1), x_nb=four(x.nb, 0), y=y.address, y_type=y.type,
+    b.add(n, Copy(n=count, unit=unit, x=x.address, x_type=x.type, x_ne=four(x_ne, 1), x_nb=four(x.nb, 0), y=y.address,
+                  y_type=y.type,
                   y_ne=four(y_ne, 1), y_nb=four(y.nb, 0)), blocks(count))  # fmt: skip
 
 
@@ -116,12 +117,14 @@ def _copy_blocks(b: Binder, n: Node, x: Operand, y: Operand, x_t: Tensor, t: Ten
     """From blocks to floats, or from floats to blocks of Q8_0."""
     x_ne, x_nb, y_nb = x_t.ne, four(x.nb, 0), four(y.nb, 0)
     if x_t.type in BLOCKS and t.type in FLOATS:
-        b.add(n, CopyBlocks(n=t.n_elements, x=x.address, x_type=x.type, x_ne=x_ne, x_nb=_steps(x, x_t), y=y.address, y_type=y.type,
+        b.add(n, CopyBlocks(n=t.n_elements, x=x.address, x_type=x.type, x_ne=x_ne, x_nb=_steps(x, x_t), y=y.address,
+                            y_type=y.type,
                             y_ne=t.ne, y_nb=y_nb), blocks(t.n_elements))  # fmt: skip
         return True
     if x_t.type in FLOATS and t.type == T.Q8_0 and y.aligned(2, t.ne):
         count = t.n_elements // 32
-        b.add(n, CopyQ8(n=count, x=x.address, x_type=x.type, x_ne=x_ne, x_nb=x_nb, y=y.address, y_ne=(t.ne[0] // 32, *t.ne[1:]),
+        b.add(n, CopyQ8(n=count, x=x.address, x_type=x.type, x_ne=x_ne, x_nb=x_nb, y=y.address, y_ne=(t.ne[0] // 32,
+                                                                                                      *t.ne[1:]),
                         y_nb=_steps(y, t)), -(-count // PER_BLOCK))  # fmt: skip
         return True
     return False
@@ -165,14 +168,17 @@ def get_plain_rows(b: Binder, n: Node) -> bool:
     """GET_ROWS of numbers, and of blocks as they lie in a file."""
     i, j = n.tensor.src
     t, found = n.req(0), operands(b, i, j, n.index)
-    if found is None or not separate(b, n.index, i, j, inplace=False) or not (t.type in FLOATS or t.type in BLOCKS or t.type == I32):
+    if found is None or not separate(b, n.index, i, j,
+                                     inplace=False) or not (t.type in FLOATS or t.type in BLOCKS or t.type == I32):
         return False
     x, ids, y = found
     ne, kind = n.tensor.ne, GetBlockRows if t.type in BLOCKS else GetRows
     width = 4 if t.type in FLOATS and x.in_fours((ne[0], *t.ne[1:])) and y.in_fours(ne) else 1
     x_nb = _steps(x, t) if t.type in BLOCKS else four((width * x.nb[0], *x.nb[1:]), 0)
-    b.add(n, kind(n=n.tensor.n_elements // width, width=width, ne=(ne[0] // width, *ne[1:]), x=x.address, x_type=x.type, x_nb=x_nb,
-                  ids=ids.address, ids_ne=n.req(1).ne, ids_nb=four(ids.nb, 0), id_bytes=4, n_all=t.ne[1], y=y.address, y_type=y.type,
+    b.add(n, kind(n=n.tensor.n_elements // width, width=width, ne=(ne[0] // width, *ne[1:]), x=x.address, x_type=x.type,
+                  x_nb=x_nb,
+                  ids=ids.address, ids_ne=n.req(1).ne, ids_nb=four(ids.nb, 0), id_bytes=4, n_all=t.ne[1], y=y.address,
+                  y_type=y.type,
                   y_nb=four((width * y.nb[0], *y.nb[1:]), 0), status=b.status, node=n.index),
           blocks(n.tensor.n_elements // width))  # fmt: skip
     return True

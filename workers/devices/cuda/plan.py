@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
@@ -19,18 +19,30 @@ from workers import tensors
 from workers.devices.base import Plan, StepNote
 from workers.devices.bindings import Bindings
 from workers.devices.cuda.binding import STATUS_BYTES, Binder, Fallback, Launched
-from workers.devices.cuda.copies import wait
-from workers.devices.cuda.driver import Captured
-from workers.devices.cuda.weights import CUDABuffer
+from workers.devices.cuda.copies import Copies, wait
+from workers.devices.cuda.driver import Captured, Driver
+from workers.devices.cuda.weights import CUDABuffer, Weights
 from workers.devices.lower import Lowered, Node, aligned
 from workers.kernels import reference
 from workers.ticks import Tick, completing, paced
 
-if TYPE_CHECKING:
-    from workers.devices.cuda.device import CUDADevice
-
 GOOD = 0xFFFFFFFF
 """What the status word holds when every index was good."""
+
+
+class Owner(Protocol):
+    """What a plan asks of its device (`CUDADevice`)."""
+
+    driver: Driver
+    copies: Copies
+    weights: Weights
+    n_arenas: int
+    staging: memoryview
+
+    @property
+    def arena(self) -> int: ...
+
+    def reserve(self, scratch_bytes: int, staging_bytes: int) -> None: ...
 
 
 class Places:
@@ -67,7 +79,7 @@ class Bound:
 class CUDAPlan(Plan):
     """`bind` it, then run it; it binds itself again when weights or the arena have moved."""
 
-    def __init__(self, device: CUDADevice, lowered: Lowered, buffers: Mapping[int, CUDABuffer], bindings: Bindings) -> None:
+    def __init__(self, device: Owner, lowered: Lowered, buffers: Mapping[int, CUDABuffer], bindings: Bindings) -> None:
         self.graph = lowered.graph
         self.n_nodes = sum(len(group) for group in lowered.groups)
         self._device, self._lowered, self._buffers, self._bindings = device, lowered, buffers, bindings
@@ -200,7 +212,8 @@ class CUDAPlan(Plan):
         src = [arrays[j] if j >= 0 else None for j in node.tensor.src]
         try:
             with np.errstate(all="ignore"):
-                reference.run(reference.Node(node.index, node.op, node.tensor, node.params, arrays[node.index], src, list(node.src)))
+                reference.run(reference.Node(node.index, node.op, node.tensor, node.params, arrays[node.index], src,
+                                             list(node.src)))
         except GgmqError:
             raise
         except MemoryError as e:

@@ -1,7 +1,181 @@
-"""Bindings of products."""
+"""Bindings of products, and of rows of their weights.
+
+Products read packed weights. Those that a buffer holds packed are read where they lie; others are packed to scratch memory
+each time, and types without products are multiplied as F16 copies. Weights of F32, and of any strides, have a kernel of
+their own.
+"""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+from protocol.dtypes import TYPES, GGMLType, tensor_bytes
+from protocol.graph import Tensor
 from workers.devices.bindings import Bindings
+from workers.devices.cuda.binding import BF16, F16, F32, I32, Binder, ceil_div
+from workers.devices.cuda.moves import get_plain_rows
+from workers.devices.lower import SCRATCH, Node, Span
+from workers.kernels.cuda.planes import CHUNK, TILE, format_of, multiplied
+from workers.kernels.cuda.product_launches import (
+    ExpertProduct,
+    GetWeightRows,
+    Halve,
+    Pack,
+    PlainProduct,
+    Product,
+    Route,
+)
 
 BINDINGS = Bindings()
+
+MAX_EXPERTS = 1024
+"""As columns.cu has them."""
+PLAIN = (F32, F16, BF16)
+"""Types of weights that need not be packed, by the number that kernels know them by."""
+TILES = ((8, 1, 1), (16, 1, 2), (32, 2, 4))
+"""Up to so many columns: tiles of rows and of columns that a warp multiplies at once; else LARGEST. A result does not
+depend on it.
+"""
+LARGEST = (2, 8)
+
+
+class Matrix(NamedTuple):
+    """Packed weights: their type, where they lie, and rows of the whole tensor."""
+
+    type: GGMLType
+    at: int
+    n_rows: int
+
+
+class Columns(NamedTuple):
+    """Columns in 16 bits: where they and their scales lie, and bytes from one to the next."""
+
+    at: int
+    row: int
+    scales: int
+
+
+def _tile(n: int) -> tuple[int, int]:
+    return next(((mt, nt) for most, mt, nt in TILES if n <= most), LARGEST)
+
+
+def _packed(b: Binder, n: Node, i: int) -> Matrix | None:
+    """Source `i` as products read it; None where they do not take it."""
+    t = b.tensors[i]
+    buffer = b.buffers.get(t.buffer) if t.op == "NONE" else None
+    if buffer is not None and buffer.packed.get(t.offset, (None, None))[:2] == (t.type, t.ne):
+        return Matrix(GGMLType(t.type), b.address(i), t.n_rows)
+    if not t.contiguous:
+        return None
+    if t.type not in PLAIN and not multiplied(t.type, t.ne[0]):
+        wide = b.weights.widened(buffer, t, b.tick)
+        return None if wide is None else Matrix(F16, wide, t.n_rows)
+    if t.type == F32 or not multiplied(t.type, t.ne[0]) or (t.ne[2] * t.ne[3] > 1 and t.ne[1] % TILE):
+        return None
+    at = b.more(tensor_bytes(t.type, t.ne) + 16 * 5)  # each plane begins at a multiple of 16
+    blocks = t.n_elements // max(CHUNK, TYPES[t.type].block)
+    pack = Pack(raw=b.address(i), packed=at, n_rows=t.n_rows, k=t.ne[0], first=0, n=t.n_rows)
+    b.add(n, pack, ceil_div(blocks, 128), 1, 128, FORMAT=format_of(t.type))
+    return Matrix(GGMLType(t.type), at, t.n_rows)
+
+
+def _columns(b: Binder, n: Node, wide: bool) -> Columns | None:
+    """Columns of source 1 in 16 bits, made once for all products that read them."""
+    j, t = n.tensor.src[1], n.req(1)
+    if t.type != F32 or not t.contiguous:
+        return None
+    row = 2 * CHUNK * ceil_div(t.ne[0], CHUNK)
+    n_bytes = (row + 4) * t.n_rows
+    place, fresh = b.scratch.shared(("bfloat16", j), n_bytes) if wide else b.scratch.columns(j, n_bytes)
+    at = b.at(Span(SCRATCH, place.start, place.start + n_bytes))
+    columns = Columns(at, row, at + row * t.n_rows)
+    if fresh:
+        halve = Halve(x=b.address(j), x_row=t.nb[1], n=t.n_rows, k=t.ne[0], y=at, y_row=row, scales=columns.scales,
+                      wide=wide)
+        b.add(n, halve, t.n_rows)
+    return columns
+
+
+@BINDINGS.of("MUL_MAT")
+def mul_mat(b: Binder, n: Node) -> bool:
+    a, z = n.req(0), n.req(1)
+    if n.tensor.type != F32:
+        return False
+    fits = z.type == F32 and z.contiguous and n.tensor.contiguous
+    w = _packed(b, n, n.tensor.src[0]) if fits else None
+    if w is None:
+        return _plain(b, n)
+    x = _columns(b, n, w.type == BF16)
+    assert x is not None  # it fits
+    y, r2, r3 = b.address(n.index), z.ne[2] // a.ne[2], z.ne[3] // a.ne[3]
+    batches = range(z.ne[2] * z.ne[3]) if a.ne[2] * a.ne[3] > 1 else (0,)
+    count = z.ne[1] if a.ne[2] * a.ne[3] > 1 else z.n_rows
+    mt, nt = _tile(count)
+    for batch in batches:
+        first = ((batch // z.ne[2]) // r3 * a.ne[2] + batch % z.ne[2] // r2) * a.ne[1] if len(batches) > 1 else 0
+        at = batch * z.ne[1]
+        product = Product(w=w.at, n_all=w.n_rows, first=first, n_rows=a.ne[1], k=a.ne[0], x=x.at + at * x.row, x_row=x.row,
+                          scales=x.scales + 4 * at, n=count, y=y + 4 * a.ne[1] * at, y_row=4 * a.ne[1])  # fmt: skip
+        b.add(n, product, ceil_div(a.ne[1], TILE * mt), ceil_div(count, 8 * nt), FORMAT=format_of(w.type), MT=mt, NT=nt)
+    return True
+
+
+def _plain(b: Binder, n: Node) -> bool:
+    """Weights of floats that lie as they lie."""
+    a, z, t = n.req(0), n.req(1), n.tensor
+    if a.type not in PLAIN or z.type not in PLAIN or t.type != F32:
+        return False
+    i, j = t.src[:2]
+    product = PlainProduct(w=b.address(i), w_type=PLAIN.index(GGMLType(a.type)), w_nb=a.nb, repeat2=z.ne[2] // a.ne[2],
+                           repeat3=z.ne[3] // a.ne[3], x=b.address(j), x_type=PLAIN.index(GGMLType(z.type)), x_nb=z.nb,
+                           y=b.address(n.index), y_nb=t.nb, n=t.ne, k=a.ne[0])  # fmt: skip
+    b.add(n, product, ceil_div(t.n_elements, 8))
+    return True
+
+
+@BINDINGS.of("MUL_MAT_ID")
+def mul_mat_id(b: Binder, n: Node) -> bool:
+    a, z, ids = n.req(0), n.req(1), n.req(2)
+    n_experts, n_used, n_tokens = a.ne[2], ids.ne[0], ids.ne[1]
+    if ids.nb[0] != 4 or n_experts > MAX_EXPERTS or a.ne[1] % TILE:
+        return False
+    if z.type != F32 or not z.contiguous or not n.tensor.contiguous:
+        return False
+    w = _packed(b, n, n.tensor.src[0])
+    if w is None:
+        return False
+    x = _columns(b, n, w.type == BF16)
+    assert x is not None  # float32, and contiguous
+    n_pairs = n_used * n_tokens
+    mt, nt = _tile(ceil_div(n_pairs, n_experts))
+    n_tiles = n_pairs // (8 * nt) + min(n_experts, n_pairs)
+    pairs, tiles = b.more(4 * n_pairs), b.more(16 * n_tiles)
+    route = Route(ids=b.address(n.tensor.src[2]), ids_row=ids.nb[1], n_used=n_used, n_tokens=n_tokens, n_experts=n_experts,
+                  n_columns=8 * nt, pairs=pairs, tiles=tiles, n_tiles=n_tiles, status=b.status, node=n.index)  # fmt: skip
+    b.add(n, route, 1, 1, 1024)
+    product = ExpertProduct(w=w.at, n_all=w.n_rows, first=0, n_rows=a.ne[1], k=a.ne[0], x=x.at, x_row=x.row, scales=x.scales,
+                            n_slots=z.ne[1], n_used=n_used, pairs=pairs, tiles=tiles, y=b.address(n.index),
+                            y_row=4 * a.ne[1])  # fmt: skip
+    b.add(n, product, ceil_div(a.ne[1], TILE * mt), n_tiles, FORMAT=format_of(w.type), MT=mt, NT=nt)
+    return True
+
+
+@BINDINGS.of("GET_ROWS")
+def get_rows(b: Binder, n: Node) -> bool:
+    """Rows of packed weights; others as they lie."""
+    t, ids = n.req(0), n.req(1)
+    if not _is_packed(b, t):
+        return bool(get_plain_rows(b, n))
+    if ids.type != I32 or not n.tensor.contiguous or (ids.ne[0] != ids.n_elements and not ids.contiguous):
+        return False
+    i, j = n.tensor.src[:2]
+    rows = GetWeightRows(w=b.address(i), n_all=t.n_rows, first=0, n_rows=t.ne[1], k=t.ne[0], ids=b.address(j),
+                         id_step=ids.nb[0], n=ids.n_elements, y=b.address(n.index), y_row=4 * t.ne[0], status=b.status,
+                         node=n.index)  # fmt: skip
+    b.add(n, rows, ceil_div(ids.n_elements, 4), min(16, ceil_div(t.ne[0], 8 * CHUNK)), 128, FORMAT=format_of(t.type))
+    return True
+
+
+def _is_packed(b: Binder, t: Tensor) -> bool:
+    buffer = b.buffers.get(t.buffer)
+    return buffer is not None and t.op == "NONE" and t.offset in buffer.packed and t.ne[2] * t.ne[3] == 1

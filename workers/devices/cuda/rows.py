@@ -30,7 +30,8 @@ def _norm(b: Binder, n: Node, result: Node, *factors: int) -> bool:
     more = [*((o.address, four(o.nb, 0)) for o in found[2:]), *[(0, NOTHING)] * 2]
     x, y, (w, w_nb), (z, z_nb) = found[0], found[1], *more[:2]
     vector = all(o.in_fours(ne) for o in found)
-    b.add(n, Norm(x=x.address, ne=ne, x_nb=four(x.nb, 0), y=y.address, y_nb=four(y.nb, 0), vector=vector, kind=NORMS.index(n.op.name),
+    b.add(n, Norm(x=x.address, ne=ne, x_nb=four(x.nb, 0), y=y.address, y_nb=four(y.nb, 0), vector=vector,
+                  kind=NORMS.index(n.op.name),
                   eps=n.params["eps"], w=w, w_nb=w_nb, z=z, z_nb=z_nb), n.tensor.n_rows, 1, row_threads(ne[0]))  # fmt: skip
     return True
 
@@ -82,7 +83,8 @@ def cumsum(b: Binder, n: Node) -> bool:
         return False
     x, y = found
     threads = next((size for size in (32, 128, 512) if ne[0] <= size), 1024)
-    b.add(n, CumSum(x=x.address, ne=ne, x_nb=four(x.nb, 0), y=y.address, y_nb=four(y.nb, 0), vector=False), n.tensor.n_rows, 1,
+    b.add(n, CumSum(x=x.address, ne=ne, x_nb=four(x.nb, 0), y=y.address, y_nb=four(y.nb, 0), vector=False), n.tensor.n_rows,
+          1,
           threads)  # fmt: skip
     return True
 
@@ -113,7 +115,9 @@ def add_id(b: Binder, n: Node) -> bool:
     if found is None or not separate(b, n.index, i) or not separate(b, n.index, j, k, inplace=False):
         return False
     x, z, ids, y = found
-    b.add(n, AddId(x=x.address, ne=ne, x_nb=four(x.nb, 0), y=y.address, y_nb=four(y.nb, 0), vector=x.in_fours(ne) and y.in_fours(ne),
-                   z=z.address, z_nb=four(z.nb, 0), n_z=n.req(1).ne[1], ids=ids.address, ids_nb=four(ids.nb, 0), status=b.status,
+    b.add(n, AddId(x=x.address, ne=ne, x_nb=four(x.nb, 0), y=y.address, y_nb=four(y.nb, 0),
+                   vector=x.in_fours(ne) and y.in_fours(ne),
+                   z=z.address, z_nb=four(z.nb, 0), n_z=n.req(1).ne[1], ids=ids.address, ids_nb=four(ids.nb, 0),
+                   status=b.status,
                    node=n.index), n.tensor.n_rows, 1, row_threads(ne[0]))  # fmt: skip
     return True

@@ -22,15 +22,17 @@ def ssm_conv(b: Binder, n: Node) -> bool:
     if found is None or d_conv > MAX_CONV or n_seqs > MAX_BLOCKS_Y or not separate(b, n.index, i, j, inplace=False):
         return False
     x, w, y = found
-    b.add(n, SsmConv(x=x.address, x_nb=four(x.nb, 0), w=w.address, w_nb=four(w.nb, 0), y=y.address, y_nb=four(y.nb, 0), d_conv=d_conv,
-                     n_channels=n_channels, n_tokens=n_tokens), ceil_div(n_channels, TILE) * ceil_div(n_tokens, TILE), n_seqs)  # fmt: skip
+    b.add(n, SsmConv(x=x.address, x_nb=four(x.nb, 0), w=w.address, w_nb=four(w.nb, 0), y=y.address, y_nb=four(y.nb, 0),
+                     d_conv=d_conv,
+                     n_channels=n_channels, n_tokens=n_tokens), ceil_div(n_channels, TILE) * ceil_div(n_tokens, TILE),
+                     n_seqs)  # fmt: skip
     return True
 
 
 @BINDINGS.of("SSM_SCAN")
 def ssm_scan(b: Binder, n: Node) -> bool:
     """Layouts that ggml takes."""
-    state, x, dt, a, to_state, from_state, ids = (n.req(i) for i in range(7))
+    state, x, dt, a, to_state, _from_state, ids = (n.req(i) for i in range(7))
     found = operands(b, *n.tensor.src, n.index)
     if found is None or not all(t.contiguous for t in (state, dt, a, ids, n.tensor)) or state.type != F32:
         return False
@@ -39,8 +41,10 @@ def ssm_scan(b: Binder, n: Node) -> bool:
         return False
     each = 1 << (ceil_div(d_state, LANES) - 1).bit_length()
     at = [o.address for o in found]
-    b.add(n, SsmScan(state=at[0], n_slots=n_slots, x=at[1], x_nb=four(found[1].nb, 0), dt=at[2], a=at[3], n_a=a.ne[0], b=at[4],
-                     b_nb=four(found[4].nb, 0), c=at[5], c_nb=four(found[5].nb, 0), ids=at[6], y=at[7], d_state=d_state, d_head=d_head,
+    b.add(n, SsmScan(state=at[0], n_slots=n_slots, x=at[1], x_nb=four(found[1].nb, 0), dt=at[2], a=at[3], n_a=a.ne[0],
+                     b=at[4],
+                     b_nb=four(found[4].nb, 0), c=at[5], c_nb=four(found[5].nb, 0), ids=at[6], y=at[7], d_state=d_state,
+                     d_head=d_head,
                      n_head=n_head, each=n_head // to_state.ne[1], n_tokens=x.ne[2], n_seqs=x.ne[3],
                      n_states=max(1, n.params["n_states"]), status=b.status, node=n.index),
           x.ne[3] * n_head * ceil_div(d_head, 256 // LANES), EACH=each)  # fmt: skip

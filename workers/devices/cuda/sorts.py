@@ -23,7 +23,8 @@ def _ordered(b: Binder, n: Node) -> dict[str, Any] | None:
         return None
     if x.ne[0] > MAX_BLOCKS_Y * min(SORTED, ARGMAX_PART, THREADS):
         return None
-    return {"x": found[0].address, "ne": x.ne, "x_nb": four(found[0].nb, 0), "y": found[1].address, "y_nb": four(found[1].nb, 0)}
+    return {"x": found[0].address, "ne": x.ne, "x_nb": four(found[0].nb, 0), "y": found[1].address,
+            "y_nb": four(found[1].nb, 0)}
 
 
 @BINDINGS.of("ARGMAX")
@@ -79,7 +80,8 @@ def top_k(b: Binder, n: Node) -> bool:
     if x.ne[0] <= SORTED or k > MAX_TOP or n_parts > MAX_PARTS:
         return _sort(b, n, fields, k, True, True)
     room = b.more(top_room(x.ne[0]) * x.n_rows)
-    for step, y, threads in ((launches.TopClear, 1, 256), (launches.TopCount, n_parts, 256), (launches.TopGather, n_parts, 256),
+    for step, y, threads in ((launches.TopClear, 1, 256), (launches.TopCount, n_parts, 256), (launches.TopGather, n_parts,
+                                                                                              256),
                              (launches.TopFinish, 1, 1024)):  # fmt: skip
         b.add(n, step(room=room, k=k, **fields), x.n_rows, y, threads)
     return True

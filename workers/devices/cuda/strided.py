@@ -1,4 +1,6 @@
-"""How operands lie, as kernels of elements and rows take it: fewer dimensions, fours, what the result may share with them."""
+"""How operands lie, as kernels of elements and rows take it: fewer dimensions, fours, what the result may share with
+them.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ class Operand:
 
     def aligned(self, n_bytes: int, ne: Dims) -> bool:
         """Whether it and all its rows begin at multiples of so many bytes."""
-        return self.address % n_bytes == 0 and all(nb % n_bytes == 0 for nb, n in zip(self.nb[1:], ne[1:], strict=True) if n > 1)
+        return self.address % n_bytes == 0 and all(nb % n_bytes == 0 for nb, n in zip(self.nb[1:], ne[1:],
+                                                                                      strict=True) if n > 1)
 
     def in_fours(self, ne: Dims) -> bool:
         """Whether its elements can be reached in fours that lie together, at multiples of their size."""
@@ -35,7 +38,9 @@ class Operand:
 
 
 def operand(b: Binder, i: int) -> Operand | None:
-    """Tensor `i`, with a stride of 0 where there is one element. None: it does not lie at a multiple of its elements' size."""
+    """Tensor `i`, with a stride of 0 where there is one element. None: it does not lie at a multiple of its elements'
+    size.
+    """
     t, address = b.tensors[i], b.address(i)
     info = TYPES[t.type]
     return Operand(address, t.type, info.bytes, strides(t)) if info.quantized or address % info.bytes == 0 else None

@@ -1,4 +1,6 @@
-"""How weights lie on a CUDA device: packed where they lay (`kernels/cuda/planes.py`), and F16 copies of types without products."""
+"""How weights lie on a CUDA device: packed where they lay (`kernels/cuda/planes.py`), and F16 copies of types without
+products.
+"""
 
 from __future__ import annotations
 

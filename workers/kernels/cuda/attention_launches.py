@@ -1,3 +1,168 @@
 """Kernels of positions and attention, and what they are called with."""
 
 from __future__ import annotations
+
+from workers.kernels.cuda.launches import Four, Launch, launch
+from workers.kernels.records import Address, Bytes, Code, Count, Flag, Float32, NodeIndex
+
+# -- positions ---------------------------------------------------------------------------------------------------------
+
+
+@launch("rope.table", "ROPE table")
+class RopeTable(Launch, frozen=True, kw_only=True):
+    """Cosine and sine, times `magnitude`, of each token and pair: float32 [n_tokens][n_pairs][2] at `turned`.
+
+    `pairs` has for each pair the angle by which one position turns it, float64, and which of the token's positions it goes
+    by,
+    int64; `factors` (0: none) divide the angles. `step`: bytes from position to position; the n_positions of all
+    tokens stand together, then those of the next kind. `bound`: positions are smaller.
+    """
+
+    positions: Address
+    step: Bytes
+    n_positions: Count
+    bound: Count
+    pairs: Address
+    factors: Address
+    n_tokens: Count
+    n_pairs: Count
+    magnitude: Float32
+    turned: Address
+    status: Address
+    node: NodeIndex
+
+
+@launch("rope.rope", "ROPE")
+class Rope(Launch, frozen=True, kw_only=True):
+    """Turns pairs of the rows of x, float32 or float16 (`halves`).
+
+    Pair i is the elements first + 2i and the one behind it, or first + i and first + i + n_pairs (`apart`). All others
+    are copied, `n_copied` of each row, or 0 where y is x.
+    """
+
+    x: Address
+    x_nb: Four
+    y: Address
+    y_nb: Four
+    ne: Four
+    turned: Address
+    n_pairs: Count
+    first: Count
+    n_copied: Count
+    apart: Flag
+    halves: Flag
+
+
+# -- attention ---------------------------------------------------------------------------------------------------------
+
+
+class Pages(Launch, frozen=True, kw_only=True):
+    """Which cells a token sees: of its sequence's first n_seen the last `window` (0: all of them).
+
+    Cell i of a sequence lies at pages[i / 64] * 64 + i % 64 of `n_pool` pages. `rows` (0: none) has each token's sequence.
+    """
+
+    pages: Address
+    n_pages: Count
+    n_sequences: Count
+    n_pool: Count
+    n_seen: Address
+    rows: Address
+    window: Count
+    status: Address
+    node: NodeIndex
+
+
+@launch("paged.attend", "PAGED_ATTN")
+class PagedAttend(Pages, frozen=True, kw_only=True):
+    """Keys and values are float16, or Q8_0.
+
+    Queries are taken in tiles, of `unit` tokens by themselves: one after the other with the heads of a group,
+    `n_tiles` for a unit. A block takes one of `n_slots` sequences of a tile. With `parts` it takes one of `n_splits` chunks,
+    and `Merge` must follow: there are float32 [d_v] of each query and chunk, and at `sums` its peak and sum.
+    """
+
+    q: Address
+    q_row: Bytes
+    q_head: Bytes
+    k: Address
+    k_row: Bytes
+    k_head: Bytes
+    k_q8: Flag
+    v: Address
+    v_row: Bytes
+    v_head: Bytes
+    v_q8: Flag
+    n_tokens: Count
+    n_head: Count
+    n_head_kv: Count
+    unit: Count
+    n_tiles: Count
+    n_slots: Count
+    n_splits: Count
+    scale: Float32
+    softcap: Float32
+    sinks: Address
+    y: Address
+    parts: Address
+    sums: Address
+
+
+@launch("paged.merge", "PAGED_ATTN merge")
+class Merge(Launch, frozen=True, kw_only=True):
+    """Chunks of each query, in order."""
+
+    n_seen: Address
+    window: Count
+    n_head: Count
+    n_splits: Count
+    sinks: Address
+    y: Address
+    parts: Address
+    sums: Address
+
+
+@launch("attention.attend", "attention by rows")
+class RowAttend(Pages, frozen=True, kw_only=True):
+    """Attention of any types and shapes: a block for a query.
+
+    With `pages` it is PAGED_ATTN, without FLASH_ATTN_EXT over `n_kv` cells. Types are GGUF's numbers. `group`, `seq_group`:
+    heads and sequences of q that share those of k. Slopes of ALiBi, if `max_bias`, count heads up to `n_slopes` and those
+    behind it.
+    """
+
+    q: Address
+    q_row: Bytes
+    q_head: Bytes
+    q_seq: Bytes
+    d: Count
+    n_tokens: Count
+    k: Address
+    k_row: Bytes
+    k_head: Bytes
+    k_seq: Bytes
+    k_type: Code
+    v: Address
+    v_row: Bytes
+    v_head: Bytes
+    v_seq: Bytes
+    v_type: Code
+    d_v: Count
+    n_kv: Count
+    group: Count
+    seq_group: Count
+    mask: Address
+    mask_row: Bytes
+    mask_head: Bytes
+    mask_seq: Bytes
+    n_mask_head: Count
+    n_mask_seq: Count
+    max_bias: Float32
+    n_slopes: Count
+    scale: Float32
+    softcap: Float32
+    sinks: Address
+    y: Address
+    y_row: Bytes
+    y_head: Bytes
+    y_seq: Bytes

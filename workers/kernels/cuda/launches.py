@@ -1,10 +1,11 @@
 """What a plan hands to a CUDA kernel: one record for each kernel, declared here once, by value its only argument.
 
-From a declaration follow how it is packed, the C struct of the same name that the kernel takes (`declarations`), the file that
-the kernel is in and what a profile says. Fields are 8 bytes each: a float is followed by padding, so both sides agree whatever
-the compiler.
+From a declaration follow how it is packed, the C struct of the same name that the kernel takes (`declarations`), the file
+that the kernel is in and what a profile says. Fields are 8 bytes each: a float is followed by padding, so both sides agree
+whatever the compiler.
 
-To add a kernel: a record in `product_launches`, `row_launches`, `attention_launches` or `scan_launches`, and a function `extern "C" __global__ void NAME(RECORD a)` in the file that it names.
+To add a kernel: a record in `product_launches`, `row_launches`, `attention_launches` or `scan_launches`, and a function
+`extern "C" __global__ void NAME(RECORD a)` in the file that it names.
 Units: an `Address` is one of device memory, `Bytes` are strides and sizes, a `Count` is one of elements, rows or cells;
 `Four` are four of these in ggml's order, [0] the fastest.
 """
@@ -20,7 +21,8 @@ import msgspec
 from workers.kernels.records import Address, Bytes, Code, Count, Flag, Float32, NodeIndex  # noqa: F401
 
 Four: TypeAlias = tuple[int, int, int, int]
-FORMS = {"Address": "q", "Bytes": "q", "Count": "q", "NodeIndex": "q", "Code": "q", "Flag": "q", "Float32": "f4x", "Four": "4q"}
+FORMS = {"Address": "q", "Bytes": "q", "Count": "q", "NodeIndex": "q", "Code": "q", "Flag": "q", "Float32": "f4x",
+         "Four": "4q"}
 """How a field of each kind lies in the record, as `struct` writes it."""
 C_FIELDS = {"Float32": "float {0}; int {0}_pad;", "Four": "i64 {0}[4];"}
 """How C declares it where it is no `i64`."""

@@ -1,8 +1,8 @@
 """How packed weights lie on a CUDA device.
 
-Rows come in tiles of 16, and along a row elements in chunks of 32 and groups of four chunks. Each part of what a chunk holds has
-a plane of its own over the whole tensor, in which a group of a tile lies together, row after row: what a warp reads next is what
-lies next. A packed tensor has as many bytes as in GGUF's layout. `formats.cuh` has the code of it.
+Rows come in tiles of 16, and along a row elements in chunks of 32 and groups of four chunks. Each part of what a chunk
+holds has a plane of its own over the whole tensor, in which a group of a tile lies together, row after row: what a warp
+reads next is what lies next. A packed tensor has as many bytes as in GGUF's layout. `formats.cuh` has the code of it.
 """
 
 from __future__ import annotations

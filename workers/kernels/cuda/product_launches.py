@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from workers.kernels.cuda.launches import Launch, launch
-from workers.kernels.records import Address, Bytes, Count, Flag, NodeIndex
+from workers.kernels.cuda.launches import Four, Launch, launch
+from workers.kernels.records import Address, Bytes, Code, Count, Flag, NodeIndex
 
 # -- weights -----------------------------------------------------------------------------------------------------------
 
@@ -11,8 +11,8 @@ from workers.kernels.records import Address, Bytes, Count, Flag, NodeIndex
 class PackedRows(Launch, frozen=True, kw_only=True):
     """Rows of weights, k elements each, between GGUF's layout at `raw` and the device's own at `packed`.
 
-    `n_rows` are those of the whole tensor, which decide where its planes lie; of them `n` from `first` on are meant, which is a
-    multiple of 16. `raw` has the row `first` at its beginning.
+    `n_rows` are those of the whole tensor, which decide where its planes lie; of them `n` from `first` on are meant, which
+    is a multiple of 16. `raw` has the row `first` at its beginning.
     """
 
     raw: Address
@@ -77,8 +77,8 @@ class Product(Weights, frozen=True, kw_only=True):
 
 @launch("columns.route", "MUL_MAT_ID route")
 class Route(Launch, frozen=True, kw_only=True):
-    """Who chose which expert: `pairs` lists token * n_used + slot by expert, in order; `tiles` has (expert, first, count) for
-    each `n_columns` pairs of one expert, then entries with count 0, `n_tiles` in all."""
+    """Who chose which expert: `pairs` lists token * n_used + slot by expert, in order; `tiles` has (expert, first, count)
+    for each `n_columns` pairs of one expert, then entries with count 0, `n_tiles` in all."""
 
     ids: Address
     ids_row: Bytes
@@ -95,8 +95,8 @@ class Route(Launch, frozen=True, kw_only=True):
 
 @launch("products.expert_product", "MUL_MAT_ID")
 class ExpertProduct(Weights, frozen=True, kw_only=True):
-    """Each expert's rows times the columns that chose it. `n_rows`: of one expert. Column of a pair: token * n_slots + slot %
-    n_slots."""
+    """Each expert's rows times the columns that chose it. `n_rows`: of one expert. Column of a pair: token * n_slots +
+    slot % n_slots."""
 
     x: Address
     x_row: Bytes
@@ -120,3 +120,22 @@ class GetWeightRows(Weights, frozen=True, kw_only=True):
     y_row: Bytes
     status: Address
     node: NodeIndex
+
+
+@launch("columns.plain_product", "MUL_MAT of plain weights")
+class PlainProduct(Launch, frozen=True, kw_only=True):
+    """y [n] = rows of w by rows of x, of any strides. Types: 0 float32, 1 float16, 2 bfloat16. `repeat2`, `repeat3`: how
+    many of x share one of w."""
+
+    w: Address
+    w_type: Code
+    w_nb: Four
+    repeat2: Count
+    repeat3: Count
+    x: Address
+    x_type: Code
+    x_nb: Four
+    y: Address
+    y_nb: Four
+    n: Four
+    k: Count

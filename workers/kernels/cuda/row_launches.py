@@ -91,7 +91,9 @@ class DiagMask(FromElements, frozen=True, kw_only=True):
 
 
 class Rows(Launch, frozen=True, kw_only=True):
-    """Rows of ne[0] float32, a block each. `vector`: rows can be reached in fours, which those of SOFT_MAX's mask need not be."""
+    """Rows of ne[0] float32, a block each. `vector`: rows can be reached in fours, which those of SOFT_MAX's mask need not
+    be.
+    """
 
     x: Address
     ne: Four
@@ -132,8 +134,8 @@ class CumSum(Rows, frozen=True, kw_only=True):
 
 @launch("rows.soft_max", "SOFT_MAX")
 class SoftMax(Rows, frozen=True, kw_only=True):
-    """`mask` and `sinks` are 0 where there are none. With max_bias > 0 the mask is times a head's slope; `n_log2`: the largest power
-    of two that is not above their number."""
+    """`mask` and `sinks` are 0 where there are none. With max_bias > 0 the mask is times a head's slope; `n_log2`: the
+    largest power of two that is not above their number."""
 
     scale: Float32
     mask: Address
@@ -172,7 +174,9 @@ N_BINS = 2048
 
 
 def top_room(n: int) -> int:
-    """Bytes that TOP_K needs for a row: how many keys are in each bin, where the last is, how many each part gives; these."""
+    """Bytes that TOP_K needs for a row: how many keys are in each bin, where the last is, how many each part gives;
+    these.
+    """
     n_parts = -(-n // TOP_PART)
     return 4 * (N_BINS + 2 + n_parts + n_parts % 2) + 8 * PART_ROOM * n_parts
 
@@ -270,7 +274,9 @@ class TopFinish(Top, frozen=True, kw_only=True):
 
 @launch("moves.copy", "copy")
 class Copy(Launch, frozen=True, kw_only=True):
-    """n elements, in the order of both shapes. `unit`: bytes of an element that is moved as it is; 0 for one that is converted."""
+    """n elements, in the order of both shapes. `unit`: bytes of an element that is moved as it is; 0 for one that is
+    converted.
+    """
 
     n: Count
     unit: Count

@@ -15,8 +15,8 @@ MAX_STATE = 512
 
 @launch("scans.ssm_conv", "SSM_CONV")
 class SsmConv(Launch, frozen=True, kw_only=True):
-    """Filters of d_conv: x [d_conv - 1 + n_tokens, n_channels, n_seqs] to y [n_channels, n_tokens, n_seqs]. A block has 32 channels
-    and 32 tokens of a sequence."""
+    """Filters of d_conv: x [d_conv - 1 + n_tokens, n_channels, n_seqs] to y [n_channels, n_tokens, n_seqs]. A block has 32
+    channels and 32 tokens of a sequence."""
 
     x: Address
     x_nb: Four
@@ -31,8 +31,8 @@ class SsmConv(Launch, frozen=True, kw_only=True):
 
 @launch("scans.ssm_scan", "SSM_SCAN")
 class SsmScan(Launch, frozen=True, kw_only=True):
-    """The states [d_state, d_head, n_head, n_slots] that `ids` names go on by n_tokens each. A block has 32 rows of a head of a
-    sequence. At y lie the outputs [d_head, n_head, n_tokens, n_seqs], then n_states states, the latest first."""
+    """The states [d_state, d_head, n_head, n_slots] that `ids` names go on by n_tokens each. A block has 32 rows of a head
+    of a sequence. At y lie the outputs [d_head, n_head, n_tokens, n_seqs], then n_states states, the latest first."""
 
     state: Address
     n_slots: Count

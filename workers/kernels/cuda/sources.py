@@ -1,7 +1,7 @@
 """Puts a kernel's source together: primitives, the structs that kernels take, what files share, the file.
 
-A `Kernel` names a function and what its source is compiled with; its `text` and the architecture are all that a compiler needs,
-so a compiled kernel is kept under a hash of these.
+A `Kernel` names a function and what its source is compiled with; its `text` and the architecture are all that a compiler
+needs, so a compiled kernel is kept under a hash of these.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+from workers.kernels.cuda import attention_launches, product_launches, row_launches, scan_launches  # noqa: F401  declare records
 from workers.kernels.cuda.launches import declarations
 
 FOLDER = Path(__file__).parent
@@ -29,7 +30,8 @@ class Kernel(NamedTuple):
         """The whole source. `primitives`: instead of those that are PTX."""
         defined = "".join(f"#define {name} {value}\n" for name, value in self.macros)
         head = _file("primitives.cuh") if primitives is None else primitives
-        return "\n".join([defined, head, declarations(self.file), _file("common.cuh"), *_shared(self.file), _file(f"{self.file}.cu")])
+        shared = [_file("common.cuh"), *_shared(self.file)]
+        return "\n".join([defined, head, declarations(self.file), *shared, _file(f"{self.file}.cu")])
 
 
 @lru_cache
@@ -38,8 +40,8 @@ def _file(name: str) -> str:
 
 
 SHARED = {
-    "packing": ("formats.cuh",), "products": ("formats.cuh",), "blocks": ("strided.cuh", "blocks.cuh"),
-    **dict.fromkeys(("elements", "rows", "sorts", "moves"), ("strided.cuh",)),
+    **dict.fromkeys(("packing", "products"), ("formats.cuh",)), **dict.fromkeys(("paged", "attention"), ("softmax.cuh",)),
+    **dict.fromkeys(("elements", "rows", "sorts", "moves"), ("strided.cuh",)), "blocks": ("strided.cuh", "blocks.cuh"),
 }  # fmt: skip
 """Headers of a file besides those that all have."""
 

@@ -1,0 +1,55 @@
+// Rotary positions: a table of cosines and sines for a batch, which layers share, and the rows that it turns.
+// Angles are float64: positions are large, and float32 would not tell neighbours apart.
+
+struct Turn {
+    double angle;
+    i64 kind;
+};
+
+DEVICE i32 position_at(const RopeTable& a, i64 i) {
+    i32 position = *(const i32*)(a.positions + i * a.step);
+    return position >= 0 && position < a.bound ? position : -1;
+}
+
+KERNEL(256) table(RopeTable a) {
+    i64 at = (i64)blockIdx.x * blockDim.x + threadIdx.x, n_threads = (i64)gridDim.x * blockDim.x;
+    for (i64 i = at; i < a.n_positions; i += n_threads) {
+        if (position_at(a, i) < 0) report(a.status, a.node);
+    }
+    if (at >= a.n_tokens * a.n_pairs) return;
+    i64 token = at / a.n_pairs, i = at % a.n_pairs;
+    Turn turn = ((const Turn*)a.pairs)[i];
+    i32 position = position_at(a, turn.kind * a.n_tokens + token);
+    if (position < 0) return;
+    double angle = position * turn.angle, sine, cosine;
+    if (a.factors) angle /= ((const float*)a.factors)[i];
+    sincos(angle, &sine, &cosine);
+    ((float2*)a.turned)[at] = make_float2((float)cosine * a.magnitude, (float)sine * a.magnitude);
+}
+
+DEVICE float loaded(const char* at, i64 halves) { return halves ? float_of_half(*(const u16*)at) : *(const float*)at; }
+
+DEVICE void stored(char* at, i64 halves, float x) {
+    if (halves) *(u16*)at = half_of(x);
+    else *(float*)at = x;
+}
+
+// In x a block for each token, in y the pairs and copied elements of its heads.
+KERNEL(256) rope(Rope a) {
+    i64 token = blockIdx.x % a.ne[2], seq = blockIdx.x / a.ne[2], width = a.n_pairs + a.n_copied;
+    u32 at = blockIdx.y * blockDim.x + threadIdx.x, head = at / (u32)width, i = at % (u32)width;
+    if (head >= a.ne[1]) return;
+    const char* x = (const char*)(a.x + seq * a.x_nb[3] + token * a.x_nb[2] + head * a.x_nb[1]);
+    char* y = (char*)(a.y + seq * a.y_nb[3] + token * a.y_nb[2] + head * a.y_nb[1]);
+    if (i >= a.n_pairs) {
+        i64 j = i - a.n_pairs;
+        if (j >= a.first) j += 2 * a.n_pairs;
+        stored(y + j * a.y_nb[0], a.halves, loaded(x + j * a.x_nb[0], a.halves));
+        return;
+    }
+    i64 low = a.first + (a.apart ? i : 2 * i), high = low + (a.apart ? a.n_pairs : 1);
+    float2 turned = ((const float2*)a.turned)[token * a.n_pairs + i];
+    float u = loaded(x + low * a.x_nb[0], a.halves), v = loaded(x + high * a.x_nb[0], a.halves);
+    stored(y + low * a.y_nb[0], a.halves, u * turned.x - v * turned.y);
+    stored(y + high * a.y_nb[0], a.halves, u * turned.y + v * turned.x);
+}
