@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from protocol.dtypes import FLOATS
-from protocol.ops import GLU_KINDS
+from protocol.ops import GLU_KINDS, OPS
 from workers.devices.bindings import Bindings
 from workers.devices.cuda.binding import F32, Binder, ceil_div
 from workers.devices.cuda.strided import Flat, Operand, alike, flat, four, operand, operands, separate, threads
@@ -24,8 +24,17 @@ def _parameters(values: list[float], n: int) -> dict[str, float]:
     return {f"p{i}": float(v) for i, v in enumerate([*values, *[0.0] * n][:n])}
 
 
-@BINDINGS.of(*UNARY)
+@BINDINGS.of(*(name for name in UNARY if name in OPS))
 def unary(b: Binder, n: Node) -> bool:
+    return _unary(b, n, n.op.name, list(n.params.values()))
+
+
+def same(b: Binder, n: Node) -> bool:
+    """Floats of another type."""
+    return _unary(b, n, "SAME", [])
+
+
+def _unary(b: Binder, n: Node, name: str, values: list[float]) -> bool:
     i = n.tensor.src[0]
     found = operands(b, i, n.index)
     if found is None or not separate(b, n.index, i):
@@ -34,7 +43,7 @@ def unary(b: Binder, n: Node) -> bool:
     f = flat(n.tensor.ne, [x, y])
     b.add(n, Unary(n=f.n, ne=f.ne, width=f.width, x=x.address, x_type=x.type, x_nb=f.nb[0], y=y.address, y_type=y.type,
                    y_nb=f.nb[1],
-                   kind=UNARY.index(n.op.name), **_parameters(list(n.params.values()), 4)), blocks(f.n))  # fmt: skip
+                   kind=UNARY.index(name), **_parameters(values, 4)), blocks(f.n))  # fmt: skip
     return True
 
 
@@ -100,8 +109,9 @@ def add_terms(b: Binder, *nodes: Node) -> bool:
     step, n_terms = at[1] - at[0], 1
     while n_terms < len(terms) and at[n_terms] == at[0] + n_terms * step and alike(tensors[n_terms], tensors[0]):
         n_terms += 1
+    n_terms = n_terms if step % 16 == 0 else 1
     more = found[n_terms:-1]
-    if len(more) > 2 or step % 16:
+    if len(more) > 2:
         return False
     f = flat(t.ne, [found[0], found[-1]], more)
     others = [*((o.address, nb) for o, nb in zip(more, f.nb[2:], strict=True)), *[(0, (0, 0, 0, 0))] * 2]

@@ -8,7 +8,7 @@ from protocol.dtypes import FLOATS, INTEGERS, TYPES, GGMLType
 from protocol.graph import Tensor
 from workers.devices.bindings import Bindings
 from workers.devices.cuda.binding import I32, Binder
-from workers.devices.cuda.elements import THREADS, blocks
+from workers.devices.cuda.elements import THREADS, blocks, same
 from workers.devices.cuda.strided import Dims, Operand, collapsed, four, operands, separate
 from workers.devices.lower import Node
 from workers.kernels.cuda.row_launches import (
@@ -26,8 +26,10 @@ from workers.kernels.cuda.row_launches import (
 BINDINGS = Bindings()
 T = GGMLType
 UNITS = (16, 8, 4, 2, 1)
-BLOCKS = frozenset({T.Q4_0, T.Q4_1, T.Q5_0, T.Q5_1, T.Q8_0, T.Q2_K, T.Q3_K, T.Q4_K, T.Q5_K, T.Q6_K, T.IQ4_NL, T.IQ4_XS,
-                    T.MXFP4})
+BLOCKS = frozenset({
+    T.Q4_0, T.Q4_1, T.Q5_0, T.Q5_1, T.Q8_0, T.Q2_K, T.Q3_K, T.Q4_K, T.Q5_K, T.Q6_K, T.IQ4_NL, T.IQ4_XS, T.TQ1_0, T.TQ2_0,
+    T.MXFP4, T.NVFP4, T.Q1_0, T.Q2_0,
+})  # fmt: skip
 """Types of blocks that kernels read as they lie in a file."""
 NUMBERS = FLOATS | INTEGERS
 PER_BLOCK = THREADS // 32
@@ -105,6 +107,8 @@ def copy(b: Binder, n: Node) -> bool:
             (x, x_ne), (y, y_ne) = _in_bytes(x, x_t.ne), _in_bytes(y, t.ne)
             return _move(b, n, x, x_ne, y, y_ne)
         return _move(b, n, x, x_t.ne, y, t.ne)
+    if x_t.type in FLOATS and t.type in FLOATS and x_t.ne == t.ne:
+        return same(b, n)
     if x_t.type in NUMBERS and t.type in NUMBERS:
         _copy(b, n, 0, x, x_t.ne, y, t.ne)
         return True

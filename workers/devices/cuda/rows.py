@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from workers.devices.bindings import Bindings
 from workers.devices.cuda import elements, moves, sorts
 from workers.devices.cuda.binding import Binder
@@ -63,16 +65,26 @@ for _name in ("NORM", "RMS_NORM"):
     BINDINGS.of_neighbours(_name, "MUL", "ADD")(norm_times_plus)
 
 
-@BINDINGS.of("SUM_ROWS", "MEAN")
-def sum_rows(b: Binder, n: Node) -> bool:
+def _sums(b: Binder, n: Node, result: Node, low: float, high: float) -> bool:
     i, x = n.tensor.src[0], n.req(0)
-    found = operands(b, i, n.index)
-    if found is None or not separate(b, n.index, i, inplace=False):
+    found = operands(b, i, result.index)
+    if found is None or not separate(b, result.index, i, inplace=False):
         return False
     o, y = found
     b.add(n, SumRows(x=o.address, ne=x.ne, x_nb=four(o.nb, 0), y=y.address, y_nb=four(y.nb, 0), vector=o.in_fours(x.ne),
-                     mean=n.op.name == "MEAN"), x.n_rows, 1, row_threads(x.ne[0]))  # fmt: skip
+                     mean=n.op.name == "MEAN", low=low, high=high), x.n_rows, 1, row_threads(x.ne[0]))  # fmt: skip
     return True
+
+
+@BINDINGS.of("SUM_ROWS", "MEAN")
+def sum_rows(b: Binder, n: Node) -> bool:
+    return _sums(b, n, n, -math.inf, math.inf)
+
+
+@BINDINGS.of_neighbours("SUM_ROWS", "CLAMP")
+def sum_rows_clamped(b: Binder, n: Node, clamp: Node) -> bool:
+    """What the weights of experts are divided by."""
+    return _sums(b, n, clamp, clamp.params["low"], clamp.params["high"])
 
 
 @BINDINGS.of("CUMSUM")

@@ -14,19 +14,38 @@ TILE = 32
 MAX_BLOCKS_Y = 65535
 
 
-@BINDINGS.of("SSM_CONV")
-def ssm_conv(b: Binder, n: Node) -> bool:
+def _conv(b: Binder, n: Node, result: Node, bias: int, silu: bool) -> bool:
+    """`bias`: tensor of one number a channel, or -1."""
     i, j = n.tensor.src
     n_channels, n_tokens, n_seqs, _ = n.tensor.ne
-    d_conv, found = n.req(1).ne[0], operands(b, i, j, n.index)
-    if found is None or d_conv > MAX_CONV or n_seqs > MAX_BLOCKS_Y or not separate(b, n.index, i, j, inplace=False):
+    d_conv, found = n.req(1).ne[0], operands(b, i, j, result.index, *([bias] if bias >= 0 else []))
+    if found is None or d_conv > MAX_CONV or n_seqs > MAX_BLOCKS_Y:
         return False
-    x, w, y = found
+    if not separate(b, result.index, i, j, bias, inplace=False):
+        return False
+    x, w, y = found[:3]
+    at, step = (found[3].address, found[3].nb[0]) if bias >= 0 else (0, 0)
     b.add(n, SsmConv(x=x.address, x_nb=four(x.nb, 0), w=w.address, w_nb=four(w.nb, 0), y=y.address, y_nb=four(y.nb, 0),
-                     d_conv=d_conv,
-                     n_channels=n_channels, n_tokens=n_tokens), ceil_div(n_channels, TILE) * ceil_div(n_tokens, TILE),
-                     n_seqs)  # fmt: skip
+                     d_conv=d_conv, n_channels=n_channels, n_tokens=n_tokens, bias=at, bias_step=step, silu=silu),
+          ceil_div(n_channels, TILE) * ceil_div(n_tokens, TILE), n_seqs)  # fmt: skip
     return True
+
+
+@BINDINGS.of("SSM_CONV")
+def ssm_conv(b: Binder, n: Node) -> bool:
+    return _conv(b, n, n, -1, False)
+
+
+@BINDINGS.of_neighbours("SSM_CONV", "SILU")
+def ssm_conv_silu(b: Binder, n: Node, silu: Node) -> bool:
+    return _conv(b, n, silu, -1, True)
+
+
+@BINDINGS.of_neighbours("SSM_CONV", "ADD", "SILU")
+def ssm_conv_bias_silu(b: Binder, n: Node, add: Node, silu: Node) -> bool:
+    bias = add.req(1)
+    fits = bias.type == F32 and bias.ne in ((n.tensor.ne[0], 1, 1, 1), (1, 1, 1, 1)) and add.tensor.type == F32
+    return fits and _conv(b, n, silu, add.tensor.src[1], True)
 
 
 @BINDINGS.of("SSM_SCAN")

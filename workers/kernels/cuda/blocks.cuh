@@ -2,9 +2,12 @@
 // Source: the block structs of ggml-common.h.
 
 enum Block { Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q2_K = 10, Q3_K = 11, Q4_K = 12, Q5_K = 13, Q6_K = 14, IQ4_NL = 20,
-             IQ4_XS = 23, MXFP4 = 39 };
+             IQ4_XS = 23, TQ1_0 = 34, TQ2_0 = 35, MXFP4 = 39, NVFP4 = 40, Q1_0 = 41, Q2_0 = 42 };
 
-DEVICE int block_elements(i64 type) { return type == Q2_K || (type >= Q3_K && type <= Q6_K) || type == IQ4_XS ? 256 : 32; }
+DEVICE int block_elements(i64 type) {
+    if ((type >= Q2_K && type <= Q6_K) || type == IQ4_XS || type == TQ1_0 || type == TQ2_0) return 256;
+    return type == Q1_0 ? 128 : type == NVFP4 || type == Q2_0 ? 64 : 32;
+}
 
 DEVICE float half_at(const u8* at) { return float_of_half((u16)(at[0] | at[1] << 8)); }
 
@@ -13,7 +16,7 @@ __constant__ i8 MXFP4_VALUES[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, 
 
 // The nibble of element i: 16 low ones, then 16 high ones.
 DEVICE int nibble(const u8* q, int i) { return q[i & 15] >> (i & 16 ? 4 : 0) & 15; }
-DEVICE int fifth_bit(const u8* at, int i) { return at[i / 8] >> (i & 7) & 1; }
+DEVICE int bit_of(const u8* at, int i) { return at[i / 8] >> (i & 7) & 1; }
 
 // Two bits: 32 bytes hold 128 elements, 32 a shift.
 DEVICE int crumb(const u8* q, int i) { return q[i / 128 * 32 + i % 32] >> i / 32 % 4 * 2 & 3; }
@@ -46,12 +49,32 @@ DEVICE float iq4_xs(const u8* b, int i) {
     return half_at(b) * ((float)(low | high << 4) - 32.0f) * (float)IQ4_VALUES[nibble(b + 8 + 16 * g, i & 31)];
 }
 
+// Without a sign: four bits of exponent, three of mantissa; halved because the table of values is doubled.
+DEVICE float ue4m3(u8 b) {
+    if (b == 0 || b == 0x7f) return 0.0f;
+    int exponent = b >> 3 & 15, mantissa = b & 7;
+    return exponent ? (float)(8 + mantissa) * __uint_as_float((u32)(exponent + 116) << 23) : (float)mantissa * 0x1p-10f;
+}
+
+DEVICE float nvfp4(const u8* b, int i) {
+    int g = i / 16;
+    return (float)MXFP4_VALUES[b[4 + 8 * g + i % 8] >> (i & 8 ? 4 : 0) & 15] * ue4m3(b[g]);
+}
+
+// Five digits of base 3 in a byte: 32 bytes hold 160 elements, 16 hold 80, and 4 hold 16.
+DEVICE float tq1_0(const u8* b, int i) {
+    int power = i < 160 ? i / 32 : i < 240 ? (i - 160) / 16 : (i - 240) / 4;
+    u8 q = b[i < 160 ? i % 32 : i < 240 ? 32 + i % 16 : 48 + i % 4];
+    for (int p = 0; p < power; p++) q = (u8)(q * 3);
+    return (float)((q * 3 >> 8) - 1) * half_at(b + 52);
+}
+
 DEVICE float block_element(i64 type, const u8* b, int i) {
     switch ((int)type) {
         case Q4_0: return ((float)nibble(b + 2, i) - 8.0f) * half_at(b);
         case Q4_1: return (float)nibble(b + 4, i) * half_at(b) + half_at(b + 2);
-        case Q5_0: return ((float)(nibble(b + 6, i) | fifth_bit(b + 2, i) << 4) - 16.0f) * half_at(b);
-        case Q5_1: return (float)(nibble(b + 8, i) | fifth_bit(b + 4, i) << 4) * half_at(b) + half_at(b + 2);
+        case Q5_0: return ((float)(nibble(b + 6, i) | bit_of(b + 2, i) << 4) - 16.0f) * half_at(b);
+        case Q5_1: return (float)(nibble(b + 8, i) | bit_of(b + 4, i) << 4) * half_at(b) + half_at(b + 2);
         case Q8_0: return (float)(i8)b[2 + i] * half_at(b);
         case IQ4_NL: return (float)IQ4_VALUES[nibble(b + 2, i)] * half_at(b);
         case MXFP4: return (float)MXFP4_VALUES[nibble(b + 1, i)] * half_power(b[0]);
@@ -65,6 +88,11 @@ DEVICE float block_element(i64 type, const u8* b, int i) {
         }
         case Q6_K: return q6_k(b, i);
         case IQ4_XS: return iq4_xs(b, i);
+        case TQ1_0: return tq1_0(b, i);
+        case TQ2_0: return (float)(crumb(b, i) - 1) * half_at(b + 64);
+        case NVFP4: return nvfp4(b, i);
+        case Q1_0: return (float)(2 * bit_of(b + 2, i) - 1) * half_at(b);
+        case Q2_0: return (float)((b[2 + i / 4] >> 2 * (i & 3) & 3) - 1) * half_at(b);
     }
     return 0.0f;
 }

@@ -4,7 +4,7 @@
 // The order of the op table's kinds, then those that have an op of their own (`UNARY` in row_launches).
 enum Unary_ {
     ABS, SGN, NEG, STEP, TANH, ELU, RELU, SIGMOID, GELU, GELU_QUICK, SILU, HARDSWISH, HARDSIGMOID, EXP, EXPM1, SOFTPLUS,
-    GELU_ERF, XIELU, FLOOR, CEIL, ROUND, TRUNC, SQR, SQRT, LOG, SIN, COS, SCALE, CLAMP, LEAKY_RELU
+    GELU_ERF, XIELU, FLOOR, CEIL, ROUND, TRUNC, SQR, SQRT, LOG, SIN, COS, SCALE, CLAMP, LEAKY_RELU, SAME
 };
 enum Binary_ { REGLU, GEGLU, SWIGLU, SWIGLU_OAI, GEGLU_ERF, GEGLU_QUICK, SWIGLU_CLAMP, ADD, SUB, MUL, DIV };
 
@@ -61,7 +61,7 @@ DEVICE void apply(const Unary& a, float (&v)[4]) {
         case LOG: EACH(logf(x));
         case SIN: EACH(sinf(x));
         case COS: EACH(cosf(x));
-        case SCALE: EACH(x * a.p0 + a.p1);
+        case SCALE: EACH(fmaf(x, a.p0, a.p1));
         case CLAMP: EACH(at_most(at_least(x, a.p0), a.p1));
         case LEAKY_RELU: EACH(x > 0.0f ? x : x * a.p0);
     }

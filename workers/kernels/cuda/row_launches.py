@@ -6,8 +6,8 @@ from protocol.ops import GLU_KINDS, UNARY_KINDS
 from workers.kernels.cuda.launches import Four, Launch, launch
 from workers.kernels.records import Address, Bytes, Code, Count, Flag, Float32, NodeIndex
 
-UNARY = (*UNARY_KINDS, "SQR", "SQRT", "LOG", "SIN", "COS", "SCALE", "CLAMP", "LEAKY_RELU")
-"""Functions of one number, by their codes."""
+UNARY = (*UNARY_KINDS, "SQR", "SQRT", "LOG", "SIN", "COS", "SCALE", "CLAMP", "LEAKY_RELU", "SAME")
+"""Functions of one number, by their codes. SAME only changes the type."""
 BINARY = (*GLU_KINDS, "ADD", "SUB", "MUL", "DIV")
 """Functions of two."""
 
@@ -124,7 +124,11 @@ NORMS = ("NORM", "RMS_NORM", "L2_NORM")
 
 @launch("rows.sum_rows", "SUM_ROWS, MEAN")
 class SumRows(Rows, frozen=True, kw_only=True):
+    """The sum or the mean, brought between two bounds."""
+
     mean: Flag
+    low: Float32
+    high: Float32
 
 
 @launch("rows.cumsum", "CUMSUM")

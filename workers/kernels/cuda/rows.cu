@@ -78,7 +78,10 @@ KERNEL(1024) sum_rows(SumRows a) {
     float sum = 0.0f;
     each((const char*)a.x + row_offset(r, a.ne, a.x_nb), a.x_nb[0], a.ne[0], a.vector, [&](i64, float v) { sum += v; });
     sum = block_sum(sum, room);
-    if (threadIdx.x == 0) *(float*)((char*)a.y + row_offset(r, a.ne, a.y_nb)) = a.mean ? sum / (float)a.ne[0] : sum;
+    if (threadIdx.x) return;
+    if (a.mean) sum /= (float)a.ne[0];
+    sum = sum < a.low ? a.low : sum;  // what is no number stays so
+    *(float*)((char*)a.y + row_offset(r, a.ne, a.y_nb)) = sum > a.high ? a.high : sum;
 }
 
 // In double precision: an error is carried to the end of the row.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from workers.kernels.cuda.launches import Four, Launch, launch
-from workers.kernels.records import Address, Count, NodeIndex
+from workers.kernels.records import Address, Bytes, Count, Flag, NodeIndex
 
 MAX_CONV = 16
 """Tokens that a filter sees."""
@@ -15,8 +15,9 @@ MAX_STATE = 512
 
 @launch("scans.ssm_conv", "SSM_CONV")
 class SsmConv(Launch, frozen=True, kw_only=True):
-    """Filters of d_conv: x [d_conv - 1 + n_tokens, n_channels, n_seqs] to y [n_channels, n_tokens, n_seqs]. A block has 32
-    channels and 32 tokens of a sequence."""
+    """Filters of d_conv: x [d_conv - 1 + n_tokens, n_channels, n_seqs] to y [n_channels, n_tokens, n_seqs]; then plus the bias
+    of each channel, unless that is 0, and where `silu` SILU of it. A block has 32 channels and 32 tokens of a sequence.
+    """
 
     x: Address
     x_nb: Four
@@ -27,6 +28,9 @@ class SsmConv(Launch, frozen=True, kw_only=True):
     d_conv: Count
     n_channels: Count
     n_tokens: Count
+    bias: Address
+    bias_step: Bytes
+    silu: Flag
 
 
 @launch("scans.ssm_scan", "SSM_SCAN")

@@ -21,10 +21,13 @@ KERNEL(256) ssm_conv(SsmConv a) {
     float w[MAX_CONV];
     for (int k = 0; k < MAX_CONV; k++)
         w[k] = k < d_conv ? *(const float*)((const char*)a.w + (channel + lane) * a.w_nb[1] + k * a.w_nb[0]) : 0.0f;
+    float bias = a.bias ? *(const float*)((const char*)a.bias + (channel + lane) * a.bias_step) : 0.0f;
     for (int t = warp; t < n_tokens; t += 8) {
         float sum = 0.0f;
         for (int k = 0; k < MAX_CONV; k++)
             if (k < d_conv) sum += x[lane][t + k] * w[k];
+        if (a.bias) sum += bias;
+        if (a.silu) sum = sum / (1.0f + expf(-sum));
         *(float*)((char*)a.y + (channel + lane) * a.y_nb[0] + (token + t) * a.y_nb[1] + seq * a.y_nb[2]) = sum;
     }
 }
