@@ -15,8 +15,8 @@ MAX_STATE = 512
 
 @launch("scans.ssm_conv", "SSM_CONV")
 class SsmConv(Launch, frozen=True, kw_only=True):
-    """Filters of d_conv: x [d_conv - 1 + n_tokens, n_channels, n_seqs] to y [n_channels, n_tokens, n_seqs]; then plus the bias
-    of each channel, unless that is 0, and where `silu` SILU of it. A block has 32 channels and 32 tokens of a sequence.
+    """Filters of d_conv: x [d_conv - 1 + n_tokens, n_channels, n_seqs] to y [n_channels, n_tokens, n_seqs]; then plus the
+    bias of each channel, unless that is 0, and where `silu` SILU of it. A block has 32 channels and 32 tokens of a sequence.
     """
 
     x: Address
