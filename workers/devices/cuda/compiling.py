@@ -48,6 +48,8 @@ def library(major: int) -> ctypes.CDLL:
     name = f"libnvrtc.so.{major}"
     for path in (folder / name for folder in _places(major)):
         if path.exists():
+            for beside in path.parent.glob("libnvrtc-builtins.so.*"):  # wheels of 13.0 do not look for it there
+                ctypes.CDLL(str(beside))
             return ctypes.CDLL(str(path))
     try:
         return ctypes.CDLL(name)
