@@ -7,7 +7,7 @@ number that no client's has. A device puts the spans where its memory is.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -134,28 +134,31 @@ def lower(graph: Graph, patterns: Collection[tuple[str, ...]] = ()) -> Lowered:
     for i in (*graph.inputs, *graph.outputs):
         if not graph.tensors[i].contiguous:
             raise HandleError(f"tensor {i}: an input or output is contiguous; make it so with CONT")
-    offsets, scratch_bytes = lay_out(graph)
+    nodes = []
+    for i, t in enumerate(graph.tensors):
+        op = op_of(t)
+        if not op.view and t.op != "NONE":
+            sources = tuple(graph.tensors[j] if j >= 0 else None for j in t.src)
+            nodes.append(Node(i, op, t, op.values(t.params), sources))
+    groups = _grouped(graph, nodes, patterns)
+    offsets, scratch_bytes = lay_out(graph, groups)
     places = []
     for i, t in enumerate(graph.tensors):
         root, start = graph.root(i)
         r = graph.tensors[root]
         at = (r.offset if r.buffer else offsets[root]) + start
         places.append(Span(r.buffer or SCRATCH, at, at + t.extent_bytes()))
-    nodes = []
-    for i, t in enumerate(graph.tensors):
-        op = op_of(t)
-        if not op.view and t.op != "NONE":
-            nodes.append(Node(i, op, t, op.values(t.params), tuple(graph.tensors[j] if j >= 0 else None for j in t.src)))
     n_products = [0] * len(graph.tensors)
     for node in nodes:
         if node.op.name in PRODUCTS:
             n_products[node.tensor.src[1]] += 1
-    groups = _grouped(graph, nodes, places, patterns)
-    return Lowered(graph, groups, tuple(places), scratch_bytes, tuple(n_products), _weights(graph))
+    whole = tuple(_apart(groups, places))
+    return Lowered(graph, whole, tuple(places), scratch_bytes, tuple(n_products), _weights(graph))
 
 
-def lay_out(graph: Graph) -> tuple[dict[int, int], int]:
-    """Place the roots that live in scratch so that two whose lives overlap never share bytes.
+def lay_out(graph: Graph, groups: Iterable[Sequence[Node]] = ()) -> tuple[dict[int, int], int]:
+    """Place the roots that live in scratch so that two whose lives overlap never share bytes. What a group reads lives until
+    its last result is written.
 
     Returns: offset of each such root, and the size of the arena. First fit over a list of free gaps, in order.
     """
@@ -166,6 +169,9 @@ def lay_out(graph: Graph) -> tuple[dict[int, int], int]:
         for j in (i, *t.src):
             if j >= 0:
                 last[root[j]] = max(last[root[j]], i)
+    for group in groups:
+        for j in (j for node in group for j in node.tensor.src if j >= 0):
+            last[root[j]] = max(last[root[j]], group[-1].index)
     for i in graph.outputs:
         last[root[i]] = n
     for i in graph.inputs:
@@ -196,10 +202,9 @@ def lay_out(graph: Graph) -> tuple[dict[int, int], int]:
     return offsets, arena
 
 
-def _grouped(
-    graph: Graph, nodes: Sequence[Node], places: Sequence[Span], patterns: Collection[tuple[str, ...]]
-) -> tuple[tuple[Node, ...], ...]:
-    """Nodes in order, those together that stand together in a pattern; of several patterns the longest."""
+def _grouped(graph: Graph, nodes: Sequence[Node], patterns: Collection[tuple[str, ...]]) -> list[tuple[Node, ...]]:
+    """Nodes in order, those together that stand together in a pattern, each of which takes the result before it, which
+    nobody else wants; of several patterns the longest."""
     n_uses = [0] * len(graph.tensors)
     for t in graph.tensors:
         for j in t.src:
@@ -213,21 +218,26 @@ def _grouped(
         size = 1
         for pattern in longest_first:
             group = nodes[at : at + len(pattern)]
-            if tuple(n.op.name for n in group) == pattern and _fusible(group, n_uses, places):
+            if tuple(n.op.name for n in group) == pattern and _is_chain(group, n_uses):
                 size = len(pattern)
                 break
         groups.append(tuple(nodes[at : at + size]))
         at += size
-    return tuple(groups)
+    return groups
 
 
-def _fusible(group: Sequence[Node], n_uses: Sequence[int], places: Sequence[Span]) -> bool:
-    """Whether each takes the result before it, which nobody else wants, and the last may be written while the first is
-    read."""
-    if any(b.tensor.src[0] != a.index or n_uses[a.index] != 1 for a, b in pairwise(group)):
-        return False
-    source, result = places[group[0].tensor.src[0]], places[group[-1].index]
-    return source.start == result.start or not source.meets(result)
+def _is_chain(group: Sequence[Node], n_uses: Sequence[int]) -> bool:
+    return all(b.tensor.src[0] == a.index and n_uses[a.index] == 1 for a, b in pairwise(group))
+
+
+def _apart(groups: Iterable[tuple[Node, ...]], places: Sequence[Span]) -> Iterator[tuple[Node, ...]]:
+    """The groups whose last result may be written while the first is read; the nodes of others alone."""
+    for group in groups:
+        source, result = places[group[0].tensor.src[0]] if group[0].tensor.src else None, places[group[-1].index]
+        if len(group) == 1 or source is None or source.start == result.start or not source.meets(result):
+            yield group
+        else:
+            yield from ((node,) for node in group)
 
 
 def _weights(graph: Graph) -> frozenset[int]:
