@@ -23,7 +23,7 @@ from ggmq.placement import Assignment
 from ggmq.runner import ALL, ARGMAX, HIDDEN, Rows, Runner
 from protocol.dtypes import TYPES, GGMLType, tensor_bytes
 from protocol.graph import Graph, Shape, f32_bits
-from tests.support import random_models
+from tests.support import random_models, row_graphs
 from tests.support.strategies import leaf, node_graphs
 from workers.devices.base import Plan
 from workers.devices.cuda.device import CUDADevice
@@ -173,6 +173,8 @@ def _nodes(device: RecordingDevice) -> None:
         device.compile(case[1], {})
 
     ask()
+    for name in row_graphs.CASES:
+        device.compile(row_graphs.drawn(name)[0], {})
 
 
 @lru_cache

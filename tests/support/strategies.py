@@ -81,7 +81,7 @@ ELEMENTWISE = sorted(
 ROWS = ["SUM_ROWS", "MEAN", "CUMSUM", "ARGSORT", "ARGMAX", "SOFT_MAX", "CONT", "DUP"]
 
 
-def _params(op: Op, values: dict[str, float]) -> tuple[int, ...]:
+def params_of(op: Op, values: dict[str, float]) -> tuple[int, ...]:
     words = [0] * 16
     if op.kind >= 0:
         words[0] = op.kind
@@ -147,7 +147,7 @@ def _single(
     rng_bytes = [draw(_leaf_bytes(t, shape)) for t, shape in zip(types, leaves, strict=True)]
     tensors = [leaf(t, shape) for t, shape in zip(types, leaves, strict=True)]
     out_type = GGMLType.I32 if op.out == {GGMLType.I32} else GGMLType.F32
-    node = replace(leaf(out_type, out), op=node_name(op), src=tuple(range(len(leaves))), params=_params(op, params))
+    node = replace(leaf(out_type, out), op=node_name(op), src=tuple(range(len(leaves))), params=params_of(op, params))
     tensors.append(node)
     return Graph(tuple(tensors), tuple(range(len(leaves))), (len(leaves),)), rng_bytes
 
