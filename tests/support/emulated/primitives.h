@@ -58,6 +58,51 @@ DEVICE u32 choose_bytes(u32 a, u32 b, u32 which) { return __byte_perm(a, b, whic
 DEVICE uint4 stream16(const void* at) { return *(const uint4*)at; }
 DEVICE void prefetch(const void*) {}
 
+// -- one kernel after the other, each when all before it is done ------------------------------------------------------
+
+DEVICE void next_may_come() {}
+DEVICE void previous_done() {}
+DEVICE void begin() {}
+
+// -- copies to shared memory, done as late as they may be -------------------------------------------------------------
+
+struct EmulatedFetch {
+    char* to;
+    const char* at;
+    int n, lot;
+};
+struct EmulatedFetches {
+    uint3 block;
+    int n, first, lot;
+    EmulatedFetch of[256];
+};
+static EmulatedFetches emulated_fetches[1024];
+DEVICE EmulatedFetches& emulated_my_fetches() {
+    EmulatedFetches& f = emulated_fetches[emulated_now->index.x];
+    if (!__builtin_memcmp(&f.block, &emulated_block, sizeof f.block) && f.n >= 0) return f;
+    f.block = emulated_block, f.n = f.first = f.lot = 0;
+    return f;
+}
+static void emulated_fetch(void* to, const void* at, int n, const char* file, int line) {
+    EmulatedFetches& f = emulated_my_fetches();
+    if ((u64)to % n || (u64)at % n) emulated_fail("a copy to shared memory of addresses that are no multiples of its size", file, line);
+    if ((const char*)to < __start_emulated_shared || (const char*)to + n > __stop_emulated_shared)
+        emulated_fail("a copy to what is not shared memory", file, line);
+    if (f.first == f.n) f.first = f.n = 0;
+    if (f.n == 256) emulated_fail("more than 256 copies to shared memory on their way", file, line);
+    f.of[f.n++] = {(char*)to, (const char*)at, n, f.lot};
+}
+DEVICE void fetch16(void* to, const void* at, EMULATED_PLACE) { emulated_fetch(to, at, 16, file, line); }
+template <int N>
+DEVICE void fetch(void* to, const void* at, EMULATED_PLACE) { emulated_fetch(to, at, N, file, line); }
+DEVICE void end_of_lot() { emulated_my_fetches().lot++; }
+template <int N>
+DEVICE void fetched() {
+    EmulatedFetches& f = emulated_my_fetches();
+    for (; f.first < f.n && f.of[f.first].lot < f.lot - N; f.first++)
+        __builtin_memcpy(f.of[f.first].to, f.of[f.first].at, f.of[f.first].n);
+}
+
 // -- matrices -------------------------------------------------------------------------------------------------------
 
 struct EmulatedMatrices {
@@ -119,4 +164,20 @@ DEVICE void load_transposed(u32 (&v)[4], const void* row, EMULATED_PLACE) {
         emulated_fail("load_transposed of what is not shared memory", file, line);
     __builtin_memcpy(r.row, row, 16);
     emulated_meet_warp(0xffffffffu, &r, emulated_transpose, "load_transposed", file, line);
+}
+static void emulated_straight(void** brought, int) {
+    EMULATED_LANES(i) {
+        for (int m = 0; m < 4; m++) {
+            const EmulatedRows* row = (EmulatedRows*)brought[8 * m + i / 4];
+            ((EmulatedRows*)brought[i])->v[m] = pair(row->row[2 * (i % 4)], row->row[2 * (i % 4) + 1]);
+        }
+    }
+}
+DEVICE void load_matrices(u32 (&v)[4], const void* row, EMULATED_PLACE) {
+    EmulatedRows r = {{}, v};
+    if ((u64)row % 16) emulated_fail("load_matrices of an address that is no multiple of 16", file, line);
+    if ((const char*)row < __start_emulated_shared || (const char*)row + 16 > __stop_emulated_shared)
+        emulated_fail("load_matrices of what is not shared memory", file, line);
+    __builtin_memcpy(r.row, row, 16);
+    emulated_meet_warp(0xffffffffu, &r, emulated_straight, "load_matrices", file, line);
 }

@@ -7,7 +7,9 @@ A binding is a function of a binder and of nodes: it adds launches and returns w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+from msgspec import structs
 
 from protocol.dtypes import GGMLType
 from protocol.graph import Tensor
@@ -15,7 +17,7 @@ from workers.devices.bindings import Bindings
 from workers.devices.cuda.driver import Driver, Function, Grid
 from workers.devices.cuda.weights import CUDABuffer, Memory, Weights
 from workers.devices.lower import SCRATCH, Lowered, Node, Scratch, Span
-from workers.kernels.cuda.launches import Four, Launch
+from workers.kernels.cuda.launches import Four, Launch, MakesColumns
 from workers.kernels.cuda.sources import Kernel
 from workers.ticks import Tick
 
@@ -112,11 +114,26 @@ class Binder:
         self.kept.append(memory)
         return memory.address
 
-    def add(self, node: Node, argument: Launch, x: int, y: int = 1, threads: int = 256, **macros: object) -> None:
-        """A kernel of so many blocks, compiled with these macros."""
+    def makes_columns(self, i: int, at: int, row: int, scales: int, wide: bool) -> bool:
+        """Whether the launch before this makes columns of tensor `i` besides; it does from now on."""
+        last = self.steps[-1] if self.steps else None
+        if not isinstance(last, Launched) or not isinstance(last.argument, MakesColumns) or last.argument.columns:
+            return False
+        t = self.tensors[i]
+        if last.argument.rows_made() != (self.address(i), t.ne[0], t.n_rows):
+            return False
+        more = structs.replace(last.argument, columns=at, columns_row=row, columns_scales=scales, columns_wide=wide)
+        self.steps[-1] = replace(last, argument=more)
+        return True
+
+    def add(
+        self, node: Node, argument: Launch, x: int, y: int = 1, threads: int = 256, shared: int = 0, **macros: object
+    ) -> None:
+        """A kernel of so many blocks, compiled with these macros; `shared`: as `Grid` has it."""
         given = tuple(sorted((name, str(value)) for name, value in macros.items()))
         kernel = Kernel(argument.file, argument.function, given)
-        self.steps.append(Launched(self.driver.function(kernel, self.tick), Grid(x, y, threads), argument, node.index))
+        grid = Grid(x, y, threads, shared)
+        self.steps.append(Launched(self.driver.function(kernel, self.tick), grid, argument, node.index))
 
 
 def ceil_div(n: int, size: int) -> int:

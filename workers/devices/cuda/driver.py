@@ -30,11 +30,12 @@ class Facts:
 
 
 class Grid(NamedTuple):
-    """Blocks in x and y, and threads of each."""
+    """Blocks in x and y, threads of each, and bytes of shared memory beyond what a kernel declares."""
 
     x: int
     y: int
     threads: int
+    shared: int = 0
 
 
 class Function(Protocol):

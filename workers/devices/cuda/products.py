@@ -89,7 +89,7 @@ def _columns(b: Binder, n: Node, wide: bool) -> Columns | None:
     place, fresh = b.scratch.shared(("bfloat16", j), n_bytes) if wide else b.scratch.columns(j, n_bytes)
     at = b.at(Span(SCRATCH, place.start, place.start + n_bytes))
     columns = Columns(at, row, at + row * t.n_rows)
-    if fresh:
+    if fresh and not b.makes_columns(j, at, row, columns.scales, wide):
         halve = Halve(x=b.address(j), x_row=t.nb[1], n=t.n_rows, k=t.ne[0], y=at, y_row=row, scales=columns.scales,
                       wide=wide)
         b.add(n, halve, t.n_rows)

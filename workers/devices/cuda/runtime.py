@@ -20,6 +20,7 @@ from cupy.cuda import driver, runtime
 from protocol.errors import DeviceError, OutOfMemory
 from workers.devices.cuda.compiling import Compiler
 from workers.devices.cuda.driver import Facts, Function, Grid
+from workers.devices.cuda.launching import launcher
 from workers.kernels.cuda.launches import Launch
 from workers.kernels.cuda.sources import Kernel
 from workers.ticks import Job, Tick, nothing
@@ -30,6 +31,10 @@ NOT_READY = 600
 """cudaErrorNotReady: what was asked after is still on the stream."""
 MEMORY = 2
 """cudaErrorMemoryAllocation, and CUDA_ERROR_OUT_OF_MEMORY."""
+SHARED = 8
+"""CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES."""
+FREE_SHARED_BYTES = 48 << 10
+"""What a kernel may have without being asked for more."""
 LASTING = frozenset((201, 214, 220, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 911, 999))
 """Errors after which the process must end before the GPU works for it again: a context that is gone, bits that flipped, a
 link that failed, addresses and instructions that are none, launches that failed or took too long. Both APIs have these."""
@@ -77,10 +82,12 @@ class CupyDriver:
                 n_processors=int(device.attributes["MultiProcessorCount"]),
             )
             major = int(runtime.runtimeGetVersion()) // 1000
+            self._launcher = launcher(self.facts.architecture, int(runtime.driverGetVersion()))
         self._compiler = compiler or Compiler(major, self.facts.architecture)
         self._held: dict[int, Any] = {}
         self._modules: dict[tuple[str, tuple[tuple[str, str], ...]], int] = {}
         self._functions: dict[Kernel, CupyFunction] = {}
+        self._shared: dict[int, int] = {}
         self._events: list[Any] = []
 
     @contextlib.contextmanager
@@ -192,8 +199,14 @@ class CupyDriver:
         record = ctypes.create_string_buffer(argument.to_bytes())
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(record))  # CUDA copies what it points at before the call returns
         with self.asking(f"kernel {function.name} in {grid.x} x {grid.y} blocks of {grid.threads}"):
-            driver.launchKernel(function.handle, grid.x, grid.y, 1, grid.threads, 1, 1, 0, self.stream.ptr,
-                                ctypes.addressof(parameters), 0)  # fmt: skip
+            if grid.shared > self._shared.get(function.handle, FREE_SHARED_BYTES):
+                driver.funcSetAttribute(function.handle, SHARED, grid.shared)
+                self._shared[function.handle] = grid.shared
+            if self._launcher is None:
+                driver.launchKernel(function.handle, grid.x, grid.y, 1, grid.threads, 1, 1, grid.shared, self.stream.ptr,
+                                    ctypes.addressof(parameters), 0)  # fmt: skip
+            elif status := self._launcher.launch(function.handle, grid, self.stream.ptr, parameters):
+                raise driver.CUDADriverError(status)
 
     def capture(self, do: Callable[[], None]) -> CupyGraph:
         with self.asking("a graph that is put together"):

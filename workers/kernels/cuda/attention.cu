@@ -30,6 +30,7 @@ DEVICE float slope_of(const RowAttend& a, i64 head) {
 }
 
 KERNEL(128) attend(RowAttend a) {
+    begin();
     __shared__ float q[MAX_ROW], o[MAX_ROW], scores[CELLS], weights[CELLS];
     i64 token = blockIdx.x % a.n_tokens, seq = blockIdx.x / a.n_tokens, head = blockIdx.y;
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;

@@ -1,6 +1,7 @@
 // Elements of blocks as they lie in a file, as numbers.
 
 KERNEL(256) get_block_rows(GetBlockRows a) {
+    begin();
     i64 t = thread_index();
     if (t >= a.n) return;
     i64 at[4];
@@ -13,6 +14,7 @@ KERNEL(256) get_block_rows(GetBlockRows a) {
 }
 
 KERNEL(256) copy_blocks(CopyBlocks a) {
+    begin();
     i64 t = thread_index();
     if (t >= a.n) return;
     i64 at[4];

@@ -3,32 +3,17 @@
 // A block makes one column.
 KERNEL(256) halve(Halve a) {
     __shared__ float room[32];
-    i64 column = blockIdx.x;
-    const float* x = (const float*)(a.x + column * a.x_row);
-    u16* y = (u16*)(a.y + column * a.y_row);
-    float scale = 1, undo = 1;
-    if (!a.wide) {
-        float largest = 0;
-        for (i64 i = threadIdx.x; i < a.k; i += blockDim.x) largest = fmaxf(largest, fabsf(x[i]));
-        largest = block_max(largest, room);
-        // the largest becomes 128 to 256: no half overflows, and none that matters is subnormal
-        int exponent = (int)(__float_as_uint(largest) >> 23);
-        if (exponent > 16 && exponent < 255) {
-            scale = __uint_as_float((u32)(261 - exponent) << 23);
-            undo = __uint_as_float((u32)(exponent - 7) << 23);
-        }
-    }
-    i64 width = a.y_row / 2;
-    for (i64 i = threadIdx.x; i < width; i += blockDim.x) {
-        float v = i < a.k ? x[i] * scale : 0.0f;
-        y[i] = a.wide ? bf16_of(v) : half_of(v);
-    }
-    if (threadIdx.x == 0) ((float*)a.scales)[column] = undo;
+    begin();
+    const float* x = (const float*)(a.x + blockIdx.x * a.x_row);
+    float largest = 0;
+    for (i64 i = threadIdx.x; i < a.k; i += blockDim.x) largest = fmaxf(largest, fabsf(x[i]));
+    put_column(blockIdx.x, x, a.k, largest, a.y, a.y_row, a.scales, a.wide, room);
 }
 
 // One block; a warp takes an expert at a time, so the list is in order whoever is first.
 #define MAX_EXPERTS 1024
 KERNEL(1024) route(Route a) {
+    begin();
     __shared__ i32 counts[MAX_EXPERTS], first_pair[MAX_EXPERTS], first_tile[MAX_EXPERTS];
     __shared__ i32 n_tiles;
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, n_warps = blockDim.x / WARP;
@@ -79,6 +64,7 @@ DEVICE float element(i64 at, i64 type) {
 
 // A warp makes one element: weights of any strides, 0 float32, 1 float16, 2 bfloat16.
 KERNEL(256) plain_product(PlainProduct a) {
+    begin();
     i64 i = (i64)blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
     if (i >= a.n[0] * a.n[1] * a.n[2] * a.n[3]) return;
     int lane = threadIdx.x % WARP;

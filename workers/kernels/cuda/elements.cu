@@ -68,6 +68,7 @@ DEVICE void apply(const Unary& a, float (&v)[4]) {
 }
 
 KERNEL(256) unary(Unary a) {
+    begin();
     i64 i = thread_index();
     if (i >= a.n) return;
     i64 at[4];
@@ -113,6 +114,7 @@ DEVICE void combine(const Binary& a, float (&v)[4], const float (&w)[4]) {
 }
 
 KERNEL(256) binary(Binary a) {
+    begin();
     i64 i = thread_index();
     if (i >= a.n) return;
     i64 at[4];
@@ -145,6 +147,7 @@ DEVICE void add_floats(float (&v)[4], const char* x, i64 width, i64 step) {
 
 // ((x0 + x1) + x2) + ..., float32.
 KERNEL(256) add_terms(AddTerms a) {
+    begin();
     i64 i = thread_index();
     if (i >= a.n) return;
     i64 at[4];
@@ -162,6 +165,7 @@ KERNEL(256) add_terms(AddTerms a) {
 }
 
 KERNEL(256) count_up(CountUp a) {
+    begin();
     i64 i = thread_index();
     if (i >= a.n) return;
     i64 at[4];
@@ -170,6 +174,7 @@ KERNEL(256) count_up(CountUp a) {
 }
 
 KERNEL(256) diag_mask(DiagMask a) {
+    begin();
     i64 i = thread_index();
     if (i >= a.n) return;
     i64 at[4];

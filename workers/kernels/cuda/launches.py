@@ -52,6 +52,24 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         return self.op
 
 
+class MakesColumns(Launch, frozen=True, kw_only=True):
+    """One that may make, besides its result, the columns in 16 bits that products read of it (`put_column` in columns.cuh).
+
+    Attributes:
+        columns: where, 0 for none; the others are `Halve`'s y_row, scales and wide.
+    """
+
+    columns: Address = 0
+    columns_row: Bytes = 0
+    columns_scales: Address = 0
+    columns_wide: Flag = False
+
+    def rows_made(self) -> tuple[int, int, int] | None:
+        """Address, length and count of the rows of float32 that it makes, which lie together; None where it cannot make
+        columns of them."""
+        raise NotImplementedError
+
+
 def _flat(values: tuple[object, ...]) -> Iterator[object]:
     for value in values:
         if isinstance(value, tuple):

@@ -38,6 +38,7 @@ DEVICE void convert(i64 x_type, const char* x, i64 y_type, char* y) {
 }
 
 KERNEL(256) copy(Copy a) {
+    begin();
     i64 i = thread_index();
     if (i >= a.n) return;
     i64 at[4];
@@ -51,6 +52,7 @@ KERNEL(256) copy(Copy a) {
 
 // Tiles of 32 x 32 through shared memory, so that neighbours are read and written together: 32 x 8 threads.
 KERNEL(256) transpose(Transpose a) {
+    begin();
     __shared__ u64 tile[32][33];
     u32 columns = (u32)((a.ne[0] + 31) / 32), plane = blockIdx.y;
     i64 i0 = (i64)(blockIdx.x % columns) * 32, j0 = (i64)(blockIdx.x / columns) * 32;
@@ -70,6 +72,7 @@ KERNEL(256) transpose(Transpose a) {
 }
 
 KERNEL(256) repeat(Repeat a) {
+    begin();
     i64 i = thread_index();
     if (i >= a.n) return;
     i64 at[4];
@@ -95,6 +98,7 @@ DEVICE void move_floats(i64 width, i64 x_type, const char* x, i64 y_type, char* 
 
 // y[:, r, i, j] = x[:, ids[r, i, j], i, j]
 KERNEL(256) get_rows(GetRows a) {
+    begin();
     i64 t = thread_index();
     if (t >= a.n) return;
     i64 at[4];
@@ -116,6 +120,7 @@ DEVICE i64 target(const A& a, const i64 (&at)[4]) {
 }
 
 KERNEL(256) set_rows(SetRows a) {
+    begin();
     i64 t = thread_index();
     if (t >= a.n) return;
     i64 at[4];
@@ -135,6 +140,7 @@ DEVICE void store_q8(float x, char* block) {
 }
 
 KERNEL(256) set_rows_q8(SetRowsQ8 a) {
+    begin();
     i64 b = thread_index() / WARP, lane = threadIdx.x % WARP;
     if (b >= a.n) return;
     i64 at[4];
@@ -149,6 +155,7 @@ KERNEL(256) set_rows_q8(SetRowsQ8 a) {
 }
 
 KERNEL(256) copy_q8(CopyQ8 a) {
+    begin();
     i64 b = thread_index() / WARP;
     if (b >= a.n) return;
     i64 at[4], of_block[4];

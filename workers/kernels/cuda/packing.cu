@@ -38,6 +38,7 @@ DEVICE void codes_of(u32 unit, int (&code)[8], int shift, int width) {
 #define TOP_SHIFT (NIBBLE_BYTES ? 4 : 2)
 
 KERNEL(128) pack(Pack a) {
+    begin();
     Planes p = planes_of(a.packed, a.n_rows, a.k);
     Moved m;
     if (!moved(p, a.raw, a.first, a.n, m)) return;
@@ -66,6 +67,7 @@ KERNEL(128) pack(Pack a) {
 }
 
 KERNEL(128) unpack(Unpack a) {
+    begin();
     Planes p = planes_of(a.packed, a.n_rows, a.k);
     Moved m;
     if (!moved(p, a.raw, a.first, a.n, m)) return;

@@ -72,6 +72,7 @@ DEVICE void expect_page(const PagedAttend& a, i64 head_kv, i64 sequence, int pag
 }
 
 KERNEL(128) attend(PagedAttend a) {
+    begin();
     __shared__ __align__(16) u16 queries[ROWS * Q_ROW];
     __shared__ __align__(16) u16 values[V_CELLS * V_ROW];
     __shared__ __align__(16) u16 weights[WIDE ? 8 : ROWS * P_ROW];
@@ -307,6 +308,7 @@ KERNEL(128) attend(PagedAttend a) {
 
 // A block for each query.
 KERNEL(128) merge(Merge a) {
+    begin();
     constexpr int N = (DV + 127) / 128;
     i64 query = blockIdx.x, token = query / a.n_head;
     Seen seen = seen_of(((const i32*)a.n_seen)[token], CHUNK_PAGES * a.n_splits, a.window);

@@ -1,6 +1,7 @@
-// What kernels use of the machine beyond C++: numbers of 16 bits, matrix instructions, loads past the first cache.
+// What kernels use of the machine beyond C++: numbers of 16 bits, matrix instructions, loads past the first cache, copies to shared
+// memory, what is in front of and behind a kernel.
 // Kernels have no other assembly and include no header, so a host's compiler can take them over other primitives.
-// Source: the PTX ISA (cvt, fma.f16x2, mma.sync.m16n8k16, ldmatrix, ld.global.nc, prefetch).
+// Source: the PTX ISA (cvt, fma.f16x2, mma.sync.m16n8k16, ldmatrix, ld.global.nc, prefetch, cp.async, griddepcontrol).
 
 typedef signed char i8;
 typedef unsigned char u8;
@@ -13,6 +14,30 @@ typedef unsigned long long u64;
 #define INFINITE __int_as_float(0x7f800000)
 #define DEVICE __device__ __forceinline__
 #define KERNEL(n_threads) extern "C" __global__ void __launch_bounds__(n_threads)
+// Shared memory whose size the launch says (`Grid.shared`): `bytes`, as the kernel counts them.
+#define ROOM(name, bytes) extern __shared__ __align__(128) u8 name[]
+
+// -- the kernels around this one --------------------------------------------------------------------------------------
+
+// The next kernel may be brought to the processors once all blocks have said so. It still waits until this one is done.
+DEVICE void next_may_come() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// All that was launched before is done, and what it wrote is there. Every kernel has this before it reads what another writes, and
+// before it writes.
+DEVICE void previous_done() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+DEVICE void begin() {
+    next_may_come();
+    previous_done();
+}
 
 // -- numbers of 16 bits ---------------------------------------------------------------------------------------------
 
@@ -79,6 +104,30 @@ DEVICE uint4 stream16(const void* at) {
 // What will be read soon is brought into the second cache.
 DEVICE void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
+// -- copies to shared memory ------------------------------------------------------------------------------------------
+
+// Sixteen bytes, at multiples of 16 on both sides; they come later. Who fetched may read them after `fetched`.
+DEVICE void fetch16(void* shared, const void* at) {
+    u32 to = (u32)__cvta_generic_to_shared(shared);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(at) : "memory");
+}
+
+// The same of 8 or 4 bytes.
+template <int N>
+DEVICE void fetch(void* shared, const void* at) {
+    u32 to = (u32)__cvta_generic_to_shared(shared);
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(at), "n"(N) : "memory");
+}
+
+// What this thread has fetched since the last time is one lot.
+DEVICE void end_of_lot() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until of this thread's lots only the last N are on their way.
+template <int N>
+DEVICE void fetched() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
 // -- matrices -------------------------------------------------------------------------------------------------------
 
 // d += a b, float16 to float32. With g = lane / 4 and t = lane % 4: a has rows g, g + 8 of 16 and k = 2t, 2t + 8 (two each);
@@ -101,5 +150,12 @@ DEVICE void mma_bf16s(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32
 DEVICE void load_transposed(u32 (&v)[4], const void* row) {
     u32 at = (u32)__cvta_generic_to_shared(row);
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(at) : "memory");
+}
+
+// The same, not transposed: of each matrix row l / 4, columns 2 (l % 4) and the one behind it.
+DEVICE void load_matrices(u32 (&v)[4], const void* row) {
+    u32 at = (u32)__cvta_generic_to_shared(row);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(at) : "memory");
 }

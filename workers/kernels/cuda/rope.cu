@@ -12,6 +12,7 @@ DEVICE i32 position_at(const RopeTable& a, i64 i) {
 }
 
 KERNEL(256) table(RopeTable a) {
+    begin();
     i64 at = (i64)blockIdx.x * blockDim.x + threadIdx.x, n_threads = (i64)gridDim.x * blockDim.x;
     for (i64 i = at; i < a.n_positions; i += n_threads) {
         if (position_at(a, i) < 0) report(a.status, a.node);
@@ -36,6 +37,7 @@ DEVICE void stored(char* at, i64 halves, float x) {
 
 // Blocks in x are tokens, in y the pairs and copied elements of their heads.
 KERNEL(256) rope(Rope a) {
+    begin();
     u32 n_tokens = (u32)a.ne[2], token = blockIdx.x % n_tokens, seq = blockIdx.x / n_tokens;
     u32 width = (u32)(a.n_pairs + a.n_copied);
     u32 at = blockIdx.y * blockDim.x + threadIdx.x, head = at / width, i = at % width;

@@ -36,6 +36,7 @@ DEVICE void rewrite(const char* row, i64 step, char* to, i64 to_step, i64 n, boo
 enum Norm_ { NORM, RMS_NORM, L2_NORM };
 
 KERNEL(1024) norms(Norm a) {
+    begin();
     __shared__ float room[WARP];
     u32 r = blockIdx.x;
     const char *x = (const char*)a.x + row_offset(r, a.ne, a.x_nb), *w = (const char*)a.w + row_offset(r, a.ne, a.w_nb);
@@ -73,6 +74,7 @@ KERNEL(1024) norms(Norm a) {
 }
 
 KERNEL(1024) sum_rows(SumRows a) {
+    begin();
     __shared__ float room[WARP];
     u32 r = blockIdx.x;
     float sum = 0.0f;
@@ -86,6 +88,7 @@ KERNEL(1024) sum_rows(SumRows a) {
 
 // In double precision: an error is carried to the end of the row.
 KERNEL(1024) cumsum(CumSum a) {
+    begin();
     __shared__ double room[WARP];
     u32 r = blockIdx.x;
     const char* x = (const char*)a.x + row_offset(r, a.ne, a.x_nb);
@@ -113,6 +116,7 @@ KERNEL(1024) cumsum(CumSum a) {
 }
 
 KERNEL(1024) soft_max(SoftMax a) {
+    begin();
     __shared__ float room[WARP];
     u32 r = blockIdx.x, plane = r / (u32)a.ne[1];
     i64 i1 = r % (u32)a.ne[1], i2 = plane % (u32)a.ne[2], i3 = plane / (u32)a.ne[2];
@@ -141,6 +145,7 @@ KERNEL(1024) soft_max(SoftMax a) {
 }
 
 KERNEL(1024) add_id(AddId a) {
+    begin();
     i64 slot = blockIdx.x % (u32)a.ne[1], token = blockIdx.x / (u32)a.ne[1];
     i64 id = *(const i32*)((const char*)a.ids + slot * a.ids_nb[0] + token * a.ids_nb[1]);
     if (id < 0 || id >= a.n_z) {

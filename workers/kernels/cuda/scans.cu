@@ -6,6 +6,7 @@
 
 // Tokens lie together in x, channels in y: a tile of x goes through shared memory.
 KERNEL(256) ssm_conv(SsmConv a) {
+    begin();
     __shared__ float x[32][32 + MAX_CONV];
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, d_conv = (int)a.d_conv;
     i64 n_tiles = (a.n_channels + 31) / 32, seq = blockIdx.y;
@@ -40,6 +41,7 @@ KERNEL(256) ssm_conv(SsmConv a) {
 #define TOKENS (STATE <= 128 ? 16 : 4)
 
 KERNEL(256) ssm_scan(SsmScan a) {
+    begin();
     __shared__ float b[TOKENS][STATE], c[TOKENS][STATE], steps[TOKENS];
     int lane = threadIdx.x % LANES;
     i64 n_tiles = (a.d_head + ROWS - 1) / ROWS, unit = blockIdx.x / n_tiles, row = blockIdx.x % n_tiles * ROWS + threadIdx.x / LANES;

@@ -41,6 +41,7 @@ DEVICE i32 index_of(u64 key) { return (i32)(0xffffffffu - (u32)key); }
 
 // What is no number is the largest, as it is for NumPy; of equals the first.
 KERNEL(1024) argmax(ArgMax a) {
+    begin();
     __shared__ u64 room[WARP];
     u32 r = blockIdx.x, part = blockIdx.y;
     const char* x = (const char*)a.x + row_offset(r, a.ne, a.x_nb);
@@ -57,6 +58,7 @@ KERNEL(1024) argmax(ArgMax a) {
 }
 
 KERNEL(1024) argmax_parts(ArgMaxParts a) {
+    begin();
     __shared__ u64 room[WARP];
     u32 r = blockIdx.x;
     u64 key = 0;
@@ -92,6 +94,7 @@ DEVICE int padded(i64 n) {
 DEVICE i64 place_of(i64 i, i64 k, bool swaps) { return swaps && k > 1 && i < 2 ? 1 - i : i; }
 
 KERNEL(1024) sort(Sort a) {
+    begin();
     __shared__ u64 keys[SORTED];
     u32 r = blockIdx.x;
     i64 first = (i64)blockIdx.y * SORTED, n = a.ne[0] - first < SORTED ? a.ne[0] - first : SORTED;
@@ -110,6 +113,7 @@ KERNEL(1024) sort(Sort a) {
 
 // Each key's place in the merged run: how many of its own run are before it, and how many of the other.
 KERNEL(256) merge(Merge a) {
+    begin();
     i64 t = thread_index();
     if (t >= a.n * a.n_rows) return;
     i64 row = t / a.n, i = t - row * a.n, run = i / a.run, begin = run * a.run, other = (run ^ 1) * a.run;
@@ -125,6 +129,7 @@ KERNEL(256) merge(Merge a) {
 }
 
 KERNEL(256) take(Take a) {
+    begin();
     u32 r = blockIdx.x;
     i64 i = (i64)blockIdx.y * blockDim.x + threadIdx.x;
     if (i >= a.k) return;
@@ -151,11 +156,13 @@ DEVICE Room room_of(i64 address, i64 n, u32 r) {
 DEVICE u32 bin_of(u64 key) { return (u32)(key >> (32 + BIN_SHIFT)); }
 
 KERNEL(256) top_clear(TopClear a) {
+    begin();
     Room room = room_of(a.room, a.ne[0], blockIdx.x);
     for (int i = threadIdx.x; i < N_BINS; i += blockDim.x) room.bins[i] = 0;
 }
 
 KERNEL(256) top_count(TopCount a) {
+    begin();
     __shared__ u32 bins[N_BINS];
     Room room = room_of(a.room, a.ne[0], blockIdx.x);
     const char* x = (const char*)a.x + row_offset(blockIdx.x, a.ne, a.x_nb);
@@ -190,6 +197,7 @@ DEVICE void find_last(const u32* bins, i64 k, u32* sums, u32* found) {
 }
 
 KERNEL(256) top_gather(TopGather a) {
+    begin();
     __shared__ u32 sums[256], found[2], of_warps[8];
     Room room = room_of(a.room, a.ne[0], blockIdx.x);
     find_last(room.bins, a.k, sums, found);
@@ -247,6 +255,7 @@ DEVICE u64 nth_in_bin(const char* x, const TopFinish& a, u32 bin, u32 m, u32* co
 }
 
 KERNEL(1024) top_finish(TopFinish a) {
+    begin();
     __shared__ u64 keys[SORTED], found[2];
     __shared__ u32 counts[256], ends[MAX_PARTS];
     __shared__ u32 n_kept, n_taken;

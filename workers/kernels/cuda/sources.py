@@ -40,9 +40,10 @@ def _file(name: str) -> str:
 
 
 SHARED = {
-    **dict.fromkeys(("packing", "products"), ("formats.cuh",)), **dict.fromkeys(("paged", "attention"), ("softmax.cuh",)),
-    **dict.fromkeys(("elements", "rows", "sorts", "moves"), ("strided.cuh",)), "blocks": ("strided.cuh", "blocks.cuh"),
-}  # fmt: skip
+    "packing": ("formats.cuh",), "products": ("formats.cuh", "units.cuh"), "columns": ("columns.cuh",),
+    "attention": ("softmax.cuh",), "paged": ("softmax.cuh", "columns.cuh"), "sorts": ("strided.cuh",), "moves": ("strided.cuh",),
+    "elements": ("strided.cuh", "columns.cuh"), "rows": ("strided.cuh", "columns.cuh"), "blocks": ("strided.cuh", "blocks.cuh"),
+}
 """Headers of a file besides those that all have."""
 
 
