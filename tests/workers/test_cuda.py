@@ -246,7 +246,8 @@ class FakeCUDA:
         runtime, driver, cuda, cupy = (ModuleType(n) for n in ("cupy.cuda.runtime", "cupy.cuda.driver", "cupy.cuda", "cupy"))
         vars(runtime).update(
             CUDARuntimeError=self.CUDARuntimeError, memGetInfo=self.info, runtimeGetVersion=lambda: 12090,
-            driverGetVersion=lambda: 12020, memcpyAsync=self.copy, memcpyHostToDevice=1, memcpyDeviceToHost=2, memcpyDeviceToDevice=3, memsetAsync=self.set,
+            driverGetVersion=lambda: 12020, memcpyAsync=self.copy, memcpyHostToDevice=1, memcpyDeviceToHost=2,
+            memcpyDeviceToDevice=3, memsetAsync=self.set,
             eventQuery=self.query, getDeviceProperties=lambda index: {"name": b"Fake GPU"},
         )  # fmt: skip
         vars(driver).update(CUDADriverError=self.CUDADriverError, moduleLoadData=len, launchKernel=self.launch,
