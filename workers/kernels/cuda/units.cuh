@@ -132,26 +132,47 @@ DEVICE void load(const Planes& p, const Row& r, i64 group, int n, int t, Units& 
 }
 
 #if CODES
-DEVICE u32 byte_of(const u32 (&words)[4], int i) { return words[i / 4] >> 8 * (i % 4) & 255; }
+// Bytes i and i again of a word, each as a half from 1024 on.
+DEVICE u32 byte_twice(u32 word, u32 i) { return choose_bytes(word, 0x64646464u, 0x4040u + 0x0101u * i); }
+DEVICE u32 low_twice(u32 word) { return choose_bytes(word, 0, 0x1010); }
+DEVICE u32 high_twice(u32 word) { return choose_bytes(word, 0, 0x3232); }
 
-// Scale and minimum of a thread's units of chunk c of a group; odd: the second group of a block of 256.
-DEVICE Scale unit_scale(const Units& u, int c, int odd, int t) {
-    u8 scales[16], more[4];
-#if SUPER
-    for (int i = 0; i < SCALE_BYTES; i++) scales[i] = (u8)byte_of(u.scales, i);
-    for (int i = 0; i < MORE_BYTES; i++) more[i] = (u8)(u.more >> 8 * i);
-    // both are worked out, so that no index into registers depends on the group
-    Scale low = scale_of(scales, more, c, 0), high = scale_of(scales, more, c + GROUP, 0);
-    if (SCALE_BYTES != 8 && !IS(Q4_K) && !IS(Q5_K)) {
-        Scale low1 = scale_of(scales, more, c, 1), high1 = scale_of(scales, more, c + GROUP, 1);
-        low.scale = t < 2 ? low.scale : low1.scale, high.scale = t < 2 ? high.scale : high1.scale;
-        low.min = t < 2 ? low.min : low1.min, high.min = t < 2 ? high.min : high1.min;
-    }
-    low.scale = odd ? high.scale : low.scale, low.min = odd ? high.min : low.min;
-    return low;
-#else
-    for (int i = 0; i < SCALE_BYTES; i++) scales[i] = (u8)byte_of(u.scales, c * SCALE_BYTES + i);
-    return scale_of(scales, more, 0, 0);
+// What the codes of a thread's units of chunk c are multiplied by, and what is added then, each twice in a word and LARGER times
+// as large; odd: the second group of a block of 256. Whole numbers times a half are rounded once.
+DEVICE void unit_scale(const Units& u, int c, int odd, int t, u32& scale, u32& more) {
+    const u32 larger = 0x54005400u, smaller = 0xd400d400u;  // LARGER and -LARGER
+    more = 0;
+#if IS(Q4_0) || IS(Q5_0) || IS(Q8_0) || IS(IQ4_NL)
+    scale = mul_halves(c % 2 ? high_twice(u.scales[c / 2]) : low_twice(u.scales[c / 2]), larger);
+#elif IS(Q4_1) || IS(Q5_1)
+    scale = mul_halves(low_twice(u.scales[c]), larger);
+    more = mul_halves(high_twice(u.scales[c]), larger);
+#elif IS(MXFP4)
+    u8 e = (u8)(u.scales[0] >> 8 * c);
+    float s = scale_of(&e, &e, 0, 0).scale * LARGER;
+    scale = halves_of(s, s);
+#elif IS(Q4_K) || IS(Q5_K)
+    const u32 six = 0x3f3f3f3fu, four = 0x0f0f0f0fu, top = 0x30303030u;
+    u32 a = u.scales[1], b = u.scales[2], d = u.scales[3];
+    u32 n = odd ? (d & four) | (a >> 2 & top) : a & six, m = odd ? (d >> 4 & four) | (b >> 2 & top) : b & six;
+    scale = mul_halves(sub_halves(byte_twice(n, c), 0x64006400u), mul_halves(low_twice(u.scales[0]), larger));
+    more = mul_halves(sub_halves(byte_twice(m, c), 0x64006400u), mul_halves(high_twice(u.scales[0]), smaller));
+#elif IS(Q6_K)
+    u32 n = (odd ? u.scales[2 + c / 2] : u.scales[c / 2]) ^ 0x80808080u;
+    scale = mul_halves(sub_halves(byte_twice(n, 2 * (c % 2) + t / 2), 0x64806480u), mul_halves(low_twice(u.more), larger));
+#elif IS(Q2_K)
+    u32 w = odd ? u.scales[2 + c / 2] : u.scales[c / 2], i = 2 * (c % 2) + t / 2;
+    u32 n = byte_twice(w & 0x0f0f0f0fu, i), m = byte_twice(w >> 4 & 0x0f0f0f0fu, i);
+    scale = mul_halves(sub_halves(n, 0x64006400u), mul_halves(low_twice(u.more), larger));
+    more = mul_halves(sub_halves(m, 0x64006400u), mul_halves(high_twice(u.more), smaller));
+#elif IS(Q3_K)
+    u32 n = (u.scales[c / 2] >> 4 * odd & 0x0f0f0f0fu) | (u.scales[2] >> (4 * odd + 2 * (c / 2)) & 0x03030303u) << 4;
+    n = byte_twice(n, 2 * (c % 2) + t / 2);
+    scale = mul_halves(sub_halves(n, 0x64206420u), mul_halves(low_twice(u.more), larger));
+#elif IS(IQ4_XS)
+    u32 low = u.scales[1] >> 16 * odd >> 4 * c, high = u.scales[0] >> (16 + 8 * odd) >> 2 * c;
+    u32 n = byte_twice((low & 15) | (high & 3) << 4, 0);
+    scale = mul_halves(sub_halves(n, 0x64206420u), mul_halves(low_twice(u.scales[0]), larger));
 #endif
 }
 
@@ -196,14 +217,13 @@ DEVICE void weights(const Units& u, int c, int odd, int t, u32 (&v)[4]) {
 #if WORD_BYTES
     for (int i = 0; i < 4; i++) v[i] = u.words[4 * c + i];
 #else
-    Scale s = unit_scale(u, c, odd, t);
-    u32 scale = halves_of(s.scale * LARGER, s.scale * LARGER);
-    u32 zero = halves_of(1024.0f + (HAS_TABLE ? 128 : ZERO), 1024.0f + (HAS_TABLE ? 128 : ZERO));
+    u32 scale, more, zero = halves_of(1024.0f + (HAS_TABLE ? 128 : ZERO), 1024.0f + (HAS_TABLE ? 128 : ZERO));
+    unit_scale(u, c, odd, t, scale, more);
     code_pairs(u, c, v);
     for (int i = 0; i < 4; i++) {
         v[i] = sub_halves(v[i], zero);
 #if HAS_MIN
-        v[i] = fma_halves(v[i], scale, halves_of(-s.min * LARGER, -s.min * LARGER));
+        v[i] = fma_halves(v[i], scale, more);
 #else
         v[i] = mul_halves(v[i], scale);
 #endif
