@@ -130,10 +130,13 @@ class Binder:
         self, node: Node, argument: Launch, x: int, y: int = 1, threads: int = 256, shared: int = 0, **macros: object
     ) -> None:
         """A kernel of so many blocks, compiled with these macros; `shared`: as `Grid` has it."""
-        given = tuple(sorted((name, str(value)) for name, value in macros.items()))
-        kernel = Kernel(argument.file, argument.function, given)
-        grid = Grid(x, y, threads, shared)
-        self.steps.append(Launched(self.driver.function(kernel, self.tick), grid, argument, node.index))
+        function = self.driver.function(self.kernel(argument, **macros), self.tick)
+        self.steps.append(Launched(function, Grid(x, y, threads, shared), argument, node.index))
+
+    @staticmethod
+    def kernel(argument: Launch, **macros: object) -> Kernel:
+        """What a launch runs."""
+        return Kernel(argument.file, argument.function, tuple(sorted((name, str(value)) for name, value in macros.items())))
 
 
 def ceil_div(n: int, size: int) -> int:

@@ -12,11 +12,12 @@ from typing import NamedTuple
 from protocol.dtypes import TYPES, GGMLType, tensor_bytes
 from protocol.graph import Tensor
 from workers.devices.bindings import Bindings
-from workers.devices.cuda.binding import BF16, F16, F32, I32, Binder, ceil_div
+from workers.devices.cuda.binding import BF16, F16, F32, I32, Binder, Launched, ceil_div
 from workers.devices.cuda.moves import get_plain_rows
 from workers.devices.lower import SCRATCH, Node, Span
-from workers.kernels.cuda.planes import CHUNK, TILE, format_of, multiplied
+from workers.kernels.cuda.planes import CHUNK, GROUP, TILE, format_of, multiplied
 from workers.kernels.cuda.product_launches import (
+    NO_PART,
     ExpertProduct,
     GetWeightRows,
     Halve,
@@ -24,6 +25,7 @@ from workers.kernels.cuda.product_launches import (
     PlainProduct,
     Product,
     Route,
+    single,
 )
 
 BINDINGS = Bindings()
@@ -37,14 +39,17 @@ TILES = ((8, 1, 1), (16, 1, 2), (32, 2, 4))
 depend on it.
 """
 LARGEST = (2, 8)
+BLOCKS_EACH = 2
+"""Blocks of a product that a processor has at a time."""
 
 
 class Matrix(NamedTuple):
-    """Packed weights: their type, where they lie, and rows of the whole tensor."""
+    """Packed weights: their type, where they lie, and rows of the whole tensor. `fixed`: no launch of the plan packs them."""
 
     type: GGMLType
     at: int
     n_rows: int
+    fixed: bool
 
 
 class Columns(NamedTuple):
@@ -64,19 +69,19 @@ def _packed(b: Binder, n: Node, i: int) -> Matrix | None:
     t = b.tensors[i]
     buffer = b.buffers.get(t.buffer) if t.op == "NONE" else None
     if buffer is not None and buffer.packed.get(t.offset, (None, None))[:2] == (t.type, t.ne):
-        return Matrix(GGMLType(t.type), b.address(i), t.n_rows)
+        return Matrix(GGMLType(t.type), b.address(i), t.n_rows, True)
     if not t.contiguous:
         return None
     if t.type not in PLAIN and not multiplied(t.type, t.ne[0]):
         wide = b.weights.widened(buffer, t, b.tick)
-        return None if wide is None else Matrix(F16, wide, t.n_rows)
+        return None if wide is None else Matrix(F16, wide, t.n_rows, True)
     if t.type == F32 or not multiplied(t.type, t.ne[0]) or (t.ne[2] * t.ne[3] > 1 and t.ne[1] % TILE):
         return None
     at = b.more(tensor_bytes(t.type, t.ne) + 16 * 5)  # each plane begins at a multiple of 16
     blocks = t.n_elements // max(CHUNK, TYPES[t.type].block)
     pack = Pack(raw=b.address(i), packed=at, n_rows=t.n_rows, k=t.ne[0], first=0, n=t.n_rows)
     b.add(n, pack, ceil_div(blocks, 128), 1, 128, FORMAT=format_of(t.type))
-    return Matrix(GGMLType(t.type), at, t.n_rows)
+    return Matrix(GGMLType(t.type), at, t.n_rows, False)
 
 
 def _columns(b: Binder, n: Node, wide: bool) -> Columns | None:
@@ -114,10 +119,30 @@ def mul_mat(b: Binder, n: Node) -> bool:
     for batch in batches:
         first = ((batch // z.ne[2]) // r3 * a.ne[2] + batch % z.ne[2] // r2) * a.ne[1] if len(batches) > 1 else 0
         at = batch * z.ne[1]
-        product = Product(w=w.at, n_all=w.n_rows, first=first, n_rows=a.ne[1], k=a.ne[0], x=x.at + at * x.row, x_row=x.row,
-                          scales=x.scales + 4 * at, n=count, y=y + 4 * a.ne[1] * at, y_row=4 * a.ne[1])  # fmt: skip
-        b.add(n, product, ceil_div(a.ne[1], TILE * mt), ceil_div(count, 8 * nt), FORMAT=format_of(w.type), MT=mt, NT=nt)
+        product = Product(x=x.at + at * x.row, x_row=x.row, scales=x.scales + 4 * at, n=count, k=a.ne[0], fixed=w.fixed,
+                          n_tiles=ceil_div(a.ne[1], TILE * mt), begin=(0, NO_PART, NO_PART, NO_PART), w=single(w.at),
+                          n_all=single(w.n_rows), first=single(first), n_rows=single(a.ne[1]),
+                          y=single(y + 4 * a.ne[1] * at), y_row=single(4 * a.ne[1]))  # fmt: skip
+        _add_product(b, n, product, ceil_div(count, 8 * nt), **_macros(w, a.ne[0], mt, nt))
     return True
+
+
+def _macros(w: Matrix, k: int, mt: int, nt: int) -> dict[str, object]:
+    """What a product of tiles of that size is compiled with."""
+    return {"FORMAT": format_of(w.type), "MT": mt, "NT": nt, "REST": int(k % GROUP != 0 or w.n_rows % TILE != 0)}
+
+
+def _add_product(b: Binder, n: Node, product: Product, n_column_tiles: int, **macros: object) -> None:
+    """As one launch with the one before it, when that has the same columns and the same kind of weights."""
+    kernel = b.kernel(product, **macros)
+    last = b.steps[-1] if b.steps else None
+    if isinstance(last, Launched) and isinstance(last.argument, Product) and last.function is b.driver.function(kernel):
+        joined = last.argument.joined(product)
+        if joined is not None:
+            del b.steps[-1]
+            product = joined
+    blocks = min(product.n_tiles, BLOCKS_EACH * b.driver.facts.n_processors)
+    b.add(n, product, blocks, n_column_tiles, **macros)
 
 
 def _plain(b: Binder, n: Node) -> bool:
@@ -156,7 +181,7 @@ def mul_mat_id(b: Binder, n: Node) -> bool:
     product = ExpertProduct(w=w.at, n_all=w.n_rows, first=0, n_rows=a.ne[1], k=a.ne[0], x=x.at, x_row=x.row, scales=x.scales,
                             n_slots=z.ne[1], n_used=n_used, pairs=pairs, tiles=tiles, y=b.address(n.index),
                             y_row=4 * a.ne[1])  # fmt: skip
-    b.add(n, product, ceil_div(a.ne[1], TILE * mt), n_tiles, FORMAT=format_of(w.type), MT=mt, NT=nt)
+    b.add(n, product, ceil_div(a.ne[1], TILE * mt), n_tiles, **_macros(w, a.ne[0], mt, nt))
     return True
 
 

@@ -13,7 +13,8 @@ typedef unsigned long long u64;
 
 #define INFINITE __int_as_float(0x7f800000)
 #define DEVICE __device__ __forceinline__
-#define KERNEL(n_threads) extern "C" __global__ void __launch_bounds__(n_threads)
+// Of how many threads a block has at most, and how many blocks a processor is to have at once, if that is said.
+#define KERNEL(...) extern "C" __global__ void __launch_bounds__(__VA_ARGS__)
 // Shared memory whose size the launch says (`Grid.shared`): `bytes`, as the kernel counts them.
 #define ROOM(name, bytes) extern __shared__ __align__(128) u8 name[]
 
@@ -93,6 +94,13 @@ DEVICE u32 fma_halves(u32 a, u32 b, u32 c) {
 
 // Bytes of b:a (a has numbers 0 to 3), chosen by the low three bits of each nibble of `which`.
 DEVICE u32 choose_bytes(u32 a, u32 b, u32 which) { return __byte_perm(a, b, which); }
+
+// The bits of x that a mask has, and all of y.
+DEVICE u32 keep_bits(u32 x, u32 mask, u32 y) {
+    u32 v;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(v) : "r"(x), "r"(mask), "r"(y));
+    return v;
+}
 
 // Sixteen bytes that are read once.
 DEVICE uint4 stream16(const void* at) {
