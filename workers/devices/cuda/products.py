@@ -67,6 +67,8 @@ def _tile(n: int) -> tuple[int, int]:
 def _packed(b: Binder, n: Node, i: int) -> Matrix | None:
     """Source `i` as products read it; None where they do not take it."""
     t = b.tensors[i]
+    if t.n_rows * ceil_div(t.ne[0], CHUNK) >= 1 << 32:  # as kernels count
+        return None
     buffer = b.buffers.get(t.buffer) if t.op == "NONE" else None
     if buffer is not None and buffer.packed.get(t.offset, (None, None))[:2] == (t.type, t.ne):
         return Matrix(GGMLType(t.type), b.address(i), t.n_rows, True)

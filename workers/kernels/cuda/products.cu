@@ -12,34 +12,48 @@
 constexpr int SCALE_WORDS = SUPER ? SCALE_BYTES / 4 : SCALE_BYTES;
 constexpr int UNIT_WORDS =
     (WORD_BYTES + BYTE_BYTES + NIBBLE_BYTES + TWO_BYTES + ONE_BYTES) / 4 + SCALE_WORDS + (MORE_BYTES ? 1 : 0);
-// Groups of a warp that are on their way at once, in so many registers.
-constexpr int AHEAD_WORDS = REST ? 40 : 80, FITS = AHEAD_WORDS / (2 * MT * UNIT_WORDS), AHEAD = FITS >= 4 ? 4 : FITS >= 2 ? 2 : 1;
-
-// Blocks that share a processor: so few that their threads have registers for all of that.
+#ifndef AHEAD
+// Groups of a warp that are on their way at once, as registers have room for them.
+constexpr int FITS = (REST ? 32 : 48) / (2 * MT * UNIT_WORDS), AHEAD = FITS >= 4 ? 4 : FITS >= 2 ? 2 : 1;
+// Blocks that share a processor.
 #define BLOCKS (MT * NT <= 2 ? 2 : 1)
+#endif
 
 // Sums of a tile in registers: of matrix m and columns j, as mma_halves has them.
 typedef float Sums[MT][NT][4];
 
-// Rows of a packed tensor from `row` on, a multiple of 16.
+// Rows of a packed tensor from `row` on, a multiple of 16; `part`: which of the launch's tensors.
 struct Rows {
+    int part;
     i64 w, n_all, row;
 };
 
 // Whole tiles of 16 rows are read ahead, whole groups of them.
 DEVICE bool whole_tile(const Rows& rows) { return !REST || rows.n_all % TILE == 0; }
 
-// Where a thread's units of each begin.
+// What is read next: chunks of the rows before those of a tile, and of all rows.
 struct Ahead {
-    Source source[MT];
+    int part;
+    Source source;
+    u32 before, all;
 };
 
 DEVICE void seek(Ahead& ahead, const Rows& rows, i64 k) {
-    Planes p = planes_of(rows.w, rows.n_all, k);
+    u32 n_chunks = (u32)k / 32;
+    if (rows.part != ahead.part) {
+        ahead.part = rows.part;
+        ahead.source = source_of(planes_of(rows.w, rows.n_all, k), threadIdx.x % WARP);
+        ahead.all = (u32)rows.n_all * n_chunks;
+    }
+    ahead.before = (u32)rows.row * n_chunks;
+}
+
+DEVICE void load_ahead(const Ahead& ahead, u32 group, i64 k, Units (&to)[MT][2]) {
 #pragma unroll
     for (int m = 0; m < MT; m++) {
-        i64 row = rows.row + TILE * m;  // beyond the end: some row; nobody takes what comes of it
-        ahead.source[m] = source_of(p, (row < rows.n_all ? row : rows.row) / TILE, threadIdx.x % WARP);
+        u32 before = ahead.before + m * TILE * ((u32)k / 32);
+        if (m && before >= ahead.all) before = ahead.before;  // some rows; nobody takes what comes of them
+        for (int i = 0; i < 2; i++) load_units(ahead.source, before + group * (TILE * GROUP), i, to[m][i]);
     }
 }
 
@@ -99,18 +113,15 @@ DEVICE void multiply(
     // a warp's turns for a tile, as many as make every tile begin with the first of `units`
     u32 turns = (n_whole + N_WARPS * AHEAD - 1) / (N_WARPS * AHEAD) * AHEAD;
     Units units[AHEAD][MT][2];
-    Ahead ahead;
+    Ahead ahead = {-1};
     int next_tile = 0;
     u32 next_turn = 0;
     auto load_next = [&](Units(&to)[MT][2]) {
         if (next_tile >= n_tiles) return;
-        if (next_turn == 0) seek(ahead, tile(next_tile), k);
+        Rows rows = tile(next_tile);
+        if (next_turn == 0) seek(ahead, rows, k);
         u32 group = warp + N_WARPS * next_turn;
-        if (whole_tile(tile(next_tile)) && group < n_whole) {
-#pragma unroll
-            for (int m = 0; m < MT; m++)
-                for (int i = 0; i < 2; i++) load_units(ahead.source[m], group, i, to[m][i]);
-        }
+        if (whole_tile(rows) && group < n_whole) load_ahead(ahead, group, k, to);
         if (++next_turn == turns) next_tile++, next_turn = 0;
     };
     if (turns) {
@@ -165,7 +176,7 @@ KERNEL(256, BLOCKS) product(Product a) {
         [&](int i) {
             i64 tile = blockIdx.x + (i64)i * gridDim.x;
             int part = part_of(a, tile);
-            return Rows{a.w[part], a.n_all[part], a.first[part] + (tile - a.begin[part]) * (TILE * MT)};
+            return Rows{part, a.w[part], a.n_all[part], a.first[part] + (tile - a.begin[part]) * (TILE * MT)};
         },
         [&] { previous_done(); }, columns, left,
         [&](int i, int row, int column, float sum) {
@@ -188,7 +199,7 @@ KERNEL(256, BLOCKS) expert_product(ExpertProduct a) {
     const u8* columns[NT];
     for (int j = 0; j < NT; j++) columns[j] = (const u8*)(a.x + column_of(pairs[min((i64)(8 * j + g), n - 1)]) * a.x_row) + 16 * t;
     multiply(
-        a.k, 1, [&](int) { return Rows{a.w, a.n_all, first + row0}; }, [] {}, columns, n,
+        a.k, 1, [&](int) { return Rows{0, a.w, a.n_all, first + row0}; }, [] {}, columns, n,
         [&](int, int row, int column, float sum) {
             i64 r = row0 + row, pair = pairs[column];
             if (r < a.n_rows) ((float*)(a.y + pair * a.y_row))[r] = sum * (((const float*)a.scales)[column_of(pair)] * UNDO);

@@ -6,9 +6,10 @@
 #define MULTIPLY mma_halves
 #endif
 
-// Scales are taken 64 times as large: weights of trained models would else have halves that are subnormal.
-#define LARGER 64.0f
-#define UNDO (CODES ? 1 / LARGER : 1.0f)
+// Codes are taken 32 times as large: weights of trained models would else be halves that are subnormal.
+#define LARGER_BITS 5
+#define LARGER (1 << LARGER_BITS)
+#define UNDO (CODES ? 1.0f / LARGER : 1.0f)
 
 // What a thread reads of a row's group: its units of four chunks, and their scales.
 struct Units {
@@ -38,26 +39,26 @@ struct Units {
         (to)[0] = v.x, (to)[1] = v.y, (to)[2] = v.z, (to)[3] = v.w; \
     }
 
-// Where a thread's units of a whole tile of 16 rows begin.
+// Where a thread's units begin of a packed tensor whose rows are in whole tiles of 16.
 struct Source {
     const u8 *codes, *twos, *ones, *scales, *more;
 };
 
-DEVICE Source source_of(const Planes& p, i64 tile, int lane) {
-    i64 before = tile * TILE * p.n_chunks;
+DEVICE Source source_of(const Planes& p, int lane) {
     int g = lane / 4;
     Source s;
-    s.codes = p.codes + before * (WORD_BYTES + BYTE_BYTES + NIBBLE_BYTES) + 16 * lane;
-    s.twos = p.twos + before * TWO_BYTES + TWO_BYTES * lane;
-    s.ones = p.ones + before * ONE_BYTES + ONE_BYTES * lane;
-    s.scales = p.scales + (SUPER ? before / BLOCK_CHUNKS + g : before + g * GROUP) * SCALE_BYTES;
-    s.more = p.more + (before / BLOCK_CHUNKS + g) * MORE_BYTES;
+    s.codes = p.codes + 16 * lane;
+    s.twos = p.twos + TWO_BYTES * lane;
+    s.ones = p.ones + ONE_BYTES * lane;
+    s.scales = p.scales + (SUPER ? g : GROUP * g) * SCALE_BYTES;
+    s.more = p.more + g * MORE_BYTES;
     return s;
 }
 
-// A whole group of them: of rows g for half 0, g + 8 for half 1. What `load_group` gives, with less to work out.
-DEVICE void load_units(const Source& s, u32 group, int half, Units& u) {
-    const u8* codes = s.codes + group * (TILE * GROUP * (WORD_BYTES + BYTE_BYTES + NIBBLE_BYTES)) + half * 512;
+// A whole group of them: of rows g for half 0, g + 8 for half 1. What `load_group` gives, with less to work out. `before`: chunks of
+// all rows before those of this group.
+DEVICE void load_units(const Source& s, u32 before, int half, Units& u) {
+    const u8* codes = s.codes + (u64)before * (WORD_BYTES + BYTE_BYTES + NIBBLE_BYTES) + half * 512;
 #if WORD_BYTES
     for (int i = 0; i < 4; i++) SET16(u.words + 4 * i, codes + 1024 * i);
 #elif BYTE_BYTES
@@ -66,15 +67,15 @@ DEVICE void load_units(const Source& s, u32 group, int half, Units& u) {
     SET16(u.nibbles, codes);
 #endif
 #if TWO_BYTES
-    uint2 twos = *(const uint2*)(s.twos + group * (TILE * GROUP * TWO_BYTES) + half * 256);
+    uint2 twos = *(const uint2*)(s.twos + (u64)before * TWO_BYTES + half * 256);
     u.twos[0] = twos.x, u.twos[1] = twos.y;
 #endif
 #if ONE_BYTES
-    u.ones = *(const u32*)(s.ones + group * (TILE * GROUP * ONE_BYTES) + half * 128);
+    u.ones = *(const u32*)(s.ones + (u64)before * ONE_BYTES + half * 128);
 #endif
 #if CODES
-    const u8* scales = s.scales + (SUPER ? group / 2 * (TILE * SCALE_BYTES) + half * (8 * SCALE_BYTES)
-                                         : group * (TILE * GROUP * SCALE_BYTES) + half * (8 * GROUP * SCALE_BYTES));
+    u64 blocks = SUPER ? before / (TILE * BLOCK_CHUNKS) * TILE : before;
+    const u8* scales = s.scales + blocks * SCALE_BYTES + half * 8 * (SUPER ? 1 : GROUP) * SCALE_BYTES;
     const int n_words = SUPER ? SCALE_BYTES / 4 : SCALE_BYTES;
     if (n_words == 4) SET16(u.scales, scales);
     if (n_words == 2) {
@@ -83,8 +84,8 @@ DEVICE void load_units(const Source& s, u32 group, int half, Units& u) {
     }
     if (n_words % 2)
         for (int i = 0; i < n_words; i++) u.scales[i] = ((const u32*)scales)[i];
-    if (MORE_BYTES == 2) u.more = *(const u16*)(s.more + group / 2 * (TILE * MORE_BYTES) + half * (8 * MORE_BYTES));
-    if (MORE_BYTES == 4) u.more = *(const u32*)(s.more + group / 2 * (TILE * MORE_BYTES) + half * (8 * MORE_BYTES));
+    if (MORE_BYTES == 2) u.more = *(const u16*)(s.more + blocks * MORE_BYTES + half * 8 * MORE_BYTES);
+    if (MORE_BYTES == 4) u.more = *(const u32*)(s.more + blocks * MORE_BYTES + half * 8 * MORE_BYTES);
 #endif
 }
 
@@ -187,64 +188,65 @@ DEVICE u32 byte_twice(u32 word, u32 i) { return choose_bytes(word, 0x64646464u, 
 DEVICE u32 low_twice(u32 word) { return choose_bytes(word, 0, 0x1010); }
 DEVICE u32 high_twice(u32 word) { return choose_bytes(word, 0, 0x3232); }
 
-#define LARGER_HALVES 0x54005400u
-#define LESS_LARGER_HALVES 0xd400d400u
+// A half twice in a word times LARGER, or less than nothing.
+DEVICE u32 larger(u32 v) { return mul_halves(v, 0x50005000u); }
+DEVICE u32 less(u32 v) { return mul_halves(v, 0xd000d000u); }
 
-// What the codes of a thread's units of chunk c are multiplied by, and what is added then, each twice in a word and LARGER times
-// as large; odd: the second group of a block of 256. Whole numbers times a half are rounded once.
+// What the codes of a thread's units of chunk c are multiplied by, and what is added then, LARGER times as large, each twice in a
+// word; odd: the second group of a block of 256. Whole numbers times a half are rounded once.
 DEVICE void unit_scale(const Units& u, int c, int odd, int t, u32& scale, u32& more) {
     more = 0;
 #if IS(Q4_0) || IS(Q5_0) || IS(Q8_0) || IS(IQ4_NL)
-    scale = mul_halves(c % 2 ? high_twice(u.scales[c / 2]) : low_twice(u.scales[c / 2]), LARGER_HALVES);
+    scale = c % 2 ? high_twice(u.scales[c / 2]) : low_twice(u.scales[c / 2]);
 #elif IS(Q4_1) || IS(Q5_1)
-    scale = mul_halves(low_twice(u.scales[c]), LARGER_HALVES);
-    more = mul_halves(high_twice(u.scales[c]), LARGER_HALVES);
+    scale = low_twice(u.scales[c]);
+    more = larger(high_twice(u.scales[c]));
 #elif IS(MXFP4)
     u8 e = (u8)(u.scales[0] >> 8 * c);
-    float s = scale_of(&e, &e, 0, 0).scale * LARGER;
+    float s = scale_of(&e, &e, 0, 0).scale;
     scale = halves_of(s, s);
 #elif IS(Q4_K) || IS(Q5_K)
-    const u32 six = 0x3f3f3f3fu, four = 0x0f0f0f0fu, top = 0x30303030u;
-    u32 a = u.scales[1], b = u.scales[2], d = u.scales[3];
-    u32 n = odd ? (d & four) | (a >> 2 & top) : a & six, m = odd ? (d >> 4 & four) | (b >> 2 & top) : b & six;
-    scale = mul_halves(sub_halves(byte_twice(n, c), 0x64006400u), mul_halves(low_twice(u.scales[0]), LARGER_HALVES));
-    more = mul_halves(sub_halves(byte_twice(m, c), 0x64006400u), mul_halves(high_twice(u.scales[0]), LESS_LARGER_HALVES));
+    // six bits each: the first four lie together, of the others the high two bits lie above those
+    u32 low = odd ? 0x0f0f0f0fu : 0x3f3f3f3fu, top = odd ? 0x30303030u : 0;
+    u32 n = keep_bits(u.scales[1] >> 2, top, (odd ? u.scales[3] : u.scales[1]) & low);
+    u32 m = keep_bits(u.scales[2] >> 2, top, (odd ? u.scales[3] >> 4 : u.scales[2]) & low);
+    scale = mul_halves(sub_halves(byte_twice(n, c), 0x64006400u), low_twice(u.scales[0]));
+    more = mul_halves(sub_halves(byte_twice(m, c), 0x64006400u), less(high_twice(u.scales[0])));
 #elif IS(Q6_K)
     u32 n = (odd ? u.scales[2 + c / 2] : u.scales[c / 2]) ^ 0x80808080u;
-    scale = mul_halves(sub_halves(byte_twice(n, 2 * (c % 2) + t / 2), 0x64806480u), mul_halves(low_twice(u.more), LARGER_HALVES));
+    scale = mul_halves(sub_halves(byte_twice(n, 2 * (c % 2) + t / 2), 0x64806480u), low_twice(u.more));
 #elif IS(Q2_K)
     u32 w = odd ? u.scales[2 + c / 2] : u.scales[c / 2], i = 2 * (c % 2) + t / 2;
     u32 n = byte_twice(w & 0x0f0f0f0fu, i), m = byte_twice(w >> 4 & 0x0f0f0f0fu, i);
-    scale = mul_halves(sub_halves(n, 0x64006400u), mul_halves(low_twice(u.more), LARGER_HALVES));
-    more = mul_halves(sub_halves(m, 0x64006400u), mul_halves(high_twice(u.more), LESS_LARGER_HALVES));
+    scale = mul_halves(sub_halves(n, 0x64006400u), low_twice(u.more));
+    more = mul_halves(sub_halves(m, 0x64006400u), less(high_twice(u.more)));
 #elif IS(Q3_K)
     u32 n = (u.scales[c / 2] >> 4 * odd & 0x0f0f0f0fu) | (u.scales[2] >> (4 * odd + 2 * (c / 2)) & 0x03030303u) << 4;
     n = byte_twice(n, 2 * (c % 2) + t / 2);
-    scale = mul_halves(sub_halves(n, 0x64206420u), mul_halves(low_twice(u.more), LARGER_HALVES));
+    scale = mul_halves(sub_halves(n, 0x64206420u), low_twice(u.more));
 #elif IS(IQ4_XS)
     u32 low = u.scales[1] >> 16 * odd >> 4 * c, high = u.scales[0] >> (16 + 8 * odd) >> 2 * c;
     u32 n = byte_twice((low & 15) | (high & 3) << 4, 0);
-    scale = mul_halves(sub_halves(n, 0x64206420u), mul_halves(low_twice(u.scales[0]), LARGER_HALVES));
+    scale = mul_halves(sub_halves(n, 0x64206420u), low_twice(u.scales[0]));
 #endif
 }
 
-// A whole number from 1 to 2047 as a half, twice in a word.
+// A whole number of at most eleven bits before the last that is not 0, as a half, twice in a word.
 DEVICE constexpr u32 whole_halves(u32 n) {
     u32 exponent = 0;
     while (n >> (exponent + 1)) exponent++;
-    u32 half = (15 + exponent) << 10 | (n << 10 >> exponent & 1023);
+    u32 half = (15 + exponent) << 10 | (exponent > 10 ? n >> (exponent - 10) : n << (10 - exponent)) % 1024;
     return half | half << 16;
 }
 
-// Halves of 1024 + 2^shift * code, as halves of code - ZERO.
+// Halves of 1024 + 2^shift * code, as halves of LARGER * (code - zero). What is added has at most eleven bits, so nothing is lost.
 template <int SHIFT>
-DEVICE u32 centred(u32 v) {
-    if (SHIFT == 0) return sub_halves(v, whole_halves(1024 + ZERO));
-    const u32 one = 0x3c003c00u - SHIFT * 0x04000400u;  // 2^-shift
-    return fma_halves(v, one, whole_halves((1024 >> SHIFT) + ZERO) | 0x80008000u);
+DEVICE u32 centred(u32 v, u32 zero) {
+    const u32 factor = (15 + LARGER_BITS - SHIFT) * 0x04000400u;  // LARGER / 2^shift
+    return fma_halves(v, factor, whole_halves(((1024 >> SHIFT) + zero) * LARGER) | 0x80008000u);
 }
 
-// The pair i of codes of chunk c, less ZERO. Bits are taken where they lie, as far as a half from 1024 on has room for them.
+// The pair i of codes of chunk c, less ZERO, LARGER times as large. Bits are taken where they lie, as far as a half from 1024 on has room for them.
 #if HAS_TABLE
 DEVICE void code_pairs(const Units& u, int c, u32 (&v)[4]) {
     u32 which = u.nibbles[c], far = (which & 0x88888888u) >> 1 | 0x32103210u;
@@ -253,14 +255,14 @@ DEVICE void code_pairs(const Units& u, int c, u32 (&v)[4]) {
     u32 odd = choose_bytes(choose_bytes(TABLE_0, TABLE_1, high), choose_bytes(TABLE_2, TABLE_3, high), far >> 16);
     for (int i = 0; i < 4; i++) {
         v[i] = choose_bytes(even, odd, (u32)(i | i << 4 | (4 + i) << 8 | i << 12));
-        v[i] = sub_halves(keep_bits(v[i], 0x00ff00ffu, 0x64006400u), whole_halves(1024 + 128));
+        v[i] = centred<0>(keep_bits(v[i], 0x00ff00ffu, 0x64006400u), 128);
     }
 }
 #elif BYTE_BYTES
 DEVICE void code_pairs(const Units& u, int c, u32 (&v)[4]) {
     for (int i = 0; i < 4; i++) {
         u32 bytes = u.bytes[2 * c + i / 2] ^ 0x80808080u;
-        v[i] = centred<0>(choose_bytes(bytes, 0x64646464u, i % 2 ? 0x4342u : 0x4140u));
+        v[i] = centred<0>(choose_bytes(bytes, 0x64646464u, i % 2 ? 0x4342u : 0x4140u), ZERO);
     }
 }
 #else
@@ -271,7 +273,7 @@ DEVICE u32 code_pair(u32 nibble, u32 two, u32 one) {
                          : keep_bits(two, 0x00030003u << shift, 0x64006400u);
     if (NIBBLE_BYTES && TWO_BYTES) v = keep_bits(two << (shift + bits - 2 * I), 0x00030003u << (shift + bits), v);
     if (ONE_BYTES) v = keep_bits(one << (shift + bits - I), 0x00010001u << (shift + bits), v);
-    return centred<shift>(v);
+    return centred<shift>(v, ZERO);
 }
 
 DEVICE void code_pairs(const Units& u, int c, u32 (&v)[4]) {
