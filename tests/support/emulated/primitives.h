@@ -55,6 +55,8 @@ DEVICE u32 fma_halves(u32 a, u32 b, u32 c) {
     return pair(emulated_fma((u16)a, (u16)b, (u16)c), emulated_fma((u16)(a >> 16), (u16)(b >> 16), (u16)(c >> 16)));
 }
 DEVICE u32 choose_bytes(u32 a, u32 b, u32 which) { return __byte_perm(a, b, which); }
+template <class T>
+DEVICE T held(T x) { return x; }
 DEVICE u32 keep_bits(u32 x, u32 mask, u32 y) { return (x & mask) | y; }
 DEVICE uint4 stream16(const void* at) { return *(const uint4*)at; }
 DEVICE void prefetch(const void*) {}

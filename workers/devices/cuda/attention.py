@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -152,7 +152,7 @@ def paged_attn(b: Binder, n: Node) -> bool:
         n_head=n_head, n_head_kv=k.ne[2], unit=how.unit, n_tiles=how.n_tiles, n_slots=how.n_slots, n_splits=how.n_splits,
         scale=n.params["scale"], softcap=n.params["logit_softcap"], sinks=sinks_at, y=y, parts=parts, sums=sums,
     )  # fmt: skip
-    macros = {"D": d, "DV": d_v, "ROWS": how.rows}
+    macros: dict[str, Any] = {"D": d, "DV": d_v, "ROWS": how.rows}
     b.add(n, attend, how.n_units * how.n_tiles * how.n_splits, k.ne[2] * how.n_slots, 128, **macros)
     if how.n_splits > 1:
         merge = launches.Merge(n_seen=b.address(src[4]), window=n.params["window"], n_head=n_head, n_splits=how.n_splits,

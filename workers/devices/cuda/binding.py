@@ -28,12 +28,13 @@ STATUS_BYTES = 256
 
 @dataclass(frozen=True, slots=True)
 class Launched:
-    """A kernel, and what it is called with."""
+    """A kernel, and what it is called with. `about`: what a binding notes of it for the next."""
 
     function: Function
     grid: Grid
     argument: Launch
     node: int
+    about: Mapping[str, object] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,11 +128,12 @@ class Binder:
         return True
 
     def add(
-        self, node: Node, argument: Launch, x: int, y: int = 1, threads: int = 256, shared: int = 0, **macros: object
-    ) -> None:
-        """A kernel of so many blocks, compiled with these macros; `shared`: as `Grid` has it."""
+        self, node: Node, argument: Launch, x: int, y: int = 1, threads: int = 256, shared: int = 0,
+        about: Mapping[str, object] | None = None, **macros: object,
+    ) -> None:  # fmt: skip
+        """A kernel of so many blocks, compiled with these macros; `shared`: as `Grid` has it, `about`: as `Launched`."""
         function = self.driver.function(self.kernel(argument, **macros), self.tick)
-        self.steps.append(Launched(function, Grid(x, y, threads, shared), argument, node.index))
+        self.steps.append(Launched(function, Grid(x, y, threads, shared), argument, node.index, about))
 
     @staticmethod
     def kernel(argument: Launch, **macros: object) -> Kernel:

@@ -7,7 +7,7 @@ their own.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from protocol.dtypes import TYPES, GGMLType, tensor_bytes
 from protocol.graph import Tensor
@@ -15,7 +15,7 @@ from workers.devices.bindings import Bindings
 from workers.devices.cuda.binding import BF16, F16, F32, I32, Binder, Launched, ceil_div
 from workers.devices.cuda.moves import get_plain_rows
 from workers.devices.lower import SCRATCH, Node, Span
-from workers.kernels.cuda.planes import CHUNK, GROUP, TILE, format_of, multiplied
+from workers.kernels.cuda.planes import CHUNK, GROUP, KINDS, TILE, format_of, multiplied
 from workers.kernels.cuda.product_launches import (
     NO_PART,
     ExpertProduct,
@@ -39,12 +39,16 @@ TILES = ((8, 1, 1), (16, 1, 2), (32, 2, 4))
 depend on it.
 """
 LARGEST = (2, 8)
-BLOCKS_EACH = 2
-"""Blocks of a product that a processor has at a time."""
+T = GGMLType
+LIGHT = (T.Q4_0, T.Q4_1, T.Q5_0, T.Q8_0, T.IQ4_NL, T.MXFP4, T.Q4_K)
+"""Types whose weights take so few registers that a processor has room for LIGHT_BLOCKS."""
+LIGHT_BLOCKS, MOST_BLOCKS = 4, 3
+"""Of a product that a processor has at a time: with many tiles many blocks, which hide each other's waits; with few
+tiles few blocks, whose threads have registers to read more ahead."""
 
 
 class Matrix(NamedTuple):
-    """Packed weights: their type, where they lie, and rows of the whole tensor. `fixed`: no launch of the plan packs them."""
+    """Packed weights: their type, where they lie, and rows of the whole tensor. `fixed`: no launch packs them."""
 
     type: GGMLType
     at: int
@@ -129,22 +133,29 @@ def mul_mat(b: Binder, n: Node) -> bool:
     return True
 
 
-def _macros(w: Matrix, k: int, mt: int, nt: int) -> dict[str, object]:
+def _macros(w: Matrix, k: int, mt: int, nt: int) -> dict[str, Any]:
     """What a product of tiles of that size is compiled with."""
     return {"FORMAT": format_of(w.type), "MT": mt, "NT": nt, "REST": int(k % GROUP != 0 or w.n_rows % TILE != 0)}
 
 
-def _add_product(b: Binder, n: Node, product: Product, n_column_tiles: int, **macros: object) -> None:
+def _blocks(n_tiles: int, n_processors: int, type_: GGMLType, mt: int, nt: int) -> int:
+    """How many blocks share a processor."""
+    most = (LIGHT_BLOCKS if type_ in LIGHT else MOST_BLOCKS) if mt * nt == 1 else 2
+    return max(1, min(ceil_div(n_tiles, n_processors), most))
+
+
+def _add_product(b: Binder, n: Node, product: Product, n_column_tiles: int, **macros: Any) -> None:
     """As one launch with the one before it, when that has the same columns and the same kind of weights."""
-    kernel = b.kernel(product, **macros)
     last = b.steps[-1] if b.steps else None
-    if isinstance(last, Launched) and isinstance(last.argument, Product) and last.function is b.driver.function(kernel):
+    if isinstance(last, Launched) and isinstance(last.argument, Product) and last.about == macros:
         joined = last.argument.joined(product)
         if joined is not None:
             del b.steps[-1]
             product = joined
-    blocks = min(product.n_tiles, BLOCKS_EACH * b.driver.facts.n_processors)
-    b.add(n, product, blocks, n_column_tiles, **macros)
+    n_processors = b.driver.facts.n_processors
+    each = _blocks(product.n_tiles * n_column_tiles, n_processors, KINDS[macros["FORMAT"]], macros["MT"], macros["NT"])
+    b.add(n, product, min(product.n_tiles, each * n_processors), n_column_tiles, about=macros, **macros,
+          BLOCKS=each)  # fmt: skip
 
 
 def _plain(b: Binder, n: Node) -> bool:
@@ -180,10 +191,12 @@ def mul_mat_id(b: Binder, n: Node) -> bool:
     route = Route(ids=b.address(n.tensor.src[2]), ids_row=ids.nb[1], n_used=n_used, n_tokens=n_tokens, n_experts=n_experts,
                   n_columns=8 * nt, pairs=pairs, tiles=tiles, n_tiles=n_tiles, status=b.status, node=n.index)  # fmt: skip
     b.add(n, route, 1, 1, 1024)
+    each = _blocks(ceil_div(a.ne[1], TILE * mt) * n_tiles, b.driver.facts.n_processors, w.type, mt, nt)
     product = ExpertProduct(w=w.at, n_all=w.n_rows, first=0, n_rows=a.ne[1], k=a.ne[0], x=x.at, x_row=x.row, scales=x.scales,
                             n_slots=z.ne[1], n_used=n_used, pairs=pairs, tiles=tiles, y=b.address(n.index),
                             y_row=4 * a.ne[1])  # fmt: skip
-    b.add(n, product, ceil_div(a.ne[1], TILE * mt), n_tiles, **_macros(w, a.ne[0], mt, nt))
+    b.add(n, product, ceil_div(a.ne[1], TILE * mt), n_tiles, **_macros(w, a.ne[0], mt, nt),
+          BLOCKS=each)
     return True
 
 

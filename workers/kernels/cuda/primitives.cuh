@@ -95,6 +95,16 @@ DEVICE u32 fma_halves(u32 a, u32 b, u32 c) {
 // Bytes of b:a (a has numbers 0 to 3), chosen by the low three bits of each nibble of `which`.
 DEVICE u32 choose_bytes(u32 a, u32 b, u32 which) { return __byte_perm(a, b, which); }
 
+// x, which is kept in registers where the compiler would rather work it out again.
+DEVICE u32 held(u32 x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+DEVICE const u8* held(const u8* x) {
+    asm volatile("" : "+l"(x));
+    return x;
+}
+
 // The bits of x that a mask has, and all of y.
 DEVICE u32 keep_bits(u32 x, u32 mask, u32 y) {
     u32 v;

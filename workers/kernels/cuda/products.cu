@@ -12,12 +12,9 @@
 constexpr int SCALE_WORDS = SUPER ? SCALE_BYTES / 4 : SCALE_BYTES;
 constexpr int UNIT_WORDS =
     (WORD_BYTES + BYTE_BYTES + NIBBLE_BYTES + TWO_BYTES + ONE_BYTES) / 4 + SCALE_WORDS + (MORE_BYTES ? 1 : 0);
-#ifndef AHEAD
-// Groups of a warp that are on their way at once, as registers have room for them.
-constexpr int FITS = (REST ? 32 : 48) / (2 * MT * UNIT_WORDS), AHEAD = FITS >= 4 ? 4 : FITS >= 2 ? 2 : 1;
-// Blocks that share a processor.
-#define BLOCKS (MT * NT <= 2 ? 2 : 1)
-#endif
+// Groups of a warp that are on their way at once: as registers have room for them when BLOCKS blocks share a processor.
+constexpr int AHEAD_WORDS = (BLOCKS == 1 ? 96 : BLOCKS == 2 ? 48 : BLOCKS == 3 ? 24 : 16) / (NT < 4 && !REST ? 1 : 2);
+constexpr int FITS = AHEAD_WORDS / (2 * MT * UNIT_WORDS), AHEAD = FITS >= 4 ? 4 : FITS >= 2 ? 2 : 1;
 
 // Sums of a tile in registers: of matrix m and columns j, as mma_halves has them.
 typedef float Sums[MT][NT][4];
@@ -34,17 +31,19 @@ DEVICE bool whole_tile(const Rows& rows) { return !REST || rows.n_all % TILE == 
 // What is read next: chunks of the rows before those of a tile, and of all rows.
 struct Ahead {
     int part;
+    bool whole;
     Source source;
     u32 before, all;
 };
 
-DEVICE void seek(Ahead& ahead, const Rows& rows, i64 k) {
+DEVICE void seek(Ahead& ahead, const Rows& rows, i64 k, u32 lane) {
     u32 n_chunks = (u32)k / 32;
     if (rows.part != ahead.part) {
         ahead.part = rows.part;
-        ahead.source = source_of(planes_of(rows.w, rows.n_all, k), threadIdx.x % WARP);
+        ahead.source = source_of(planes_of(rows.w, rows.n_all, k), (int)lane);
         ahead.all = (u32)rows.n_all * n_chunks;
     }
+    ahead.whole = whole_tile(rows);
     ahead.before = (u32)rows.row * n_chunks;
 }
 
@@ -58,8 +57,8 @@ DEVICE void load_ahead(const Ahead& ahead, u32 group, i64 k, Units (&to)[MT][2])
 }
 
 // Adds a group's products with the columns at `columns`, where the thread's part of them begins.
-DEVICE void add_group(const Units (&units)[MT][2], u32 group, int n, const u8* const (&columns)[NT], Sums& sums) {
-    int t = threadIdx.x % 4, odd = (int)(group & 1);
+DEVICE void add_group(const Units (&units)[MT][2], u32 group, int n, int t, const u8* const (&columns)[NT], Sums& sums) {
+    int odd = (int)(group & 1);
 #pragma unroll
     for (int c = 0; c < GROUP; c++) {
         if (c >= n) break;
@@ -108,7 +107,8 @@ DEVICE void collect(const Sums& sums, i64 n_columns, const Take& take) {
 template <class Tile, class Wait, class Take>
 DEVICE void multiply(
     i64 k, int n_tiles, const Tile& tile, const Wait& wait, const u8* const (&columns)[NT], i64 n_columns, const Take& take) {
-    u32 warp = threadIdx.x / WARP;
+    u32 warp = held(threadIdx.x / WARP), lane = held(threadIdx.x % WARP);
+    int t = (int)(lane % 4);
     u32 n_whole = (u32)(k / (32 * GROUP));
     // a warp's turns for a tile, as many as make every tile begin with the first of `units`
     u32 turns = (n_whole + N_WARPS * AHEAD - 1) / (N_WARPS * AHEAD) * AHEAD;
@@ -118,10 +118,9 @@ DEVICE void multiply(
     u32 next_turn = 0;
     auto load_next = [&](Units(&to)[MT][2]) {
         if (next_tile >= n_tiles) return;
-        Rows rows = tile(next_tile);
-        if (next_turn == 0) seek(ahead, rows, k);
+        if (next_turn == 0) seek(ahead, tile(next_tile), k, lane);
         u32 group = warp + N_WARPS * next_turn;
-        if (whole_tile(rows) && group < n_whole) load_ahead(ahead, group, k, to);
+        if ((!REST || ahead.whole) && group < n_whole) load_ahead(ahead, group, k, to);
         if (++next_turn == turns) next_tile++, next_turn = 0;
     };
     if (turns) {
@@ -130,19 +129,19 @@ DEVICE void multiply(
     }
     wait();
     for (int i = 0; i < n_tiles; i++) {
-        Rows rows = tile(i);
-        bool whole = whole_tile(rows);
         Sums sums = {};
         for (u32 turn = 0; turn < turns; turn += AHEAD) {
 #pragma unroll
             for (int j = 0; j < AHEAD; j++) {
                 u32 group = warp + N_WARPS * (turn + j);
-                if (whole && group < n_whole) add_group(units[j], group, GROUP, columns, sums);
+                if ((!REST || whole_tile(tile(i))) && group < n_whole) add_group(units[j], group, GROUP, t, columns, sums);
                 load_next(units[j]);
             }
         }
 #if REST
         // what is not read ahead: a last group of fewer chunks, and tiles of fewer rows
+        Rows rows = tile(i);
+        bool whole = whole_tile(rows);
         u32 n_groups = (u32)((k / 32 + GROUP - 1) / GROUP);
         for (u32 group = whole ? n_whole + (warp - n_whole) % N_WARPS : warp; group < n_groups; group += N_WARPS) {
             Planes p = planes_of(rows.w, rows.n_all, k);
@@ -151,10 +150,10 @@ DEVICE void multiply(
 #pragma unroll
             for (int m = 0; m < MT; m++)
                 for (int h = 0; h < 2; h++) {
-                    i64 row = rows.row + TILE * m + threadIdx.x % WARP / 4 + 8 * h;
-                    load(p, row_of(p, row < rows.n_all ? row : rows.row), group, n, threadIdx.x % 4, few[m][h]);
+                    i64 row = rows.row + TILE * m + lane / 4 + 8 * h;
+                    load(p, row_of(p, row < rows.n_all ? row : rows.row), group, n, t, few[m][h]);
                 }
-            add_group(few, group, n, columns, sums);
+            add_group(few, group, n, t, columns, sums);
         }
 #endif
         collect(sums, n_columns, [&](int row, int column, float sum) { take(i, row, column, sum); });
@@ -170,7 +169,8 @@ KERNEL(256, BLOCKS) product(Product a) {
     int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
     const u8* columns[NT];
     // those beyond the last are the last again; nobody takes what comes of them
-    for (int j = 0; j < NT; j++) columns[j] = (const u8*)(a.x + (column0 + min((i64)(8 * j + g), left - 1)) * a.x_row) + 16 * t;
+    for (int j = 0; j < NT; j++)
+        columns[j] = held((const u8*)(a.x + (column0 + min((i64)(8 * j + g), left - 1)) * a.x_row) + 16 * t);
     multiply(
         a.k, (int)((a.n_tiles - blockIdx.x + gridDim.x - 1) / gridDim.x),
         [&](int i) {
@@ -197,7 +197,8 @@ KERNEL(256, BLOCKS) expert_product(ExpertProduct a) {
     int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
     auto column_of = [&](i64 pair) { return pair / a.n_used * a.n_slots + pair % a.n_used % a.n_slots; };
     const u8* columns[NT];
-    for (int j = 0; j < NT; j++) columns[j] = (const u8*)(a.x + column_of(pairs[min((i64)(8 * j + g), n - 1)]) * a.x_row) + 16 * t;
+    for (int j = 0; j < NT; j++)
+        columns[j] = held((const u8*)(a.x + column_of(pairs[min((i64)(8 * j + g), n - 1)]) * a.x_row) + 16 * t);
     multiply(
         a.k, 1, [&](int) { return Rows{0, a.w, a.n_all, first + row0}; }, [] {}, columns, n,
         [&](int, int row, int column, float sum) {
