@@ -91,7 +91,10 @@ static void emulated_fetch(void* to, const void* at, int n, const char* file, in
     if ((u64)to % n || (u64)at % n) emulated_fail("a copy to shared memory of addresses that are no multiples of its size", file, line);
     if ((const char*)to < __start_emulated_shared || (const char*)to + n > __stop_emulated_shared)
         emulated_fail("a copy to what is not shared memory", file, line);
-    if (f.first == f.n) f.first = f.n = 0;
+    if (f.n == 256) {
+        __builtin_memmove(f.of, f.of + f.first, (f.n - f.first) * sizeof f.of[0]);
+        f.n -= f.first, f.first = 0;
+    }
     if (f.n == 256) emulated_fail("more than 256 copies to shared memory on their way", file, line);
     f.of[f.n++] = {(char*)to, (const char*)at, n, f.lot};
 }

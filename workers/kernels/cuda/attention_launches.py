@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from workers.kernels.cuda.launches import Four, Launch, launch
+from workers.kernels.cuda.launches import Four, Launch, MakesColumns, launch
 from workers.kernels.records import Address, Bytes, Code, Count, Flag, Float32, NodeIndex
 
 # -- positions ---------------------------------------------------------------------------------------------------------
@@ -77,8 +77,9 @@ class PagedAttend(Pages, frozen=True, kw_only=True):
     """Keys and values are float16, or Q8_0.
 
     Queries are taken in tiles, of `unit` tokens by themselves: one after the other with the heads of a group,
-    `n_tiles` for a unit. A block takes one of `n_slots` sequences of a tile. With `parts` it takes one of `n_splits` chunks,
-    and `Merge` must follow: there are float32 [d_v] of each query and chunk, and at `sums` its peak and sum.
+    `n_tiles` for a unit. A block takes one of `n_slots` sequences of a tile. With `parts` it takes `split_pages` pages, one
+    of `n_splits` parts, and `Merge` must follow: there are float32 [d_v] of each query and part, and at `sums` its peak and
+    sum.
     """
 
     q: Address
@@ -99,6 +100,7 @@ class PagedAttend(Pages, frozen=True, kw_only=True):
     n_tiles: Count
     n_slots: Count
     n_splits: Count
+    split_pages: Count
     scale: Float32
     softcap: Float32
     sinks: Address
@@ -108,17 +110,24 @@ class PagedAttend(Pages, frozen=True, kw_only=True):
 
 
 @launch("paged.merge", "PAGED_ATTN merge")
-class Merge(Launch, frozen=True, kw_only=True):
-    """Chunks of each query, in order."""
+class Merge(MakesColumns, frozen=True, kw_only=True):
+    """Parts of each query, in order: `split_pages` pages each. `n_blocks` are a token's; one block may make its column."""
 
     n_seen: Address
     window: Count
+    n_tokens: Count
     n_head: Count
+    d_v: Count
     n_splits: Count
+    split_pages: Count
+    n_blocks: Count
     sinks: Address
     y: Address
     parts: Address
     sums: Address
+
+    def rows_made(self) -> tuple[int, int, int] | None:
+        return (self.y, self.n_head * self.d_v, self.n_tokens) if self.n_blocks == 1 else None
 
 
 @launch("attention.attend", "attention by rows")
