@@ -39,6 +39,8 @@ TILES = ((8, 1, 1), (16, 1, 2), (32, 2, 4))
 depend on it.
 """
 LARGEST = (2, 8)
+STAGED_BYTES = 32 << 10
+"""As products.cu has them."""
 T = GGMLType
 LIGHT = (T.Q4_0, T.Q4_1, T.Q5_0, T.Q8_0, T.IQ4_NL, T.MXFP4, T.Q4_K)
 """Types whose weights take so few registers that a processor has room for LIGHT_BLOCKS."""
@@ -126,6 +128,7 @@ def mul_mat(b: Binder, n: Node) -> bool:
         first = ((batch // z.ne[2]) // r3 * a.ne[2] + batch % z.ne[2] // r2) * a.ne[1] if len(batches) > 1 else 0
         at = batch * z.ne[1]
         product = Product(x=x.at + at * x.row, x_row=x.row, scales=x.scales + 4 * at, n=count, k=a.ne[0], fixed=w.fixed,
+                          staged=count * x.row <= STAGED_BYTES,
                           n_tiles=ceil_div(a.ne[1], TILE * mt), begin=(0, NO_PART, NO_PART, NO_PART), w=single(w.at),
                           n_all=single(w.n_rows), first=single(first), n_rows=single(a.ne[1]),
                           y=single(y + 4 * a.ne[1] * at), y_row=single(4 * a.ne[1]))  # fmt: skip
@@ -140,7 +143,7 @@ def _macros(w: Matrix, k: int, mt: int, nt: int) -> dict[str, Any]:
 
 def _blocks(n_tiles: int, n_processors: int, type_: GGMLType, mt: int, nt: int) -> int:
     """How many blocks share a processor."""
-    most = (LIGHT_BLOCKS if type_ in LIGHT else MOST_BLOCKS) if mt * nt == 1 else 2
+    most = (LIGHT_BLOCKS if type_ in LIGHT else MOST_BLOCKS) if mt * nt == 1 else 2 if mt * nt < 16 else 1
     return max(1, min(ceil_div(n_tiles, n_processors), most))
 
 
@@ -154,8 +157,8 @@ def _add_product(b: Binder, n: Node, product: Product, n_column_tiles: int, **ma
             product = joined
     n_processors = b.driver.facts.n_processors
     each = _blocks(product.n_tiles * n_column_tiles, n_processors, KINDS[macros["FORMAT"]], macros["MT"], macros["NT"])
-    b.add(n, product, min(product.n_tiles, each * n_processors), n_column_tiles, about=macros, **macros,
-          BLOCKS=each)  # fmt: skip
+    b.add(n, product, min(product.n_tiles, each * n_processors), n_column_tiles, 256,
+          product.n * product.x_row if product.staged else 0, macros, **macros, BLOCKS=each)  # fmt: skip
 
 
 def _plain(b: Binder, n: Node) -> bool:

@@ -75,6 +75,7 @@ class Product(Launch, frozen=True, kw_only=True):
         w, n_all, first, n_rows, y, y_row: of each tensor, as `Weights` has them, and where its result lies.
         begin: a tensor's first tile of rows among the n_tiles of all; NO_PART where there is none.
         fixed: no launch of the same plan writes the weights.
+        staged: the columns, which lie in one piece, are read from shared memory.
     """
 
     x: Address
@@ -84,6 +85,7 @@ class Product(Launch, frozen=True, kw_only=True):
     k: Count
     n_tiles: Count
     fixed: Flag
+    staged: Flag
     begin: Parts
     w: Parts
     n_all: Parts
@@ -95,7 +97,7 @@ class Product(Launch, frozen=True, kw_only=True):
     def joined(self, other: Product) -> Product | None:
         """Both as one; None where they have not the same columns, or are too many."""
         n = sum(b < NO_PART for b in self.begin)
-        same = ("x", "x_row", "scales", "n", "k", "fixed")
+        same = ("x", "x_row", "scales", "n", "k", "fixed", "staged")
         if n == len(self.begin) or other.begin[1] < NO_PART or any(getattr(self, s) != getattr(other, s) for s in same):
             return None
         parts = {name: (*getattr(self, name)[:n], getattr(other, name)[0], *getattr(self, name)[n + 1 :])

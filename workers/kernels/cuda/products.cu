@@ -160,9 +160,13 @@ DEVICE void multiply(
     }
 }
 
+// Columns that are brought to shared memory take so many bytes at most (`STAGED_BYTES` in products.py).
+#define STAGED_BYTES 32768
+
 DEVICE int part_of(const Product& a, i64 tile) { return (tile >= a.begin[1]) + (tile >= a.begin[2]) + (tile >= a.begin[3]); }
 
 KERNEL(256, BLOCKS) product(Product a) {
+    ROOM(staged, STAGED_BYTES);
     next_may_come();
     if (!a.fixed) previous_done();
     i64 column0 = (i64)blockIdx.y * (8 * NT), left = a.n - column0;
@@ -170,7 +174,7 @@ KERNEL(256, BLOCKS) product(Product a) {
     const u8* columns[NT];
     // those beyond the last are the last again; nobody takes what comes of them
     for (int j = 0; j < NT; j++)
-        columns[j] = held((const u8*)(a.x + (column0 + min((i64)(8 * j + g), left - 1)) * a.x_row) + 16 * t);
+        columns[j] = held((a.staged ? staged : (const u8*)a.x) + (column0 + min((i64)(8 * j + g), left - 1)) * a.x_row + 16 * t);
     multiply(
         a.k, (int)((a.n_tiles - blockIdx.x + gridDim.x - 1) / gridDim.x),
         [&](int i) {
@@ -178,7 +182,16 @@ KERNEL(256, BLOCKS) product(Product a) {
             int part = part_of(a, tile);
             return Rows{part, a.w[part], a.n_all[part], a.first[part] + (tile - a.begin[part]) * (TILE * MT)};
         },
-        [&] { previous_done(); }, columns, left,
+        [&] {
+            previous_done();
+            if (!a.staged) return;
+            // each warp reads a part of a column of its own: brought at once they take one way to memory and not one for each group
+            for (int i = 16 * threadIdx.x; i < a.n * a.x_row; i += 16 * blockDim.x) fetch16(staged + i, (const u8*)a.x + i);
+            end_of_lot();
+            fetched<0>();
+            __syncthreads();
+        },
+        columns, left,
         [&](int i, int row, int column, float sum) {
             i64 tile = blockIdx.x + (i64)i * gridDim.x, c = column0 + column;
             int part = part_of(a, tile);
