@@ -126,6 +126,11 @@ class Binder:
         self.steps[-1] = replace(last, argument=more)
         return True
 
+    def stays(self, i: int) -> bool:
+        """Whether a buffer holds tensor `i` and no node writes there: kernels may read it before those in front are done."""
+        place = self.lowered.places[i]
+        return place.buffer != SCRATCH and not any(place.meets(self.lowered.places[n.index]) for n in self.lowered.nodes)
+
     def add(
         self, node: Node, argument: Launch, x: int, y: int = 1, threads: int = 256, shared: int = 0, **macros: object
     ) -> None:

@@ -32,9 +32,11 @@ def _norm(b: Binder, n: Node, result: Node, *factors: int) -> bool:
     more = [*((o.address, four(o.nb, 0)) for o in found[2:]), *[(0, NOTHING)] * 2]
     x, y, (w, w_nb), (z, z_nb) = found[0], found[1], *more[:2]
     vector = all(o.in_fours(ne) for o in found)
-    b.add(n, Norm(x=x.address, ne=ne, x_nb=four(x.nb, 0), y=y.address, y_nb=four(y.nb, 0), vector=vector,
-                  kind=NORMS.index(n.op.name),
-                  eps=n.params["eps"], w=w, w_nb=w_nb, z=z, z_nb=z_nb), n.tensor.n_rows, 1, row_threads(ne[0]))  # fmt: skip
+    argument = Norm(
+        x=x.address, ne=ne, x_nb=four(x.nb, 0), y=y.address, y_nb=four(y.nb, 0), vector=vector, kind=NORMS.index(n.op.name),
+        eps=n.params["eps"], w=w, w_nb=w_nb, w_stays=bool(factors) and b.stays(factors[0]), z=z, z_nb=z_nb,
+    )  # fmt: skip
+    b.add(n, argument, n.tensor.n_rows, 1, row_threads(ne[0]))
     return True
 
 
