@@ -105,11 +105,16 @@ class Rows(Launch, frozen=True, kw_only=True):
 
 @launch("rows.norms", "norm")
 class Norm(MakesColumns, frozen=True, kw_only=True):
-    """A norm of each row, as `Rows` has them; then times w and plus z, where they are not 0. `w_stays`: no node writes w."""
+    """A norm of each row, as `Rows` has them; then times w and plus z, where they are not 0. `w_stays`: no node writes w.
+
+    With `plus` it is the norm of x plus that, which goes to `sum`; both lie as x does.
+    """
 
     x: Address
     ne: Four
     x_nb: Four
+    plus: Address
+    sum: Address
     y: Address
     y_nb: Four
     vector: Flag
@@ -122,7 +127,7 @@ class Norm(MakesColumns, frozen=True, kw_only=True):
     z_nb: Four
 
     def title(self) -> str:
-        return NORMS[self.kind] + (" * w" if self.w else "") + (" + z" if self.z else "")
+        return ("ADD, " if self.plus else "") + NORMS[self.kind] + (" * w" if self.w else "") + (" + z" if self.z else "")
 
     def rows_made(self) -> tuple[int, int, int] | None:
         return together(self.y, self.ne, self.y_nb)

@@ -59,8 +59,8 @@ DEVICE float norm_scale(const Norm& a, float sum) {
 
 // Where the rows of a norm's block begin.
 struct NormRow {
-    const char *x, *w, *z;
-    char* y;
+    const char *x, *plus, *w, *z;
+    char *sum, *y;
 };
 
 template <int N>
@@ -70,6 +70,13 @@ DEVICE void kept_norm(const Norm& a, const NormRow& row, float* room) {
     if (a.w && a.w_stays) load_row(row.w, n, w);
     previous_done();
     load_row(row.x, n, v);
+    if (a.plus) {
+        float u[N][4];
+        load_row(row.plus, n, u);
+        for (int k = 0; k < N; k++)
+            for (int j = 0; j < 4; j++) v[k][j] += u[k][j];
+        store_row(row.sum, n, v);
+    }
     if (a.w && !a.w_stays) load_row(row.w, n, w);
     float mean = 0.0f, sum = 0.0f;
     if (a.kind == NORM) {
@@ -98,9 +105,15 @@ DEVICE void kept_norm(const Norm& a, const NormRow& row, float* room) {
     if (a.columns) put_kept_column(blockIdx.x, v, a.columns, a.columns_row, a.columns_scales, a.columns_wide, room);
 }
 
-DEVICE void long_norm(const Norm& a, const NormRow& row, float* room) {
+DEVICE void long_norm(const Norm& a, NormRow row, float* room) {
     previous_done();
     i64 n = a.ne[0];
+    if (a.plus) {
+        rewrite(row.x, a.x_nb[0], row.sum, a.x_nb[0], n, a.vector, [&](i64 i, float v) {
+            return v + element(row.plus, a.x_nb[0], i);
+        });
+        row.x = row.sum;  // a thread reads what it has written
+    }
     float mean = 0.0f, sum = 0.0f, largest = 0.0f;
     if (a.kind == NORM) {
         each(row.x, a.x_nb[0], n, a.vector, [&](i64, float v) { sum += v; });
@@ -125,8 +138,10 @@ KERNEL(1024) norms(Norm a) {
     __shared__ float room[WARP];
     next_may_come();
     u32 r = blockIdx.x;
-    NormRow row = {(const char*)a.x + row_offset(r, a.ne, a.x_nb), (const char*)a.w + row_offset(r, a.ne, a.w_nb),
-                   (const char*)a.z + row_offset(r, a.ne, a.z_nb), (char*)a.y + row_offset(r, a.ne, a.y_nb)};
+    i64 of_x = row_offset(r, a.ne, a.x_nb);
+    NormRow row = {(const char*)a.x + of_x, (const char*)a.plus + of_x, (const char*)a.w + row_offset(r, a.ne, a.w_nb),
+                   (const char*)a.z + row_offset(r, a.ne, a.z_nb), (char*)a.sum + of_x,
+                   (char*)a.y + row_offset(r, a.ne, a.y_nb)};
     if (a.vector && a.ne[0] <= 8 * blockDim.x) kept_norm<2>(a, row, room);
     else if (a.vector && a.ne[0] <= 16 * blockDim.x) kept_norm<4>(a, row, room);
     else long_norm(a, row, room);
