@@ -55,6 +55,14 @@ def test_results_have_places_that_do_not_meet_while_they_live() -> None:
     assert lowered.scratch_bytes < 5 * 128 and all(span.end <= lowered.scratch_bytes for span in lowered.places)
 
 
+def test_what_a_run_reads_is_not_laid_over() -> None:
+    graph = Graph((leaf(GGMLType.F32, NE), *(node(op, i) for i, op in enumerate(("SQR", "SQRT", "LOG")))), (0,), (3,))
+    validate(graph)
+    for runs, shared in (((), True), ((("SQRT", "LOG"),), False), ((("LOG", "SQRT"),), True)):
+        places = lower(graph, (), runs).places
+        assert places[1].meets(places[3]) is shared
+
+
 def test_leaves_that_are_read_as_weights_only() -> None:
     w = replace(leaf(GGMLType.F32, (8, 5, 1, 1)), buffer=1)
     product = node("MUL_MAT", 0, 1, ne=(5, 3, 1, 1))

@@ -125,10 +125,11 @@ class Lowered:
         return RopeKey(node.tensor.params, positions, factors)
 
 
-def lower(graph: Graph, patterns: Collection[tuple[str, ...]] = ()) -> Lowered:
+def lower(graph: Graph, patterns: Collection[tuple[str, ...]] = (), runs: Collection[tuple[str, ...]] = ()) -> Lowered:
     """Lower a validated graph.
 
-    `patterns`: ops of neighbours that the device has one kernel for, such as ("RMS_NORM", "MUL").
+    `patterns`: ops of neighbours that the device has one kernel for, such as ("RMS_NORM", "MUL"). `runs`: ops that stand one
+    behind the other and that it may carry out at once: what these read, no result of theirs is laid over.
     Errors: HandleError for an input or output that does not lie in one piece.
     """
     for i in (*graph.inputs, *graph.outputs):
@@ -141,7 +142,7 @@ def lower(graph: Graph, patterns: Collection[tuple[str, ...]] = ()) -> Lowered:
             sources = tuple(graph.tensors[j] if j >= 0 else None for j in t.src)
             nodes.append(Node(i, op, t, op.values(t.params), sources))
     groups = _grouped(graph, nodes, patterns)
-    offsets, scratch_bytes = lay_out(graph, groups)
+    offsets, scratch_bytes = lay_out(graph, [*groups, *_runs(nodes, runs)])
     places = []
     for i, t in enumerate(graph.tensors):
         root, start = graph.root(i)
@@ -224,6 +225,13 @@ def _grouped(graph: Graph, nodes: Sequence[Node], patterns: Collection[tuple[str
         groups.append(tuple(nodes[at : at + size]))
         at += size
     return groups
+
+
+def _runs(nodes: Sequence[Node], runs: Collection[tuple[str, ...]]) -> Iterator[Sequence[Node]]:
+    """Nodes wherever the ops of a run stand."""
+    names = tuple(n.op.name for n in nodes)
+    for run in runs:
+        yield from (nodes[i : i + len(run)] for i in range(len(nodes)) if names[i : i + len(run)] == run)
 
 
 def _is_chain(group: Sequence[Node], n_uses: Sequence[int]) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from msgspec import structs
 
@@ -21,6 +22,7 @@ from workers.kernels.cuda.launches import Four, Launch, MakesColumns
 from workers.kernels.cuda.sources import Kernel
 from workers.ticks import Tick
 
+L = TypeVar("L", bound=Launch)
 F32, F16, BF16, I32 = GGMLType.F32, GGMLType.F16, GGMLType.BF16, GGMLType.I32
 STATUS_BYTES = 256
 """At the beginning of the arena: the word where kernels say which node's index was bad."""
@@ -117,15 +119,28 @@ class Binder:
 
     def makes_columns(self, i: int, at: int, row: int, scales: int, wide: bool) -> bool:
         """Whether the launch before this makes columns of tensor `i` besides; it does from now on."""
-        last = self.steps[-1] if self.steps else None
-        if not isinstance(last, Launched) or not isinstance(last.argument, MakesColumns) or last.argument.columns:
+        last, t = self.last(MakesColumns), self.tensors[i]
+        if last is None or last.columns or last.rows_made() != (self.address(i), t.ne[0], t.n_rows):
             return False
-        t = self.tensors[i]
-        if last.argument.rows_made() != (self.address(i), t.ne[0], t.n_rows):
-            return False
-        more = structs.replace(last.argument, columns=at, columns_row=row, columns_scales=scales, columns_wide=wide)
-        self.steps[-1] = replace(last, argument=more)
+        self.widen(structs.replace(last, columns=at, columns_row=row, columns_scales=scales, columns_wide=wide))
         return True
+
+    def last(self, kind: type[L]) -> L | None:
+        """What the launch before this is called with, if it is of this kind: it may do more besides, or be left out."""
+        step = self.steps[-1] if self.steps else None
+        return step.argument if isinstance(step, Launched) and isinstance(step.argument, kind) else None
+
+    def widen(self, argument: Launch, x: int = 0, y: int = 0) -> None:
+        """The launch before this is called with something else, and with so many blocks; 0: as many as it had."""
+        step = self.steps[-1]
+        assert isinstance(step, Launched)  # `last` has said so
+        grid = step.grid._replace(x=x or step.grid.x, y=y or step.grid.y)
+        self.steps[-1] = replace(step, grid=grid, argument=argument)
+
+    def stays(self, i: int) -> bool:
+        """Whether a buffer holds tensor `i` and no node writes there: kernels may read it before those in front are done."""
+        place = self.lowered.places[i]
+        return place.buffer != SCRATCH and not any(place.meets(self.lowered.places[n.index]) for n in self.lowered.nodes)
 
     def add(
         self, node: Node, argument: Launch, x: int, y: int = 1, threads: int = 256, shared: int = 0,

@@ -22,10 +22,13 @@ from workers.devices.cuda.plan import CUDAPlan
 from workers.devices.cuda.weights import CUDABuffer, Memory, Ne, Weights, packs
 from workers.devices.lower import lower
 from workers.kernels.cuda.planes import KINDS
+from workers.kernels.cuda.row_launches import NORMS
 from workers.ticks import PIECE_BYTES, Tick, completing, nothing, pieces
 
 BINDINGS = Bindings({**rows.BINDINGS, **attention.BINDINGS, **products.BINDINGS, **scans.BINDINGS})
 PATTERNS = tuple(ops for ops in BINDINGS if len(ops) > 1)
+RUNS = tuple(("ADD", *ops) for ops in BINDINGS if ops[0] in NORMS)
+"""What a binding joins to the launch in front of it."""
 SHORT_SHARE = 0.05
 """A device with a smaller share of its memory free is short of it."""
 FIRST_ARENA_BYTES = 1 << 20
@@ -206,6 +209,6 @@ class CUDADevice(Device[CUDABuffer]):
                 steady()
 
     def compile(self, graph: Graph, buffers: Mapping[int, CUDABuffer], tick: Tick = nothing) -> CUDAPlan:
-        plan = CUDAPlan(self, lower(graph, PATTERNS), buffers, BINDINGS)
+        plan = CUDAPlan(self, lower(graph, PATTERNS, RUNS), buffers, BINDINGS)
         plan.bind(tick)
         return plan

@@ -6,13 +6,13 @@ import math
 
 from workers.devices.bindings import Bindings
 from workers.devices.cuda import elements, moves, sorts
-from workers.devices.cuda.binding import Binder
+from workers.devices.cuda.binding import F32, Binder
 from workers.devices.cuda.elements import arithmetic
 from workers.devices.cuda.moves import get_plain_rows
 from workers.devices.cuda.strided import four, operand, operands, row_threads, separate
 from workers.devices.lower import Node
 from workers.kernels.cuda.launches import Four
-from workers.kernels.cuda.row_launches import NORMS, AddId, CumSum, Norm, SoftMax, SumRows
+from workers.kernels.cuda.row_launches import NORMS, AddId, Binary, CumSum, Norm, SoftMax, SumRows
 
 __all__ = ["BINDINGS", "get_plain_rows"]
 
@@ -32,10 +32,35 @@ def _norm(b: Binder, n: Node, result: Node, *factors: int) -> bool:
     more = [*((o.address, four(o.nb, 0)) for o in found[2:]), *[(0, NOTHING)] * 2]
     x, y, (w, w_nb), (z, z_nb) = found[0], found[1], *more[:2]
     vector = all(o.in_fours(ne) for o in found)
-    b.add(n, Norm(x=x.address, ne=ne, x_nb=four(x.nb, 0), y=y.address, y_nb=four(y.nb, 0), vector=vector,
-                  kind=NORMS.index(n.op.name),
-                  eps=n.params["eps"], w=w, w_nb=w_nb, z=z, z_nb=z_nb), n.tensor.n_rows, 1, row_threads(ne[0]))  # fmt: skip
+    at, plus, total = x.address, 0, 0
+    add = _sum_before(b, n, result, vector, *factors)
+    if add is not None:
+        at, plus, total = add.x, add.z, add.y
+        b.steps.pop()
+    argument = Norm(
+        x=at, ne=ne, x_nb=four(x.nb, 0), plus=plus, sum=total, y=y.address, y_nb=four(y.nb, 0), vector=vector,
+        kind=NORMS.index(n.op.name), eps=n.params["eps"], w=w, w_nb=w_nb, w_stays=bool(factors) and b.stays(factors[0]), z=z,
+        z_nb=z_nb,
+    )  # fmt: skip
+    b.add(n, argument, n.tensor.n_rows, 1, row_threads(ne[0]))
     return True
+
+
+def _sum_before(b: Binder, n: Node, result: Node, vector: bool, *factors: int) -> Binary | None:
+    """The ADD right before this whose result the norm is of, where the norm's kernel can carry it out as well: its threads
+    read an element of each before they write it."""
+    add, i, x = b.last(Binary), n.tensor.src[0], n.req(0)
+    if add is None or add.title() != "ADD" or add.wraps or {add.x_type, add.y_type, add.z_type} != {F32}:
+        return None
+    in_order = add.ne[1:] == (1, 1, 1) and all(nb[0] == 4 * add.width for nb in (add.x_nb, add.y_nb, add.z_nb))
+    if not in_order or not x.contiguous or add.y != b.address(i) or add.n * add.width != x.n_elements:
+        return None
+    if (vector and add.width == 1) or any(b.lowered.places[j].meets(b.lowered.places[i]) for j in factors):
+        return None
+    y, place = b.address(result.index), b.lowered.places[result.index]
+    n_bytes, alike = place.end - place.start, result.tensor.contiguous
+    apart = (at + 4 * x.n_elements <= y or y + n_bytes <= at or (at == y and alike) for at in (add.x, add.z))
+    return add if all(apart) else None
 
 
 @BINDINGS.of(*NORMS)
@@ -53,10 +78,10 @@ def norm_times_plus(b: Binder, n: Node, mul: Node, add: Node) -> bool:
     same = mul.req(1).type == add.req(1).type == n.tensor.type
     if same and _norm(b, n, add, mul.tensor.src[1], add.tensor.src[1]):
         return True
-    before = len(b.steps)
+    before = list(b.steps)
     if norm_times(b, n, mul) and arithmetic(b, add):
         return True
-    del b.steps[before:]
+    b.steps[:] = before
     return False
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from protocol.ops import GLU_KINDS, UNARY_KINDS
-from workers.kernels.cuda.launches import Four, Launch, launch
+from workers.kernels.cuda.launches import Four, Launch, MakesColumns, launch
 from workers.kernels.records import Address, Bytes, Code, Count, Flag, Float32, NodeIndex
 
 UNARY = (*UNARY_KINDS, "SQR", "SQRT", "LOG", "SIN", "COS", "SCALE", "CLAMP", "LEAKY_RELU", "SAME")
@@ -104,18 +104,33 @@ class Rows(Launch, frozen=True, kw_only=True):
 
 
 @launch("rows.norms", "norm")
-class Norm(Rows, frozen=True, kw_only=True):
-    """A norm of each row; then times w and plus z, where they are not 0."""
+class Norm(MakesColumns, frozen=True, kw_only=True):
+    """A norm of each row, as `Rows` has them; then times w and plus z, where they are not 0. `w_stays`: no node writes w.
 
+    With `plus` it is the norm of x plus that, which goes to `sum`; both lie as x does.
+    """
+
+    x: Address
+    ne: Four
+    x_nb: Four
+    plus: Address
+    sum: Address
+    y: Address
+    y_nb: Four
+    vector: Flag
     kind: Code
     eps: Float32
     w: Address
     w_nb: Four
+    w_stays: Flag
     z: Address
     z_nb: Four
 
     def title(self) -> str:
-        return NORMS[self.kind] + (" * w" if self.w else "") + (" + z" if self.z else "")
+        return ("ADD, " if self.plus else "") + NORMS[self.kind] + (" * w" if self.w else "") + (" + z" if self.z else "")
+
+    def rows_made(self) -> tuple[int, int, int] | None:
+        return together(self.y, self.ne, self.y_nb)
 
 
 NORMS = ("NORM", "RMS_NORM", "L2_NORM")
@@ -163,6 +178,16 @@ class AddId(Rows, frozen=True, kw_only=True):
     ids_nb: Four
     status: Address
     node: NodeIndex
+
+
+def together(y: int, ne: Four, y_nb: Four) -> tuple[int, int, int] | None:
+    """`rows_made` of a tensor of float32: None unless its elements lie in order, without gaps."""
+    size = 4
+    for n, nb in zip(ne, y_nb, strict=True):
+        if n > 1 and nb != size:
+            return None
+        size *= n
+    return y, ne[0], ne[1] * ne[2] * ne[3]
 
 
 # -- order -------------------------------------------------------------------------------------------------------------

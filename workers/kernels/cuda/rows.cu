@@ -33,44 +33,118 @@ DEVICE void rewrite(const char* row, i64 step, char* to, i64 to_step, i64 n, boo
     }
 }
 
+// Rows of up to N fours a thread stay in registers: all loads are on their way at once.
+template <int N>
+DEVICE void load_row(const char* row, int n, float (&v)[N][4]) {
+    for (int k = 0; k < N; k++) {
+        int i = 4 * (threadIdx.x + k * blockDim.x);
+        if (i < n) load_floats(F32, row + 4 * i, v[k]);
+        else v[k][0] = v[k][1] = v[k][2] = v[k][3] = 0.0f;
+    }
+}
+
+template <int N>
+DEVICE void store_row(char* row, int n, const float (&v)[N][4]) {
+    for (int k = 0; k < N; k++) {
+        int i = 4 * (threadIdx.x + k * blockDim.x);
+        if (i < n) store_floats(F32, row + 4 * i, v[k]);
+    }
+}
+
 enum Norm_ { NORM, RMS_NORM, L2_NORM };
 
-KERNEL(1024) norms(Norm a) {
-    begin();
-    __shared__ float room[WARP];
-    u32 r = blockIdx.x;
-    const char *x = (const char*)a.x + row_offset(r, a.ne, a.x_nb), *w = (const char*)a.w + row_offset(r, a.ne, a.w_nb);
-    const char* z = (const char*)a.z + row_offset(r, a.ne, a.z_nb);
-    char* y = (char*)a.y + row_offset(r, a.ne, a.y_nb);
-    i64 n = a.ne[0];
+DEVICE float norm_scale(const Norm& a, float sum) {
+    return a.kind == L2_NORM ? 1.0f / fmaxf(sqrtf(sum), a.eps) : 1.0f / sqrtf(sum / (float)a.ne[0] + a.eps);
+}
+
+// Where the rows of a norm's block begin.
+struct NormRow {
+    const char *x, *plus, *w, *z;
+    char *sum, *y;
+};
+
+template <int N>
+DEVICE void kept_norm(const Norm& a, const NormRow& row, float* room) {
+    float v[N][4], w[N][4] = {};
+    int n = (int)a.ne[0];
+    if (a.w && a.w_stays) load_row(row.w, n, w);
+    previous_done();
+    load_row(row.x, n, v);
+    if (a.plus) {
+        float u[N][4];
+        load_row(row.plus, n, u);
+        for (int k = 0; k < N; k++)
+            for (int j = 0; j < 4; j++) v[k][j] += u[k][j];
+        store_row(row.sum, n, v);
+    }
+    if (a.w && !a.w_stays) load_row(row.w, n, w);
     float mean = 0.0f, sum = 0.0f;
     if (a.kind == NORM) {
-        each(x, a.x_nb[0], n, a.vector, [&](i64, float v) { sum += v; });
+        for (int k = 0; k < N; k++)
+            for (int j = 0; j < 4; j++) sum += v[k][j];
         mean = block_sum(sum, room) / (float)n;
         sum = 0.0f;
     }
-    each(x, a.x_nb[0], n, a.vector, [&](i64, float v) { sum += (v - mean) * (v - mean); });
-    sum = block_sum(sum, room);
-    float scale = a.kind == L2_NORM ? 1.0f / fmaxf(sqrtf(sum), a.eps) : 1.0f / sqrtf(sum / (float)n + a.eps);
-    if (a.vector) {
-        for (i64 i = 4 * threadIdx.x; i < n; i += 4 * blockDim.x) {
-            float v[4], u[4];
-            load_floats(F32, x + 4 * i, v);
-            for (int j = 0; j < 4; j++) v[j] = (v[j] - mean) * scale;
-            if (a.w) load_floats(F32, w + 4 * i, u);
-            for (int j = 0; j < 4; j++) v[j] = a.w ? v[j] * u[j] : v[j];
-            if (a.z) load_floats(F32, z + 4 * i, u);
-            for (int j = 0; j < 4; j++) v[j] = a.z ? v[j] + u[j] : v[j];
-            store_floats(F32, y + 4 * i, v);
+    for (int k = 0; k < N; k++) {
+        bool inside = 4 * (threadIdx.x + k * blockDim.x) < n;
+        for (int j = 0; j < 4; j++) {
+            v[k][j] = inside ? v[k][j] - mean : 0.0f;
+            sum += v[k][j] * v[k][j];
         }
-        return;
     }
-    rewrite(x, a.x_nb[0], y, a.y_nb[0], n, false, [&](i64 i, float v) {
+    sum = block_sum(sum, room);
+    float scale = norm_scale(a, sum);
+    for (int k = 0; k < N; k++)
+        for (int j = 0; j < 4; j++) v[k][j] = a.w ? v[k][j] * scale * w[k][j] : v[k][j] * scale;
+    if (a.z) {
+        load_row(row.z, n, w);
+        for (int k = 0; k < N; k++)
+            for (int j = 0; j < 4; j++) v[k][j] += w[k][j];
+    }
+    store_row(row.y, n, v);
+    if (a.columns) put_kept_column(blockIdx.x, v, a.columns, a.columns_row, a.columns_scales, a.columns_wide, room);
+}
+
+DEVICE void long_norm(const Norm& a, NormRow row, float* room) {
+    previous_done();
+    i64 n = a.ne[0];
+    if (a.plus) {
+        rewrite(row.x, a.x_nb[0], row.sum, a.x_nb[0], n, a.vector, [&](i64 i, float v) {
+            return v + element(row.plus, a.x_nb[0], i);
+        });
+        row.x = row.sum;  // a thread reads what it has written
+    }
+    float mean = 0.0f, sum = 0.0f, largest = 0.0f;
+    if (a.kind == NORM) {
+        each(row.x, a.x_nb[0], n, a.vector, [&](i64, float v) { sum += v; });
+        mean = block_sum(sum, room) / (float)n;
+        sum = 0.0f;
+    }
+    each(row.x, a.x_nb[0], n, a.vector, [&](i64, float v) { sum += (v - mean) * (v - mean); });
+    sum = block_sum(sum, room);
+    float scale = norm_scale(a, sum);
+    rewrite(row.x, a.x_nb[0], row.y, a.y_nb[0], n, a.vector, [&](i64 i, float v) {
         v = (v - mean) * scale;
-        if (a.w) v *= element(w, a.w_nb[0], i);
-        if (a.z) v += element(z, a.z_nb[0], i);
+        if (a.w) v *= element(row.w, a.w_nb[0], i);
+        if (a.z) v += element(row.z, a.z_nb[0], i);
+        largest = fmaxf(largest, fabsf(v));
         return v;
     });
+    if (a.columns)
+        put_column(blockIdx.x, (const float*)row.y, n, largest, a.columns, a.columns_row, a.columns_scales, a.columns_wide, room);
+}
+
+KERNEL(1024) norms(Norm a) {
+    __shared__ float room[WARP];
+    next_may_come();
+    u32 r = blockIdx.x;
+    i64 of_x = row_offset(r, a.ne, a.x_nb);
+    NormRow row = {(const char*)a.x + of_x, (const char*)a.plus + of_x, (const char*)a.w + row_offset(r, a.ne, a.w_nb),
+                   (const char*)a.z + row_offset(r, a.ne, a.z_nb), (char*)a.sum + of_x,
+                   (char*)a.y + row_offset(r, a.ne, a.y_nb)};
+    if (a.vector && a.ne[0] <= 8 * blockDim.x) kept_norm<2>(a, row, room);
+    else if (a.vector && a.ne[0] <= 16 * blockDim.x) kept_norm<4>(a, row, room);
+    else long_norm(a, row, room);
 }
 
 KERNEL(1024) sum_rows(SumRows a) {
