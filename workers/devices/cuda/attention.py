@@ -175,7 +175,7 @@ def paged_attn(b: Binder, n: Node) -> bool:
             n_splits=how.n_splits, split_pages=how.split_pages, n_blocks=1 if few else ceil_div(n_warps, 4), sinks=sinks_at,
             y=y, parts=parts, sums=sums,
         )  # fmt: skip
-        b.add(n, merge, n_tokens * merge.n_blocks, 1, 32 * min(32 if few else 4, n_warps), **macros)
+        b.add(n, merge, n_tokens * merge.n_blocks, 1, 32 * min(16 if few else 4, n_warps), **macros)
     return True
 
 

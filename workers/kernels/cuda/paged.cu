@@ -359,14 +359,14 @@ DEVICE void merge_parts(const Merge& a, int at, int first, int last, int column,
                         float& total_sum) {
     int mine = threadIdx.x % BATCH, chunk = mine / PER * PER;
     for (int batch = first / PER * PER; batch < last; batch += BATCH) {
-        auto is = [&](int i) { return batch + i >= first && batch + i < last; };
-        float2 one = is(mine) ? ((const float2*)a.sums)[at + batch + mine] : make_float2(-INFINITE, 0.0f);
+        float2 one = make_float2(-INFINITE, 0.0f);
+        if (batch + mine >= first && batch + mine < last) one = ((const float2*)a.sums)[at + batch + mine];
         float x[BATCH][WIDTH];
 #pragma unroll
         for (int i = 0; i < BATCH; i++) {
             const float* from = (const float*)a.parts + ((at + batch) * DV + column) + i * DV;
             float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-            if (is(i) && column < DV) {
+            if (batch + i < last && column < DV) {
                 if (WIDTH == 4) v = *(const float4*)from;
                 else if (WIDTH == 2) v.x = ((const float2*)from)->x, v.y = ((const float2*)from)->y;
                 else v.x = *from;
@@ -417,28 +417,29 @@ DEVICE void merge_parts(const Merge& a, int at, int first, int last, int column,
 }
 
 // `n_blocks` for each token, whose warps take stretches of its heads.
-KERNEL(1024) merge(Merge a) {
+KERNEL(512) merge(Merge a) {
     begin();
     __shared__ float room[32];
-    int lane = threadIdx.x % WARP, n_warps = blockDim.x / WARP;
-    i64 token = blockIdx.x / a.n_blocks, n = a.n_head * DV;
-    float *y = (float*)a.y + token * n, largest = 0.0f;
+    int token = blockIdx.x / (int)a.n_blocks, warp = blockIdx.x % (int)a.n_blocks * (blockDim.x / WARP) + threadIdx.x / WARP;
     Seen seen = seen_of(((const i32*)a.n_seen)[token], a.split_pages * a.n_splits, a.window);
     int cells = CELLS * (int)a.split_pages, first = (int)seen.begin / cells, last = ((int)seen.end + cells - 1) / cells;
-    int n_blocks = (int)a.n_blocks, n_stretches = (int)a.n_head * STRETCHES;
-    for (int i = blockIdx.x % n_blocks * n_warps + threadIdx.x / WARP; i < n_stretches; i += n_blocks * n_warps) {
-        int head = i / STRETCHES, column = i % STRETCHES * STRETCH + WIDTH * lane;
-        int at = ((int)token * (int)a.n_head + head) * (int)a.n_splits;  // there are fewer parts than MAX_PARTS_BYTES
+    float largest = 0.0f;
+    for (int i = warp; i < (int)a.n_head * STRETCHES; i += (int)a.n_blocks * (blockDim.x / WARP)) {
+        // Counts fit an int: what parts take is bounded.
+        int query = token * (int)a.n_head + i / STRETCHES, column = i % STRETCHES * STRETCH + threadIdx.x % WARP * WIDTH;
+        int at = query * (int)a.n_splits;
         float total[WIDTH] = {}, peak = -INFINITE, sum = 0.0f;
         if (a.split_pages == 1) merge_parts<CHUNK_PAGES>(a, at, first, last, column, total, peak, sum);
         else merge_parts<1>(a, at, first, last, column, total, peak, sum);
-        float by = finishing(peak, sum, a.sinks ? (const float*)a.sinks + head : nullptr);
+        float by = finishing(peak, sum, a.sinks ? (const float*)a.sinks + i / STRETCHES : nullptr);
 #pragma unroll
         for (int e = 0; e < WIDTH; e++) {
             if (column + e >= DV) continue;
-            y[head * DV + column + e] = total[e] * by;
+            ((float*)a.y)[query * DV + column + e] = total[e] * by;
             largest = fmaxf(largest, fabsf(total[e] * by));
         }
     }
-    if (a.columns) put_column(token, y, n, largest, a.columns, a.columns_row, a.columns_scales, a.columns_wide, room);
+    if (a.columns)
+        put_column(token, (const float*)a.y + token * a.n_head * DV, a.n_head * DV, largest, a.columns, a.columns_row,
+                   a.columns_scales, a.columns_wide, room);
 }
