@@ -10,9 +10,11 @@ import pytest
 
 from protocol.dtypes import GGMLType, tensor_bytes
 from protocol.graph import Graph
+from protocol.ops import GLU_KINDS
 from tests.support.emulated import EmulatedDriver, compiler
 from tests.support.row_graphs import Drawn, T
 from tests.support.strategies import leaf
+from workers.devices.cuda import elements
 from workers.devices.cuda.binding import Binder
 from workers.devices.cuda.device import CUDADevice
 from workers.devices.cuda.weights import CUDABuffer
@@ -119,3 +121,20 @@ def test_a_norm_overwrites_no_addend_that_other_rows_still_read(device: CUDADevi
     total = d.node("ADD", T.F32, ne, d.input(T.F32, ne), x)
     y = d.node("RMS_NORM", T.F32, ne, total, into=into, eps=1e-5)
     check(d, (total, y), ["SCALE", "ADD", "RMS_NORM"])
+
+
+@pytest.mark.parametrize(("name", "n", "rows"), [*((name, 288, 3) for name in GLU_KINDS), ("SWIGLU", 14336, 1),
+                                                 ("GEGLU", 16640, 2)])  # fmt: skip
+@pytest.mark.parametrize("halves", [False, True])
+def test_gated_rows_have_columns(device: CUDADevice, name: str, n: int, rows: int, halves: bool) -> None:
+    """And the bits of the kernel of elements."""
+    d, ne, limits = Held(device), (n, rows), {"alpha": 1.7, "limit": 0.9} if name in ("SWIGLU_OAI", "SWIGLU_CLAMP") else {}
+    sources = [d.input(T.F32, (2 * n, rows))] if halves else [d.input(T.F32, ne), d.input(T.F32, ne)]
+    y = d.node(name, T.F32, ne, *sources, **limits)
+    product = d.product(y, 16)
+    got, titles = d.results(product, y)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(elements, "MAX_GATED", 0)
+        alone, of_each = d.results(product, y)
+    assert titles == [name, "MUL_MAT"] and of_each == [name, "columns to F16", "MUL_MAT"]
+    assert got == alone

@@ -6,14 +6,16 @@ from protocol.dtypes import FLOATS
 from protocol.ops import GLU_KINDS, OPS
 from workers.devices.bindings import Bindings
 from workers.devices.cuda.binding import F32, Binder, ceil_div
-from workers.devices.cuda.strided import Flat, Operand, alike, flat, four, operand, operands, separate, threads
+from workers.devices.cuda.strided import Flat, Operand, alike, flat, four, operand, operands, row_threads, separate, threads
 from workers.devices.lower import Node
-from workers.kernels.cuda.row_launches import BINARY, UNARY, AddTerms, Binary, CountUp, DiagMask, Unary
+from workers.kernels.cuda.row_launches import BINARY, UNARY, AddTerms, Binary, CountUp, DiagMask, Gate, Unary
 
 BINDINGS = Bindings()
 THREADS = 256
 MAX_TERMS = 16
 """Of neighbours that are sums."""
+MAX_GATED = 1 << 16
+"""Elements of a row that one block makes."""
 
 
 def blocks(n: int) -> int:
@@ -59,7 +61,19 @@ def glu(b: Binder, n: Node) -> bool:
         half = n.tensor.ne[0] * n.req(0).nb[0]
         x, z = (x.at(half), z) if n.params["swapped"] else (x, z.at(half))
     values = [n.params.get("alpha", 0.0), n.params.get("limit", 0.0)]
-    return _binary(b, n, x, z, y, flat(n.tensor.ne, [x, z, y]), values)
+    return _gate(b, n, x, z, y, values) or _binary(b, n, x, z, y, flat(n.tensor.ne, [x, z, y]), values)
+
+
+def _gate(b: Binder, n: Node, x: Operand, z: Operand, y: Operand, values: list[float]) -> bool:
+    """A block for each row, where products read the result: it makes their columns as well."""
+    ne, kind = n.tensor.ne, BINARY.index(n.op.name)
+    fits = all(o.type == F32 and o.in_fours(ne) for o in (x, z, y))
+    if not fits or ne[0] > MAX_GATED or not b.lowered.n_products[n.index]:
+        return False
+    gate = Gate(kind=kind, x=x.address, ne=ne, x_nb=four(x.nb, 0), z=z.address, z_nb=four(z.nb, 0), y=y.address,
+                y_nb=four(y.nb, 0), p0=values[0], p1=values[1])  # fmt: skip
+    b.add(n, gate, n.tensor.n_rows, 1, row_threads(ne[0]), KIND=kind)
+    return True
 
 
 @BINDINGS.of("ADD", "SUB", "MUL", "DIV")

@@ -6,19 +6,6 @@ enum Unary_ {
     ABS, SGN, NEG, STEP, TANH, ELU, RELU, SIGMOID, GELU, GELU_QUICK, SILU, HARDSWISH, HARDSIGMOID, EXP, EXPM1, SOFTPLUS,
     GELU_ERF, XIELU, FLOOR, CEIL, ROUND, TRUNC, SQR, SQRT, LOG, SIN, COS, SCALE, CLAMP, LEAKY_RELU, SAME
 };
-enum Binary_ { REGLU, GEGLU, SWIGLU, SWIGLU_OAI, GEGLU_ERF, GEGLU_QUICK, SWIGLU_CLAMP, ADD, SUB, MUL, DIV };
-
-// What is no number stays so.
-DEVICE float at_least(float x, float low) { return x < low ? low : x; }
-DEVICE float at_most(float x, float high) { return x > high ? high : x; }
-
-DEVICE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
-DEVICE float silu(float x) { return x / (1.0f + expf(-x)); }
-DEVICE float gelu_quick(float x) { return x / (1.0f + expf(-1.702f * x)); }
-DEVICE float gelu_erf(float x) { return 0.5f * x * erfcf(-0.70710678f * x); }
-
-// (1 + tanh u) / 2 is the sigmoid of 2u, without the difference of near numbers.
-DEVICE float gelu(float x) { return x / (1.0f + expf(-1.5957691f * x * (1.0f + 0.044715f * x * x))); }
 
 DEVICE float xielu(float x, float alpha_n, float alpha_p, float beta, float eps) {
     return x > 0.0f ? alpha_p * x * x + beta * x : (expm1f(at_most(x, eps)) - x) * alpha_n + beta * x;
@@ -87,32 +74,6 @@ KERNEL(256) unary(Unary a) {
     }
 }
 
-#undef EACH
-#define EACH(expression)              \
-    _Pragma("unroll")                 \
-    for (int j = 0; j < 4; j++) {     \
-        float x = v[j], z = w[j];     \
-        v[j] = (expression);          \
-    }                                 \
-    break
-
-DEVICE void combine(const Binary& a, float (&v)[4], const float (&w)[4]) {
-    switch ((int)a.kind) {
-        case ADD: EACH(x + z);
-        case SUB: EACH(x - z);
-        case MUL: EACH(x * z);
-        case DIV: EACH(x / z);
-        case REGLU: EACH(at_least(x, 0.0f) * z);
-        case GEGLU: EACH(gelu(x) * z);
-        case SWIGLU: EACH(silu(x) * z);
-        case GEGLU_ERF: EACH(gelu_erf(x) * z);
-        case GEGLU_QUICK: EACH(gelu_quick(x) * z);
-        case SWIGLU_OAI:
-            EACH(at_most(x, a.p1) * sigmoid(a.p0 * at_most(x, a.p1)) * (1.0f + at_most(at_least(z, -a.p1), a.p1)));
-        case SWIGLU_CLAMP: EACH(silu(at_most(x, a.p1)) * at_most(at_least(z, -a.p1), a.p1));
-    }
-}
-
 KERNEL(256) binary(Binary a) {
     begin();
     i64 i = thread_index();
@@ -129,11 +90,11 @@ KERNEL(256) binary(Binary a) {
         load_floats(a.x_type, x, v);
         if (a.z_nb[0]) load_floats(a.z_type, z, w);
         else w[0] = w[1] = w[2] = w[3] = load_float(a.z_type, z);
-        combine(a, v, w);
+        combine((int)a.kind, a.p0, a.p1, v, w);
         store_floats(a.y_type, y, v);
     } else {
         v[0] = load_float(a.x_type, x), w[0] = load_float(a.z_type, z);
-        combine(a, v, w);
+        combine((int)a.kind, a.p0, a.p1, v, w);
         store_float(a.y_type, y, v[0]);
     }
 }

@@ -133,6 +133,28 @@ class Norm(MakesColumns, frozen=True, kw_only=True):
         return together(self.y, self.ne, self.y_nb)
 
 
+@launch("gates.gate", "GLU")
+class Gate(MakesColumns, frozen=True, kw_only=True):
+    """y = f(x, z) with up to two parameters, of rows of float32 in fours, a block each. A kernel is compiled for `kind`."""
+
+    kind: Code
+    x: Address
+    ne: Four
+    x_nb: Four
+    z: Address
+    z_nb: Four
+    y: Address
+    y_nb: Four
+    p0: Float32
+    p1: Float32
+
+    def title(self) -> str:
+        return BINARY[self.kind]
+
+    def rows_made(self) -> tuple[int, int, int] | None:
+        return together(self.y, self.ne, self.y_nb)
+
+
 NORMS = ("NORM", "RMS_NORM", "L2_NORM")
 """Norms, by their codes."""
 

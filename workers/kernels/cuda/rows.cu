@@ -33,24 +33,6 @@ DEVICE void rewrite(const char* row, i64 step, char* to, i64 to_step, i64 n, boo
     }
 }
 
-// Rows of up to N fours a thread stay in registers: all loads are on their way at once.
-template <int N>
-DEVICE void load_row(const char* row, int n, float (&v)[N][4]) {
-    for (int k = 0; k < N; k++) {
-        int i = 4 * (threadIdx.x + k * blockDim.x);
-        if (i < n) load_floats(F32, row + 4 * i, v[k]);
-        else v[k][0] = v[k][1] = v[k][2] = v[k][3] = 0.0f;
-    }
-}
-
-template <int N>
-DEVICE void store_row(char* row, int n, const float (&v)[N][4]) {
-    for (int k = 0; k < N; k++) {
-        int i = 4 * (threadIdx.x + k * blockDim.x);
-        if (i < n) store_floats(F32, row + 4 * i, v[k]);
-    }
-}
-
 enum Norm_ { NORM, RMS_NORM, L2_NORM };
 
 DEVICE float norm_scale(const Norm& a, float sum) {

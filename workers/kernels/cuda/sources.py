@@ -42,7 +42,8 @@ def _file(name: str) -> str:
 SHARED = {
     "packing": ("formats.cuh",), "products": ("formats.cuh", "units.cuh"), "columns": ("columns.cuh",),
     "attention": ("softmax.cuh",), "paged": ("softmax.cuh", "columns.cuh"), "sorts": ("strided.cuh",),
-    "moves": ("strided.cuh",), "elements": ("strided.cuh", "columns.cuh"), "rows": ("strided.cuh", "columns.cuh"),
+    "moves": ("strided.cuh",), "elements": ("strided.cuh", "functions.cuh"), "rows": ("strided.cuh", "columns.cuh"),
+    "gates": ("strided.cuh", "columns.cuh", "functions.cuh"),
     "blocks": ("strided.cuh", "blocks.cuh"),
 }
 """Headers of a file besides those that all have."""

@@ -64,3 +64,21 @@ DEVICE void store_floats(i64 type, char* at, const float (&x)[4]) {
     else if (type == F16) *(uint2*)at = make_uint2(halves_of(x[0], x[1]), halves_of(x[2], x[3]));
     else *(uint2*)at = make_uint2(pair(bf16_of(x[0]), bf16_of(x[1])), pair(bf16_of(x[2]), bf16_of(x[3])));
 }
+
+// Rows of up to N fours a thread stay in registers: all loads are on their way at once.
+template <int N>
+DEVICE void load_row(const char* row, int n, float (&v)[N][4]) {
+    for (int k = 0; k < N; k++) {
+        int i = 4 * (threadIdx.x + k * blockDim.x);
+        if (i < n) load_floats(F32, row + 4 * i, v[k]);
+        else v[k][0] = v[k][1] = v[k][2] = v[k][3] = 0.0f;
+    }
+}
+
+template <int N>
+DEVICE void store_row(char* row, int n, const float (&v)[N][4]) {
+    for (int k = 0; k < N; k++) {
+        int i = 4 * (threadIdx.x + k * blockDim.x);
+        if (i < n) store_floats(F32, row + 4 * i, v[k]);
+    }
+}
