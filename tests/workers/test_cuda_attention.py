@@ -253,6 +253,19 @@ def test_who_merges_makes_columns(n_pages: int, n_head: int, merges: bool) -> No
     assert all(nmse(x, y) <= 1e-5 for x, y in zip(*results, strict=True))
 
 
+def test_only_what_no_launch_writes_is_read_ahead() -> None:
+    """Numbers of pages and cells, where they are inputs or views of them."""
+    driver = EmulatedDriver()
+    driver.facts = replace(driver.facts, n_processors=64)
+    device, graph = CUDADevice("cuda-emulated", driver), Layer().graph(2, 3, 2)
+    view = replace(graph.tensors[5], op="VIEW", src=(4,), view_src=4)
+    for other, given in ((graph.tensors[5], True), (view, True), (replace(view, op="CONT", view_src=-1), False)):
+        inputs = tuple(i for i in graph.inputs if i != 5 or other.op == "NONE")
+        plan = device.compile(Graph((*graph.tensors[:5], other, *graph.tensors[6:]), inputs, graph.outputs), {})
+        found = [(type(a), a.given) for a in launched(plan) if isinstance(a, PagedAttend | Merge)]
+        assert found == [(PagedAttend, given), (Merge, given)]
+
+
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
 def test_the_launch_says_how_much_shared_memory_it_takes(device: CUDADevice, layer: Layer) -> None:
     bound = device.compile(layer.graph(1, 2, 1), {}).bind(nothing)

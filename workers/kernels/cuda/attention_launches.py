@@ -79,9 +79,10 @@ class PagedAttend(Pages, frozen=True, kw_only=True):
     Queries are taken in tiles, of `unit` tokens by themselves: one after the other with the heads of a group,
     `n_tiles` for a unit. A block takes one of `n_slots` sequences of a tile. With `parts` it takes `split_pages` pages, one
     of `n_splits` parts, and `Merge` must follow: there are float32 [d_v] of each query and part, and at `sums` its peak and
-    sum.
+    sum. `given`: no launch of the plan writes `pages`, `n_seen` and `rows`, so they may be read before others are done.
     """
 
+    given: Flag
     q: Address
     q_row: Bytes
     q_head: Bytes
@@ -111,8 +112,10 @@ class PagedAttend(Pages, frozen=True, kw_only=True):
 
 @launch("paged.merge", "PAGED_ATTN merge")
 class Merge(MakesColumns, frozen=True, kw_only=True):
-    """Parts of each query, in order: `split_pages` pages each. `n_blocks` are a token's; one block may make its column."""
+    """Parts of each query, in order: `split_pages` pages each. `n_blocks` are a token's; one block may make its column.
+    `given`: as `PagedAttend` has it."""
 
+    given: Flag
     n_seen: Address
     window: Count
     n_tokens: Count

@@ -92,16 +92,24 @@ struct Tile {
 DEVICE i64 token_of(const Tile& tile, int row) { return tile.token + (tile.base + row) / tile.group; }
 DEVICE i64 head_of(const Tile& tile, int row) { return tile.head + (tile.base + row) % tile.group; }
 
+// Rows of a page, `n_bytes` each, will be read soon.
+DEVICE void expect(i64 rows, i64 row_bytes, int n_bytes) {
+    int n_lines = (n_bytes + 127) / 128;
+    for (int i = threadIdx.x; i < CELLS * n_lines; i += 128) prefetch((const char*)(rows + i / n_lines * row_bytes + i % n_lines * 128));
+}
+
 KERNEL(128) attend(PagedAttend a) {
-    begin();
+    next_may_come();
+    if (!a.given) previous_done();
     ROOM(room, ROOM_BYTES);
     u16 *slots = (u16*)room, *queries = slots + SLOTS * SLOT, *weights = queries + ROWS * Q_ROW;
     __shared__ float peaks[WARPS][16], factors[ROWS];
-    __shared__ int begins[ROWS], ends[ROWS], sequences[ROWS], fresh[ROWS];
+    __shared__ int begins[ROWS], ends[ROWS], sequences[ROWS], counts[ROWS], fresh[ROWS];
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
-    i64 split = blockIdx.x % a.n_splits, which = blockIdx.x / a.n_splits, head_kv = blockIdx.y / a.n_slots;
-    int group = (int)(a.n_head / a.n_head_kv);
-    Tile tile = {(int)(which % a.n_tiles) * ROWS, group, (int)head_kv * group, which / a.n_tiles * a.unit};
+    u32 n_splits = (u32)a.n_splits, n_tiles = (u32)a.n_tiles, n_slots = (u32)a.n_slots, group = (u32)a.n_head / (u32)a.n_head_kv;
+    // The last tiles of a prompt see most, and come first.
+    u32 split = blockIdx.x % n_splits, which = gridDim.x / n_splits - 1 - blockIdx.x / n_splits, head_kv = blockIdx.y / n_slots;
+    Tile tile = {(int)(which % n_tiles * ROWS), (int)group, (int)(head_kv * group), which / n_tiles * a.unit};
     int n = (int)min((i64)ROWS, min(a.unit, a.n_tokens - tile.token) * group - tile.base);
 
     // The sequence of this block is one of those whose tokens are in the tile.
@@ -114,7 +122,7 @@ KERNEL(128) attend(PagedAttend a) {
             report(a.status, a.node);
             sequence = -1;
         }
-        sequences[threadIdx.x] = (int)sequence;
+        sequences[threadIdx.x] = (int)sequence, counts[threadIdx.x] = (int)n_seen;
     }
     __syncthreads();
     if (threadIdx.x < n_tokens) {
@@ -123,18 +131,16 @@ KERNEL(128) attend(PagedAttend a) {
         fresh[threadIdx.x] = is;
     }
     __syncthreads();
-    int sequence = -1, left = (int)(blockIdx.y % a.n_slots);
+    int sequence = -1, left = (int)(blockIdx.y % n_slots);
     for (int i = 0; i < n_tokens && sequence < 0; i++) {
         if (fresh[i] && left-- == 0) sequence = sequences[i];
     }
-    if (sequence < 0) return;
 
     // What rows see; those of other sequences end before they begin.
     if (threadIdx.x < ROWS) {
-        int row = threadIdx.x;
+        int row = threadIdx.x, token = (int)(token_of(tile, row) - first);
         Seen seen = {0, -1};
-        if (row < n && sequences[token_of(tile, row) - first] == sequence)
-            seen = seen_of(((const i32*)a.n_seen)[token_of(tile, row)], a.n_pages, a.window);
+        if (row < n && sequence >= 0 && sequences[token] == sequence) seen = seen_of(counts[token], a.n_pages, a.window);
         begins[row] = (int)seen.begin, ends[row] = (int)seen.end;
     }
     __syncthreads();
@@ -144,14 +150,19 @@ KERNEL(128) attend(PagedAttend a) {
     }
     int end = (int)__reduce_max_sync(ALL_LANES, most), begin = end ? (int)__reduce_min_sync(ALL_LANES, some) : 0;
     int page = begin / CELLS, last_page = (end + CELLS - 1) / CELLS;
-    if (a.parts) {
-        page = max(page, (int)(split * a.split_pages)), last_page = min(last_page, (int)((split + 1) * a.split_pages));
-        if (page >= last_page) return;
-    }
-
-    // Pieces are brought in the order in which they are read.
+    if (a.parts) page = max(page, (int)(split * a.split_pages)), last_page = min(last_page, (int)((split + 1) * a.split_pages));
     const i32* pages = (const i32*)a.pages + sequence * a.n_pages;
     i64 number = -1, next_number = page < last_page ? pages[page] : -1;
+    if (a.given) {
+        if (next_number >= 0 && next_number < a.n_pool) {
+            expect(a.k + head_kv * a.k_head + next_number * CELLS * a.k_row, a.k_row, a.k_q8 ? D / 32 * 34 : 2 * D);
+            expect(a.v + head_kv * a.v_head + next_number * CELLS * a.v_row, a.v_row, a.v_q8 ? DV / 32 * 34 : 2 * DV);
+        }
+        previous_done();
+    }
+    if (sequence < 0 || (a.parts && page >= last_page)) return;
+
+    // Pieces are brought in the order in which they are read.
     int to = 0, at = 0;
     auto bring_piece = [&](int page, int piece) {
         if (page < last_page) {
@@ -418,11 +429,13 @@ DEVICE void merge_parts(const Merge& a, int at, int first, int last, int column,
 
 // `n_blocks` for each token, whose warps take stretches of its heads.
 KERNEL(512) merge(Merge a) {
-    begin();
+    next_may_come();
+    if (!a.given) previous_done();
     __shared__ float room[32];
     int token = blockIdx.x / (int)a.n_blocks, warp = blockIdx.x % (int)a.n_blocks * (blockDim.x / WARP) + threadIdx.x / WARP;
     Seen seen = seen_of(((const i32*)a.n_seen)[token], a.split_pages * a.n_splits, a.window);
     int cells = CELLS * (int)a.split_pages, first = (int)seen.begin / cells, last = ((int)seen.end + cells - 1) / cells;
+    if (a.given) previous_done();
     float largest = 0.0f;
     for (int i = warp; i < (int)a.n_head * STRETCHES; i += (int)a.n_blocks * (blockDim.x / WARP)) {
         // Counts fit an int: what parts take is bounded.
