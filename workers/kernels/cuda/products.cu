@@ -14,8 +14,6 @@ constexpr int UNIT_WORDS =
     (WORD_BYTES + BYTE_BYTES + NIBBLE_BYTES + TWO_BYTES + ONE_BYTES) / 4 + SCALE_WORDS + (MORE_BYTES ? 1 : 0);
 // Groups of a warp that are on their way at once: as registers have room for them when BLOCKS blocks share a processor.
 constexpr int AHEAD_WORDS = (BLOCKS == 1 ? 96 : BLOCKS == 2 ? 48 : BLOCKS == 3 ? 24 : 16) / (NT < 4 && !REST ? 1 : 2);
-// Those behind them that are brought to the second cache before the kernel in front is done.
-#define EXPECTED 4
 constexpr int FITS = AHEAD_WORDS / (2 * MT * UNIT_WORDS), AHEAD = FITS >= 4 ? 4 : FITS >= 2 ? 2 : 1;
 
 // Sums of a tile in registers: of matrix m and columns j, as mma_halves has them.
@@ -49,18 +47,12 @@ DEVICE void seek(Ahead& ahead, const Rows& rows, i64 k, u32 lane) {
     ahead.before = (u32)rows.row * n_chunks;
 }
 
-// Chunks of the rows before those of a tile's row of tiles m, and the group.
-DEVICE u32 before_group(const Ahead& ahead, int m, u32 group, i64 k) {
-    u32 before = ahead.before + m * TILE * ((u32)k / 32);
-    if (m && before >= ahead.all) before = ahead.before;  // some rows; nobody takes what comes of them
-    return before + group * (TILE * GROUP);
-}
-
 DEVICE void load_ahead(const Ahead& ahead, u32 group, i64 k, Units (&to)[MT][2]) {
 #pragma unroll
     for (int m = 0; m < MT; m++) {
-        u32 before = before_group(ahead, m, group, k);
-        for (int i = 0; i < 2; i++) load_units(ahead.source, before, i, to[m][i]);
+        u32 before = ahead.before + m * TILE * ((u32)k / 32);
+        if (m && before >= ahead.all) before = ahead.before;  // some rows; nobody takes what comes of them
+        for (int i = 0; i < 2; i++) load_units(ahead.source, before + group * (TILE * GROUP), i, to[m][i]);
     }
 }
 
@@ -124,27 +116,16 @@ DEVICE void multiply(
     Ahead ahead = {-1};
     int next_tile = 0;
     u32 next_turn = 0;
-    auto step = [&](const auto& use) {
+    auto load_next = [&](Units(&to)[MT][2]) {
         if (next_tile >= n_tiles) return;
         if (next_turn == 0) seek(ahead, tile(next_tile), k, lane);
         u32 group = warp + N_WARPS * next_turn;
-        if ((!REST || ahead.whole) && group < n_whole) use(group);
+        if ((!REST || ahead.whole) && group < n_whole) load_ahead(ahead, group, k, to);
         if (++next_turn == turns) next_tile++, next_turn = 0;
     };
-    auto load_next = [&](Units(&to)[MT][2]) { step([&](u32 group) { load_ahead(ahead, group, k, to); }); };
     if (turns) {
 #pragma unroll
         for (int j = 0; j < AHEAD; j++) load_next(units[j]);
-        // while the kernel in front is busy, memory is not
-        Ahead kept = ahead;
-        int kept_tile = next_tile;
-        u32 kept_turn = next_turn;
-#pragma unroll 1
-        for (int j = 0; j < EXPECTED; j++)
-            step([&](u32 group) {
-                for (int m = 0; m < MT; m++) expect_units(ahead.source, before_group(ahead, m, group, k), lane);
-            });
-        ahead = kept, next_tile = kept_tile, next_turn = kept_turn;
     }
     wait();
     for (int i = 0; i < n_tiles; i++) {

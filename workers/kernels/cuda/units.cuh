@@ -89,13 +89,6 @@ DEVICE void load_units(const Source& s, u32 before, int half, Units& u) {
 #endif
 }
 
-// What `load_units` reads for both halves will be read soon.
-DEVICE void expect_units(const Source& s, u32 before, u32 lane) {
-    const u32 n = WORD_BYTES + BYTE_BYTES + NIBBLE_BYTES, n_lines = TILE * GROUP * n / 128;
-    if (lane < n_lines) prefetch(s.codes + (u64)before * n + 112 * lane);
-    if (lane == 31) prefetch(s.scales + (u64)(SUPER ? before / (TILE * BLOCK_CHUNKS) * TILE : before) * SCALE_BYTES);
-}
-
 // All four chunks are there: whole words.
 DEVICE void load_group(const Planes& p, const Row& r, i64 group, int t, Units& u) {
 #if WORD_BYTES
