@@ -226,9 +226,10 @@ def test_bits_do_not_depend_on_how_the_context_is_divided(layer: Layer, n_pages:
     assert np.array_equal(*got)
 
 
-@pytest.mark.parametrize(("n_pages", "n_head", "merges"), [(3, 4, True), (3, 40, True), (70, 4, True), (70, 8, False)])
-def test_who_merges_makes_columns(n_pages: int, n_head: int, merges: bool) -> None:
-    """Of a product behind it, which reads a reshaped view; where a token has many blocks a launch of its own makes them."""
+@pytest.mark.parametrize(("n_pages", "n_head"), [(3, 4), (3, 40), (70, 4), (70, 8)])
+def test_who_merges_makes_columns(n_pages: int, n_head: int) -> None:
+    """Of a product behind it, which reads a reshaped view; of many blocks of a token the last does. Twice: what they meet by
+    is as it was."""
     layer, n_tokens, n_rows = Layer(n_head=n_head), 2, 48
     pages, tokens = table(2, n_pages), layer.tokens((0, 180), (1, 64 * n_pages - 1))
     graph = layer.graph(n_tokens, n_pages, 2)
@@ -246,10 +247,11 @@ def test_who_merges_makes_columns(n_pages: int, n_head: int, merges: bool) -> No
         device.write(buffer, 0, memoryview(weights))
         device.finish(buffer, 0, len(weights), F16, weight.ne)
         plan = device.compile(graph, {1: buffer})
-        out = plan.run(layer.inputs(tokens, pages, layer.cache()), nothing)
+        for _ in range(2):
+            out = plan.run(layer.inputs(tokens, pages, layer.cache()), nothing)
         results.append([np.frombuffer(x, np.float32).copy() for x in out])
         names += [type(a).__name__ for a in launched(plan)] if isinstance(plan, CUDAPlan) else []
-    assert names == ["PagedAttend", "Merge", *(["Product"] if merges else ["Halve", "Product"])]
+    assert names == ["PagedAttend", "Merge", "Product"]
     assert all(nmse(x, y) <= 1e-5 for x, y in zip(*results, strict=True))
 
 

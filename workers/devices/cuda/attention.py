@@ -171,13 +171,13 @@ def paged_attn(b: Binder, n: Node) -> bool:
     b.add(n, attend, how.n_units * how.n_tiles * how.n_splits, k.ne[2] * how.n_slots, 128, room_bytes(d, d_v, how.rows),
           **macros)  # fmt: skip
     if how.n_splits > 1:
-        n_warps, few = n_head * ceil_div(d_v, 128), how.n_splits <= FEW_PARTS
+        n_warps = n_head * ceil_div(d_v, 128)
         merge = launches.Merge(
             given=given, n_seen=b.address(src[4]), window=n.params["window"], n_tokens=n_tokens, n_head=n_head, d_v=d_v,
-            n_splits=how.n_splits, split_pages=how.split_pages, n_blocks=1 if few else ceil_div(n_warps, 4), sinks=sinks_at,
-            y=y, parts=parts, sums=sums,
+            n_splits=how.n_splits, split_pages=how.split_pages, n_blocks=ceil_div(n_warps, 4), sinks=sinks_at, y=y,
+            parts=parts, sums=sums, meeting=b.constant(bytes(8 * n_tokens)),
         )  # fmt: skip
-        b.add(n, merge, n_tokens * merge.n_blocks, 1, 32 * min(16 if few else 4, n_warps), **macros)
+        b.add(n, merge, n_tokens * merge.n_blocks, 1, 32 * min(4, n_warps), **macros)
     return True
 
 

@@ -112,8 +112,8 @@ class PagedAttend(Pages, frozen=True, kw_only=True):
 
 @launch("paged.merge", "PAGED_ATTN merge")
 class Merge(MakesColumns, frozen=True, kw_only=True):
-    """Parts of each query, in order: `split_pages` pages each. `n_blocks` are a token's; one block may make its column.
-    `given`: as `PagedAttend` has it."""
+    """Parts of each query, in order: `split_pages` pages each. `n_blocks` are a token's; the last of them makes its column.
+    `given`: as `PagedAttend` has it. `meeting`: two words for each token, zeros before and after."""
 
     given: Flag
     n_seen: Address
@@ -128,9 +128,10 @@ class Merge(MakesColumns, frozen=True, kw_only=True):
     y: Address
     parts: Address
     sums: Address
+    meeting: Address
 
     def rows_made(self) -> tuple[int, int, int] | None:
-        return (self.y, self.n_head * self.d_v, self.n_tokens) if self.n_blocks == 1 else None
+        return self.y, self.n_head * self.d_v, self.n_tokens
 
 
 @launch("attention.attend", "attention by rows")

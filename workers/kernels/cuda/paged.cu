@@ -427,8 +427,27 @@ DEVICE void merge_parts(const Merge& a, int at, int first, int last, int column,
     }
 }
 
+// Whether this block is the last of its token's to come here; `largest` is then that of all of them, and what they wrote is there.
+DEVICE bool last_of(const Merge& a, int token, float& largest, float* room) {
+    __shared__ u32 told[2];
+    if (a.n_blocks == 1) return true;
+    u32* meeting = (u32*)a.meeting + 2 * token;
+    __threadfence();
+    largest = block_max(largest, room);
+    if (threadIdx.x == 0) {
+        atomicMax(meeting + 1, __float_as_uint(largest));  // no negative ones: their order is that of their bits
+        __threadfence();
+        told[0] = atomicAdd(meeting, 1u) == (u32)a.n_blocks - 1;
+        __threadfence();
+        if (told[0]) told[1] = atomicExch(meeting + 1, 0u), atomicExch(meeting, 0u);
+    }
+    __syncthreads();
+    if (told[0]) largest = __uint_as_float(told[1]);
+    return told[0];
+}
+
 // `n_blocks` for each token, whose warps take stretches of its heads.
-KERNEL(512) merge(Merge a) {
+KERNEL(128) merge(Merge a) {
     next_may_come();
     if (!a.given) previous_done();
     __shared__ float room[32];
@@ -452,7 +471,7 @@ KERNEL(512) merge(Merge a) {
             largest = fmaxf(largest, fabsf(total[e] * by));
         }
     }
-    if (a.columns)
+    if (a.columns && last_of(a, token, largest, room))
         put_column(token, (const float*)a.y + token * a.n_head * DV, a.n_head * DV, largest, a.columns, a.columns_row,
                    a.columns_scales, a.columns_wide, room);
 }
