@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from protocol.dtypes import GGMLType, tensor_bytes
+from protocol.errors import KernelError
 from protocol.graph import Graph
 from protocol.ops import GLU_KINDS
 from tests.support.emulated import EmulatedDriver, compiler
@@ -138,3 +139,93 @@ def test_gated_rows_have_columns(device: CUDADevice, name: str, n: int, rows: in
         alone, of_each = d.results(product, y)
     assert titles == [name, "MUL_MAT"] and of_each == [name, "columns to F16", "MUL_MAT"]
     assert got == alone
+
+
+ALL = "ROPE, ROPE, SET_ROWS, SET_ROWS of others"
+
+
+class Layer(Held):
+    """Queries and keys that are turned, keys and values that are kept in cells."""
+
+    N_CELLS = 20
+
+    def __init__(self, device: CUDADevice, n_tokens: int, cells_type: GGMLType, d: int = 32, heads: tuple[int, int] = (4, 2),
+                 **params: float) -> None:  # fmt: skip
+        super().__init__(device)
+        self.d, self.n_tokens, self.cells_type = d, n_tokens, cells_type
+        self.params = {"n_dims": d, "mode": 0, "freq_base": 10000.0, "n_offs": 0, **params}
+        self.positions = self.input(T.I32, (n_tokens,), np.arange(5, 5 + n_tokens, dtype=np.int32))
+        self.ids_of = self.ids(self.N_CELLS, n_tokens, type_id=T.I64)
+        self.q, self.k, self.v = (self.input(T.F32, (d, n, n_tokens)) for n in (*heads, heads[1]))
+        self.outputs = [self.turned(self.q), self.turned(self.k)]
+
+    def turned(self, x: int, into: int = -1, **params: float) -> int:
+        return self.node("ROPE", T.F32, self.tensors[x].ne, x, self.positions, into=into, **self.params | params)
+
+    def kept(self, x: int, ids: int | None = None, width: int = 0) -> None:
+        """Rows of x go to new cells."""
+        n = self.d * self.tensors[x].ne[1]
+        rows = self.view(x, (n, self.n_tokens, 1, 1), (4, 4 * n, *[4 * n * self.n_tokens] * 2))
+        cells = self.input(self.cells_type, (n, self.N_CELLS))
+        self.outputs.append(self.node("SET_ROWS", self.cells_type, (n, self.N_CELLS), rows,
+                                      self.ids_of if ids is None else ids, cells, into=cells))  # fmt: skip
+
+
+@pytest.mark.parametrize("n_tokens", [1, 5])
+@pytest.mark.parametrize("cells_type", [T.F32, T.F16, T.BF16, T.Q8_0])
+@pytest.mark.parametrize("params", [{}, {"mode": 2}, {"mode": 2, "n_dims": 20, "n_offs": 4}, {"n_dims": 8}], ids=str)
+def test_keys_and_values_are_kept_by_what_turns(
+    device: CUDADevice, n_tokens: int, cells_type: GGMLType, params: dict[str, float]
+) -> None:
+    d = Layer(device, n_tokens, cells_type, **params)
+    d.kept(d.outputs[1])
+    d.kept(d.v)
+    rest = ["ROPE, ROPE", "SET_ROWS Q8_0 twice"] if cells_type == T.Q8_0 else [ALL]
+    check(d, d.outputs, ["ROPE table", *rest])
+
+
+def test_what_the_launch_of_positions_does_not_take(device: CUDADevice) -> None:
+    """Other angles, other tokens, what is no row of it, what it would read while it is written."""
+    d = Layer(device, 3, T.F16)
+    d.outputs.append(d.turned(d.v, mode=2))
+    check(d, d.outputs, ["ROPE table", "ROPE, ROPE", "ROPE table", "ROPE"])
+    d = Layer(device, 3, T.F16)
+    d.kept(d.outputs[1])
+    d.kept(d.v, d.ids(d.N_CELLS, 3))
+    check(d, d.outputs, ["ROPE table", "ROPE, ROPE, SET_ROWS", "SET_ROWS"])
+    d = Layer(device, 3, T.F16)
+    d.kept(d.v)
+    d.kept(d.outputs[1])
+    check(d, d.outputs, ["ROPE table", "ROPE, ROPE", "SET_ROWS twice"])
+    d = Layer(device, 3, T.F16, d=31, n_dims=30)
+    d.kept(d.outputs[1])
+    d.kept(d.v)
+    check(d, d.outputs, ["ROPE table", "ROPE, ROPE, SET_ROWS", "SET_ROWS"])
+    d = Layer(device, 3, T.F16)
+    del d.tensors[-1]
+    d.outputs[1:] = [d.turned(d.outputs[0])]
+    check(d, d.outputs, ["ROPE table", "ROPE", "ROPE"])
+
+
+@pytest.mark.parametrize("n_dims", [32, 16])
+def test_what_is_turned_in_its_place(device: CUDADevice, n_dims: int) -> None:
+    """Where a part of a row is not turned, nobody looks at it who could keep it."""
+    d = Layer(device, 3, T.F16, n_dims=n_dims)
+    del d.tensors[-2:]
+    q, k = (d.node("SCALE", T.F32, d.tensors[x].ne, x, scale=2.0, bias=0.0) for x in (d.q, d.k))
+    d.outputs = [d.turned(q, q), d.turned(k, k)]
+    d.kept(d.outputs[1])
+    d.kept(d.v)
+    rest = [ALL] if n_dims == 32 else ["ROPE, ROPE", "SET_ROWS twice"]
+    check(d, d.outputs, ["SCALE", "SCALE", "ROPE table", *rest])
+
+
+@pytest.mark.parametrize("bad", [-1, 20, 1 << 40])
+def test_a_cell_that_is_none_is_told_of_the_node_that_named_it(device: CUDADevice, bad: int) -> None:
+    for joined in (True, False):
+        d = Layer(device, 3, T.F16 if joined else T.Q8_0)
+        d.data[d.inputs.index(d.ids_of)] = np.array([4, bad, 7], np.int64).tobytes()
+        d.kept(d.outputs[1])
+        d.kept(d.v)
+        with pytest.raises(KernelError, match=rf"node {d.outputs[2]} \(SET_ROWS\)"):
+            d.results(*d.outputs)

@@ -13,6 +13,7 @@ from protocol.ops import op_of
 from protocol.rules import PAGE_CELLS, ROPE_VISION
 from workers.devices.bindings import Bindings
 from workers.devices.cuda.binding import BF16, F16, F32, I32, Binder, ceil_div
+from workers.devices.cuda.cells import MAX_THREADS, rope_blocks, turned_too
 from workers.devices.lower import Node
 from workers.kernels.cuda import attention_launches as launches
 from workers.kernels.rotary import rope_kinds, rope_turn
@@ -31,13 +32,14 @@ def rope(b: Binder, n: Node) -> bool:
     n_copied = 0 if _same_place(b, n) else t.ne[0] - 2 * n_pairs
     if positions.type != I32 or positions.ne[0] != positions.n_elements or first + 2 * n_pairs > t.ne[0]:
         return False
-    if t.ne[1] * (n_pairs + n_copied) >= 1 << 23:  # blocks of one token
+    if t.ne[1] * (n_pairs + n_copied) >= MAX_THREADS:
         return False
     launch = launches.Rope(
         x=b.address(t.src[0]), x_nb=x.nb, y=b.address(n.index), y_nb=t.nb, ne=t.ne, turned=_turned(b, n), n_pairs=n_pairs,
         first=first, n_copied=n_copied, apart=p["mode"] != 0, halves=t.type == F16,
     )  # fmt: skip
-    b.add(n, launch, t.ne[2] * t.ne[3], ceil_div(t.ne[1] * (n_pairs + n_copied), 256))
+    if not turned_too(b, n, launch):
+        b.add(n, launch, t.ne[2] * t.ne[3], rope_blocks(launch))
     return True
 
 

@@ -30,13 +30,19 @@ STATUS_BYTES = 256
 
 @dataclass(frozen=True, slots=True)
 class Launched:
-    """A kernel, and what it is called with. `about`: what a binding notes of it for the next."""
+    """A kernel, and what it is called with.
+
+    Attributes:
+        node: what it is for; joined: nodes behind that which it carries out as well.
+        about: what a binding notes of it for the next.
+    """
 
     function: Function
     grid: Grid
     argument: Launch
     node: int
     about: Mapping[str, object] | None = None
+    joined: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,12 +136,24 @@ class Binder:
         step = self.steps[-1] if self.steps else None
         return step.argument if isinstance(step, Launched) and isinstance(step.argument, kind) else None
 
-    def widen(self, argument: Launch, x: int = 0, y: int = 0) -> None:
-        """The launch before this is called with something else, and with so many blocks; 0: as many as it had."""
+    def widen(self, argument: Launch, y: int = 0, joined: int = -1) -> None:
+        """The launch before this is called with something else. Where told: with blocks in y, for a node more."""
         step = self.steps[-1]
         assert isinstance(step, Launched)  # `last` has said so
-        grid = step.grid._replace(x=x or step.grid.x, y=y or step.grid.y)
-        self.steps[-1] = replace(step, grid=grid, argument=argument)
+        grid, nodes = step.grid._replace(y=y or step.grid.y), step.joined + ((joined,) if joined >= 0 else ())
+        self.steps[-1] = replace(step, grid=grid, argument=argument, joined=nodes)
+
+    def apart(self, n: Node, *own: int) -> bool:
+        """Whether a node may run together with those of the launch before this. `own`: sources that do not count."""
+        step, places = self.steps[-1], self.lowered.places
+        assert isinstance(step, Launched)  # `last` has said so
+        for i in (step.node, *step.joined):
+            sources = (places[j] for j in self.tensors[i].src if j >= 0)
+            if any(places[n.index].meets(place) for place in (places[i], *sources)):
+                return False
+            if any(places[j].meets(places[i]) for j in n.tensor.src if j >= 0 and j not in own):
+                return False
+        return True
 
     def stays(self, i: int) -> bool:
         """Whether a buffer holds tensor `i` and no node writes there: kernels may read it before those in front are done."""

@@ -15,7 +15,7 @@ from protocol.messages import DeviceInfo
 from protocol.ops import COPYABLE
 from workers.devices.base import COMPUTED, Abilities, Device, Source
 from workers.devices.bindings import Bindings
-from workers.devices.cuda import attention, products, rows, scans
+from workers.devices.cuda import attention, cells, products, rows, scans
 from workers.devices.cuda.copies import Copies
 from workers.devices.cuda.driver import Driver
 from workers.devices.cuda.plan import CUDAPlan
@@ -27,7 +27,7 @@ from workers.ticks import PIECE_BYTES, Tick, completing, nothing, pieces
 
 BINDINGS = Bindings({**rows.BINDINGS, **attention.BINDINGS, **products.BINDINGS, **scans.BINDINGS})
 PATTERNS = tuple(ops for ops in BINDINGS if len(ops) > 1)
-RUNS = tuple(("ADD", *ops) for ops in BINDINGS if ops[0] in NORMS)
+RUNS = (*cells.RUNS, *(("ADD", *ops) for ops in BINDINGS if ops[0] in NORMS))
 """What a binding joins to the launch in front of it."""
 SHORT_SHARE = 0.05
 """A device with a smaller share of its memory free is short of it."""

@@ -8,6 +8,7 @@ from protocol.dtypes import FLOATS, INTEGERS, TYPES, GGMLType
 from protocol.graph import Tensor
 from workers.devices.bindings import Bindings
 from workers.devices.cuda.binding import I32, Binder
+from workers.devices.cuda.cells import kept_by_rope, kept_by_rows
 from workers.devices.cuda.elements import THREADS, blocks, same
 from workers.devices.cuda.strided import Dims, Operand, collapsed, four, operands, separate
 from workers.devices.lower import Node
@@ -194,6 +195,8 @@ def set_rows(b: Binder, n: Node) -> bool:
         return True
     if found is None or not separate(b, n.index, i, j, inplace=False):
         return False
+    if kept_by_rope(b, n):
+        return True
     x, ids, y = found
     packs = t.type == T.Q8_0 and y.aligned(2, t.ne)
     if not packs and t.type not in FLOATS:
@@ -202,9 +205,12 @@ def set_rows(b: Binder, n: Node) -> bool:
     width = 4 if not packs and x.in_fours(ne) and y.in_fours((ne[0], *t.ne[1:])) else 1
     each = 32 if packs else width
     count = x_t.n_elements // each
-    b.add(n, kind(n=count, width=width, ne=(ne[0] // each, *ne[1:]), x=x.address, x_type=x.type,
-                  x_nb=four((width * x.nb[0], *x.nb[1:]), 0), ids=ids.address, ids_ne=n.req(1).ne, ids_nb=four(ids.nb, 0),
-                  id_bytes=ids.size, n_all=t.ne[1], y=y.address, y_type=y.type,
-                  y_nb=_steps(y, t) if packs else four((width * y.nb[0], *y.nb[1:]), 0), status=b.status, node=n.index),
-          -(-count // PER_BLOCK) if packs else blocks(count))  # fmt: skip
+    rows = kind(
+        n=count, width=width, ne=(ne[0] // each, *ne[1:]), x=x.address, x_type=x.type,
+        x_nb=four((width * x.nb[0], *x.nb[1:]), 0), ids=ids.address, ids_ne=n.req(1).ne, ids_nb=four(ids.nb, 0),
+        id_bytes=ids.size, n_all=t.ne[1], y=y.address, y_type=y.type,
+        y_nb=_steps(y, t) if packs else four((width * y.nb[0], *y.nb[1:]), 0), status=b.status, node=n.index,
+    )  # fmt: skip
+    if not kept_by_rows(b, n, rows):
+        b.add(n, rows, -(-count // PER_BLOCK) if packs else blocks(count))
     return True

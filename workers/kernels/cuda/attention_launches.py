@@ -31,12 +31,19 @@ class RopeTable(Launch, frozen=True, kw_only=True):
     node: NodeIndex
 
 
+NOTHING: Four = (0, 0, 0, 0)
+
+
 @launch("rope.rope", "ROPE")
 class Rope(Launch, frozen=True, kw_only=True):
-    """Turns pairs of the rows of x, float32 or float16 (`halves`).
+    """Turns pairs of the rows of x, float32 or float16 (`halves`), and of another tensor that differs in n_head_too.
 
     Pair i is the elements first + 2i and the one behind it, or first + i and first + i + n_pairs (`apart`). All others
     are copied, `n_copied` of each row, or 0 where y is x.
+
+    Attributes:
+        cells: 0, or where the last result also goes, of type cells_type: a row for each token, `ids` has which of n_all.
+        values: 0, or float32, n_values a token, that go to rows of value_cells as they are.
     """
 
     x: Address
@@ -50,6 +57,34 @@ class Rope(Launch, frozen=True, kw_only=True):
     n_copied: Count
     apart: Flag
     halves: Flag
+    x_too: Address = 0
+    x_too_nb: Four = NOTHING
+    y_too: Address = 0
+    y_too_nb: Four = NOTHING
+    n_head_too: Count = 0
+    cells: Address = 0
+    cells_row: Bytes = 0
+    cells_type: Code = 0
+    ids: Address = 0
+    ids_step: Bytes = 0
+    id_bytes: Count = 0
+    n_all: Count = 0
+    values: Address = 0
+    values_row: Bytes = 0
+    n_values: Count = 0
+    value_cells: Address = 0
+    value_cells_row: Bytes = 0
+    status: Address = 0
+    node: NodeIndex = 0
+
+    def title(self) -> str:
+        more = {"ROPE": self.n_head_too, "SET_ROWS": self.cells, "SET_ROWS of others": self.values}
+        return ", ".join(["ROPE", *(name for name, there in more.items() if there)])
+
+    @property
+    def n_threads(self) -> int:
+        """Of a token."""
+        return (self.ne[1] + self.n_head_too) * (self.n_pairs + self.n_copied) + self.n_values // 4
 
 
 # -- attention ---------------------------------------------------------------------------------------------------------

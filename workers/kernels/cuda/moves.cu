@@ -84,8 +84,6 @@ KERNEL(256) repeat(Repeat a) {
 
 // -- rows by index --------------------------------------------------------------------------------------------------
 
-DEVICE i64 load_id(i64 id_bytes, const char* at) { return id_bytes == 4 ? *(const i32*)at : *(const i64*)at; }
-
 DEVICE void move_floats(i64 width, i64 x_type, const char* x, i64 y_type, char* y) {
     if (width == 4) {
         float v[4];
@@ -127,7 +125,8 @@ KERNEL(256) set_rows(SetRows a) {
     coordinates(t, a.ne, at);
     i64 to = target(a, at);
     if (to < 0) return report(a.status, a.node);
-    move_floats(a.width, a.x_type, (const char*)a.x + offset(at, a.x_nb), a.y_type, (char*)a.y + to);
+    bool too = blockIdx.y;
+    move_floats(a.width, a.x_type, (const char*)(too ? a.x_too : a.x) + offset(at, a.x_nb), a.y_type, (char*)(too ? a.y_too : a.y) + to);
 }
 
 // A warp's 32 elements as a block: a float16 scale and 32 int8.
@@ -151,7 +150,8 @@ KERNEL(256) set_rows_q8(SetRowsQ8 a) {
         return;
     }
     at[0] = at[0] * 32 + lane;
-    store_q8(load_float(a.x_type, (const char*)a.x + offset(at, a.x_nb)), (char*)a.y + to);
+    bool too = blockIdx.y;
+    store_q8(load_float(a.x_type, (const char*)(too ? a.x_too : a.x) + offset(at, a.x_nb)), (char*)(too ? a.y_too : a.y) + to);
 }
 
 KERNEL(256) copy_q8(CopyQ8 a) {

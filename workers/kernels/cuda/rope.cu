@@ -35,24 +35,50 @@ DEVICE void stored(char* at, i64 halves, float x) {
     else *(float*)at = x;
 }
 
-// Blocks in x are tokens, in y the pairs and copied elements of their heads.
+// Where a token's row of cells lies; -1: nowhere.
+DEVICE i64 cell(const Rope& a, u32 token) {
+    i64 id = load_id(a.id_bytes, (const char*)a.ids + token * a.ids_step);
+    if (id >= 0 && id < a.n_all) return id;
+    report(a.status, a.node);
+    return -1;
+}
+
+// Blocks in x are tokens, in y the pairs and copied elements of their heads, then fours of their values.
 KERNEL(256) rope(Rope a) {
     begin();
     u32 n_tokens = (u32)a.ne[2], token = blockIdx.x % n_tokens, seq = blockIdx.x / n_tokens;
-    u32 width = (u32)(a.n_pairs + a.n_copied);
+    u32 width = (u32)(a.n_pairs + a.n_copied), n_head = (u32)a.ne[1];
     u32 at = blockIdx.y * blockDim.x + threadIdx.x, head = at / width, i = at % width;
-    if (head >= a.ne[1]) return;
-    const char* x = (const char*)(a.x + seq * a.x_nb[3] + token * a.x_nb[2] + head * a.x_nb[1]);
-    char* y = (char*)(a.y + seq * a.y_nb[3] + token * a.y_nb[2] + head * a.y_nb[1]);
+    i64 row = a.cells && head >= (a.n_head_too ? n_head : 0) ? cell(a, token) : -1;
+    bool too = head >= n_head;
+    if (too) head -= n_head;
+    if (too && head >= a.n_head_too) {
+        i64 four = at - (n_head + a.n_head_too) * width;
+        if (row < 0 || 4 * four >= a.n_values) return;
+        float v[4];
+        load_floats(F32, (const char*)(a.values + token * a.values_row + 16 * four), v);
+        store_floats(a.cells_type, (char*)a.value_cells + row * a.value_cells_row + four * (a.cells_type == F32 ? 16 : 8), v);
+        return;
+    }
+    const char* x = too ? (const char*)(a.x_too + seq * a.x_too_nb[3] + token * a.x_too_nb[2] + head * a.x_too_nb[1])
+                        : (const char*)(a.x + seq * a.x_nb[3] + token * a.x_nb[2] + head * a.x_nb[1]);
+    char* y = too ? (char*)(a.y_too + seq * a.y_too_nb[3] + token * a.y_too_nb[2] + head * a.y_too_nb[1])
+                  : (char*)(a.y + seq * a.y_nb[3] + token * a.y_nb[2] + head * a.y_nb[1]);
+    int size = a.cells_type == F32 ? 4 : 2;
+    char* of_head = (char*)a.cells + row * a.cells_row + head * a.ne[0] * size;
+    auto put = [&](i64 j, float v) {
+        stored(y + j * (too ? a.y_too_nb[0] : a.y_nb[0]), a.halves, v);
+        if (row >= 0) store_float(a.cells_type, of_head + j * size, v);
+    };
+    i64 step = too ? a.x_too_nb[0] : a.x_nb[0];
     if (i >= a.n_pairs) {
         i64 j = i - a.n_pairs;
         if (j >= a.first) j += 2 * a.n_pairs;
-        stored(y + j * a.y_nb[0], a.halves, loaded(x + j * a.x_nb[0], a.halves));
-        return;
+        return put(j, loaded(x + j * step, a.halves));
     }
     i64 low = a.first + (a.apart ? i : 2 * i), high = low + (a.apart ? a.n_pairs : 1);
     float2 turned = ((const float2*)a.turned)[token * a.n_pairs + i];
-    float u = loaded(x + low * a.x_nb[0], a.halves), v = loaded(x + high * a.x_nb[0], a.halves);
-    stored(y + low * a.y_nb[0], a.halves, u * turned.x - v * turned.y);
-    stored(y + high * a.y_nb[0], a.halves, u * turned.y + v * turned.x);
+    float u = loaded(x + low * step, a.halves), v = loaded(x + high * step, a.halves);
+    put(low, u * turned.x - v * turned.y);
+    put(high, u * turned.y + v * turned.x);
 }

@@ -391,13 +391,23 @@ class GetRows(ById, frozen=True, kw_only=True):
     pass
 
 
+class SetById(ById, frozen=True, kw_only=True):
+    """And the same of another tensor that lies as x does, to one that lies as y does."""
+
+    x_too: Address = 0
+    y_too: Address = 0
+
+    def title(self) -> str:
+        return self.op + (" twice" if self.x_too else "")
+
+
 @launch("moves.set_rows", "SET_ROWS")
-class SetRows(ById, frozen=True, kw_only=True):
+class SetRows(SetById, frozen=True, kw_only=True):
     pass
 
 
 @launch("moves.set_rows_q8", "SET_ROWS Q8_0")
-class SetRowsQ8(ById, frozen=True, kw_only=True):
+class SetRowsQ8(SetById, frozen=True, kw_only=True):
     """A warp for each block of 32; n counts blocks, y_nb[0] is their size."""
 
 

@@ -43,7 +43,7 @@ SHARED = {
     "packing": ("formats.cuh",), "products": ("formats.cuh", "units.cuh"), "columns": ("columns.cuh",),
     "attention": ("softmax.cuh",), "paged": ("softmax.cuh", "columns.cuh"), "sorts": ("strided.cuh",),
     "moves": ("strided.cuh",), "elements": ("strided.cuh", "functions.cuh"), "rows": ("strided.cuh", "columns.cuh"),
-    "gates": ("strided.cuh", "columns.cuh", "functions.cuh"),
+    "rope": ("strided.cuh",), "gates": ("strided.cuh", "columns.cuh", "functions.cuh"),
     "blocks": ("strided.cuh", "blocks.cuh"),
 }
 """Headers of a file besides those that all have."""

@@ -35,6 +35,8 @@ DEVICE i64 row_offset(u32 r, const i64 (&ne)[4], const i64 (&nb)[4]) {
     return (r - plane * (u32)ne[1]) * nb[1] + (plane - cube * (u32)ne[2]) * nb[2] + cube * nb[3];
 }
 
+DEVICE i64 load_id(i64 id_bytes, const char* at) { return id_bytes == 4 ? *(const i32*)at : *(const i64*)at; }
+
 DEVICE float load_float(i64 type, const char* at) {
     if (type == F32) return *(const float*)at;
     if (type == F16) return float_of_half(*(const u16*)at);
