@@ -167,7 +167,7 @@ def paged_attn(b: Binder, n: Node) -> bool:
         n_splits=how.n_splits, split_pages=how.split_pages, scale=n.params["scale"], softcap=n.params["logit_softcap"],
         sinks=sinks_at, y=y, parts=parts, sums=sums,
     )  # fmt: skip
-    macros = {"D": d, "DV": d_v, "ROWS": how.rows}
+    macros = {"D": d, "DV": d_v, "ROWS": how.rows, **({"CAPPED": 1} if n.params["logit_softcap"] else {})}
     b.add(n, attend, how.n_units * how.n_tiles * how.n_splits, k.ne[2] * how.n_slots, 128, room_bytes(d, d_v, how.rows),
           **macros)  # fmt: skip
     if how.n_splits > 1:
