@@ -99,6 +99,7 @@ static void emulated_fetch(void* to, const void* at, int n, const char* file, in
     f.of[f.n++] = {(char*)to, (const char*)at, n, f.lot};
 }
 DEVICE void fetch16(void* to, const void* at, EMULATED_PLACE) { emulated_fetch(to, at, 16, file, line); }
+DEVICE void fetch16_or_zeros(void* to, const void* at, bool is, EMULATED_PLACE) { emulated_fetch(to, is ? at : nullptr, 16, file, line); }
 template <int N>
 DEVICE void fetch(void* to, const void* at, EMULATED_PLACE) { emulated_fetch(to, at, N, file, line); }
 DEVICE void end_of_lot() { emulated_my_fetches().lot++; }
@@ -106,7 +107,8 @@ template <int N>
 DEVICE void fetched() {
     EmulatedFetches& f = emulated_my_fetches();
     for (; f.first < f.n && f.of[f.first].lot < f.lot - N; f.first++)
-        __builtin_memcpy(f.of[f.first].to, f.of[f.first].at, f.of[f.first].n);
+        if (f.of[f.first].at) __builtin_memcpy(f.of[f.first].to, f.of[f.first].at, f.of[f.first].n);
+        else __builtin_memset(f.of[f.first].to, 0, f.of[f.first].n);
 }
 
 // -- matrices -------------------------------------------------------------------------------------------------------

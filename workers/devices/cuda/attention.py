@@ -170,6 +170,8 @@ def paged_attn(b: Binder, n: Node) -> bool:
         sinks=sinks_at, y=y, parts=parts, sums=sums,
     )  # fmt: skip
     macros: dict[str, Any] = {"D": d, "DV": d_v, "ROWS": how.rows}
+    if n.params["logit_softcap"]:
+        macros["CAPPED"] = 1
     b.add(n, attend, how.n_units * how.n_tiles * how.n_splits, k.ne[2] * how.n_slots, 128, room_bytes(d, d_v, how.rows),
           **macros)  # fmt: skip
     if how.n_splits > 1:

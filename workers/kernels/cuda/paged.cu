@@ -1,5 +1,5 @@
 // Attention over pages of cells, with matrix instructions. D and DV: elements of a row of keys and of values; ROWS: queries of
-// a tile, 16 or 64.
+// a tile, 16 or 64; CAPPED, where it is defined: scores are capped, which takes registers that others have better uses for.
 //
 // A query's sums run over the cells of its sequence in one order, whatever stands beside it: the softmax of a page of 64 cells by
 // itself, four pages one after the other a chunk, chunks one after the other. A block takes all of them, or a chunk, or a page; then
@@ -45,28 +45,38 @@ DEVICE uint4 octet(const char* row, int i) {
 template <int ROW, int OCTETS>
 DEVICE void bring(u16* to, i64 rows, i64 row_bytes, i64 q8, int first, int n_octets, int from, int until) {
     constexpr int N = (CELLS * OCTETS + 127) / 128;
-    auto is = [&](int cell, int column) { return cell >= from && cell < until && first + column < n_octets; };
+    // Where the threads are a number of whole rows, each stays in its column.
+    constexpr bool STAYS = 128 % OCTETS == 0;
     if (!q8) {
+        i64 place = rows + threadIdx.x / OCTETS * row_bytes + 16 * (first + threadIdx.x % OCTETS), step = 128 / OCTETS * row_bytes;
 #pragma unroll
         for (int i = 0; i < N; i++) {
-            u32 j = threadIdx.x + 128 * i, cell = j / OCTETS, column = j % OCTETS;
-            if (cell >= CELLS) break;
-            u16* place = to + cell * ROW + 8 * column;
-            if (is(cell, column)) fetch16(place, (const char*)(rows + cell * row_bytes + 16 * (first + column)));
-            else *(uint4*)place = make_uint4(0, 0, 0, 0);
+            int j = threadIdx.x + 128 * i, cell = j / OCTETS, column = j % OCTETS;
+            if (!STAYS && cell >= CELLS) break;
+            if (!STAYS) place = rows + cell * row_bytes + 16 * (first + column);
+            bool is = cell >= from && cell < until && first + column < n_octets;
+            fetch16_or_zeros(to + cell * ROW + 8 * column, (const char*)place, is);
+            place += step;
         }
         return;
     }
-    uint4 x[N];
+    // Some are read before the first is used; a page has its cells, seen or not.
+    constexpr int SOME = N < 4 ? N : 4;
+#pragma unroll 1
+    for (int begin = 0; begin < N; begin += SOME) {
+        uint4 x[SOME];
 #pragma unroll
-    for (int i = 0; i < N; i++) {
-        u32 j = threadIdx.x + 128 * i, cell = j / OCTETS, column = j % OCTETS;
-        x[i] = is(cell, column) ? octet((const char*)(rows + cell * row_bytes), first + column) : make_uint4(0, 0, 0, 0);
-    }
+        for (int i = 0; i < SOME; i++) {
+            int j = threadIdx.x + 128 * (begin + i), cell = min(j / OCTETS, CELLS - 1), column = min(first + j % OCTETS, n_octets - 1);
+            x[i] = make_uint4(0, 0, 0, 0);
+            if (until > 0) x[i] = octet((const char*)(rows + cell * row_bytes), column);
+        }
 #pragma unroll
-    for (int i = 0; i < N; i++) {
-        u32 j = threadIdx.x + 128 * i, cell = j / OCTETS, column = j % OCTETS;
-        if (cell < CELLS) *(uint4*)(to + cell * ROW + 8 * column) = x[i];
+        for (int i = 0; i < SOME; i++) {
+            int j = threadIdx.x + 128 * (begin + i), cell = j / OCTETS, column = j % OCTETS;
+            bool is = cell >= from && cell < until && first + column < n_octets;
+            if (cell < CELLS) *(uint4*)(to + cell * ROW + 8 * column) = is ? x[i] : make_uint4(0, 0, 0, 0);
+        }
     }
 }
 
@@ -213,7 +223,10 @@ KERNEL(128) attend(PagedAttend a) {
         for (int i = 0; i < AT_ONCE; i++) {
             int row = first_row + WARPS * i;
             float undo = halve(q[i], queries + row * Q_ROW, lane);
-            if (lane == 0) factors[row] = undo * a.scale * (a.softcap != 0.0f ? 1.0f : LOG2E);
+#ifndef CAPPED
+            undo *= LOG2E;
+#endif
+            if (lane == 0) factors[row] = undo * a.scale;
         }
     }
     __syncthreads();
@@ -239,7 +252,7 @@ KERNEL(128) attend(PagedAttend a) {
 #pragma unroll
             for (int piece = 0; piece < K_PIECES; piece++) {
                 const u16* keys = piece_of(page, piece);
-#pragma unroll
+#pragma unroll(WIDE ? 2 : K_GROUPS)
                 for (int i = 0; i < K_GROUPS; i++) {
                     if (K_GROUPS * piece + i >= GROUPS) break;
                     // Of 32 elements each lane takes eight that lie together, of queries and of keys alike.
@@ -260,7 +273,9 @@ KERNEL(128) attend(PagedAttend a) {
                 for (int e = 0; e < 4; e++) {
                     int cell = page * CELLS + first_cell + 8 * j + 2 * t + e % 2;
                     float x = score[j][e] * factor[e / 2];
-                    if (a.softcap != 0.0f) x = capped(x, a.softcap) * LOG2E;
+#ifdef CAPPED
+                    x = capped(x, a.softcap) * LOG2E;
+#endif
                     score[j][e] = cell >= row_begin[e / 2] && cell < row_end[e / 2] ? x : -INFINITE;
                     top[e / 2] = fmaxf(top[e / 2], score[j][e]);
                 }

@@ -130,7 +130,13 @@ DEVICE void fetch16(void* shared, const void* at) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(at) : "memory");
 }
 
-// The same of 8 or 4 bytes.
+// The same, or zeros where not `is`; then nothing is read.
+DEVICE void fetch16_or_zeros(void* shared, const void* at, bool is) {
+    u32 to = (u32)__cvta_generic_to_shared(shared);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(at), "r"(is ? 16 : 0) : "memory");
+}
+
+// `fetch16` of 8 or 4 bytes.
 template <int N>
 DEVICE void fetch(void* shared, const void* at) {
     u32 to = (u32)__cvta_generic_to_shared(shared);
