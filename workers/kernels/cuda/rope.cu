@@ -57,7 +57,8 @@ KERNEL(256) rope(Rope a) {
         if (row < 0 || 4 * four >= a.n_values) return;
         float v[4];
         load_floats(F32, (const char*)(a.values + token * a.values_row + 16 * four), v);
-        store_floats(a.cells_type, (char*)a.value_cells + row * a.value_cells_row + four * (a.cells_type == F32 ? 16 : 8), v);
+        char* to = (char*)a.value_cells + row * a.value_cells_row;
+        store_floats(a.cells_type, to + four * (a.cells_type == F32 ? 16 : 8), v);
         return;
     }
     const char* x = too ? (const char*)(a.x_too + seq * a.x_too_nb[3] + token * a.x_too_nb[2] + head * a.x_too_nb[1])
