@@ -14,7 +14,7 @@ from ggmq.engine import Engine
 from ggmq.gguf import GGUF
 from ggmq.runner import ALL, Rows
 from protocol.dtypes import GGMLType
-from tests.support import cuda_emulated
+from tests.support import cuda_emulated, gpu
 from tests.support.fixtures import MODELS, nmse
 from tests.support.gguf_factory import tiny_model
 from tests.support.loaded import cpu_workers, loaded
@@ -47,7 +47,9 @@ def test_logits_agree_with_llama_cpp(bus: Client, device: str, shared: Path, nam
     bound = 1e-10 if device == "reference" else 1e-6
     assert nmse(single, whole) <= bound and nmse(uneven, whole) <= bound
     # those with kernels have one for every node but one: rows of an embedding whose type has no products
-    with_products = {"CPU": tuple(KIND_OF), cuda_emulated.NAME: (GGMLType.F32, *planes.KINDS)}.get(device, tuple(GGMLType))
+    on_cuda = (GGMLType.F32, *planes.KINDS)
+    known = {"CPU": tuple(KIND_OF), cuda_emulated.NAME: on_cuda, gpu.NAME: on_cuda}
+    with_products = known.get(device, tuple(GGMLType))
     rows = g.tensors["token_embd.weight"].type not in with_products
     assert bus.stats(0).n_fallbacks - before == rows * (1 + 24 + 4)
 

@@ -16,12 +16,14 @@ from protocol.limits import MAX_ROPE_POSITION
 from protocol.ops import OPS
 from protocol.rules import PAGE_CELLS
 from tests.support.emulated import EmulatedDriver, compiler
+from tests.support.emulated.driver import EmulatedFunction
 from tests.support.fixtures import nmse
 from tests.support.strategies import leaf
-from workers.devices.cuda.attention import NARROW, WIDE, divide
+from workers.devices.cuda.attention import CHUNK_PAGES, NARROW, WIDE, divide
 from workers.devices.cuda.device import CUDADevice
 from workers.devices.cuda.plan import CUDAPlan
 from workers.devices.reference import ReferenceDevice
+from workers.kernels.cuda.attention_launches import Merge, PagedAttend
 from workers.kernels.cuda.launches import Launch
 from workers.tensors import convert
 from workers.ticks import nothing
@@ -204,19 +206,75 @@ def test_bits_do_not_depend_on_company(device: CUDADevice, layer: Layer) -> None
     assert np.array_equal(backwards[::-1], layer.attend(device, tokens, pages))
 
 
-@pytest.mark.parametrize("layer", [Layer(), Layer(d=576, d_v=512, n_head=20, n_head_kv=1, n_pool=20, latent=True)], ids=str)
-def test_bits_do_not_depend_on_how_the_context_is_divided(layer: Layer) -> None:
-    """More processors: chunks are blocks of their own, and are merged afterwards."""
-    pages, tokens = table(2, 18, layer.n_pool), layer.tokens((0, 1100), (1, 70), (1, 0), (0, 513))
-    got, kinds = [], []
+@pytest.mark.parametrize("n_pages", [16, 18])
+@pytest.mark.parametrize("layer", [Layer(), Layer(d=576, d_v=512, n_head=20, n_head_kv=1, n_pool=20, latent=True),
+                                   Layer(d=32, d_v=32, window=300, sinks=True), Layer(d=64, d_v=96, softcap=4.0)],
+                         ids=str)  # fmt: skip
+def test_bits_do_not_depend_on_how_the_context_is_divided(layer: Layer, n_pages: int) -> None:
+    """More processors: pages or chunks are blocks of their own, and are merged afterwards."""
+    pages, tokens = table(2, n_pages, layer.n_pool), layer.tokens((0, 1000), (1, 70), (1, 0), (0, 513))
+    got, kinds, sizes = [], [], set()
     for n_processors in (1, 64):
         driver = EmulatedDriver()
         driver.facts = replace(driver.facts, n_processors=n_processors)
         device = CUDADevice("cuda-emulated", driver)
-        kinds.append({type(a).__name__ for a in launched(device.compile(layer.graph(4, 18, 2), {}))})
+        steps = launched(device.compile(layer.graph(4, n_pages, 2), {}))
+        kinds.append({type(a).__name__ for a in steps})
+        sizes |= {a.split_pages for a in steps if isinstance(a, Merge)}
         got.append(layer.attend(device, tokens, pages))
-    assert kinds == [{"PagedAttend"}, {"PagedAttend", "Merge"}]
+    assert kinds == [{"PagedAttend"}, {"PagedAttend", "Merge"}] and sizes == {1 if n_pages == 16 else CHUNK_PAGES}
     assert np.array_equal(*got)
+
+
+@pytest.mark.parametrize(("n_pages", "n_head"), [(3, 4), (3, 40), (70, 4), (70, 8)])
+def test_who_merges_makes_columns(n_pages: int, n_head: int) -> None:
+    """Of a product behind it, which reads a reshaped view; of many blocks of a token the last does. Twice: what they meet by
+    is as it was."""
+    layer, n_tokens, n_rows = Layer(n_head=n_head), 2, 48
+    pages, tokens = table(2, n_pages), layer.tokens((0, 180), (1, 64 * n_pages - 1))
+    graph = layer.graph(n_tokens, n_pages, 2)
+    width = layer.d_v * n_head
+    view = replace(leaf(F32, (width, n_tokens, 1, 1)), op="RESHAPE", src=(10,), view_src=10)
+    weight = replace(leaf(F16, (width, n_rows, 1, 1)), buffer=1)
+    product = replace(leaf(F32, (n_rows, n_tokens, 1, 1)), op="MUL_MAT", src=(12, 11))
+    graph = Graph((*graph.tensors, view, weight, product), graph.inputs, (10, 13))
+    weights = np.random.default_rng(1).standard_normal(n_rows * width, np.float32).astype(np.float16).tobytes()
+    driver = EmulatedDriver()
+    driver.facts = replace(driver.facts, n_processors=64)
+    results, names = [], []
+    for device in (CUDADevice("cuda-emulated", driver), ReferenceDevice()):
+        buffer = device.alloc(len(weights))
+        device.write(buffer, 0, memoryview(weights))
+        device.finish(buffer, 0, len(weights), F16, weight.ne)
+        plan = device.compile(graph, {1: buffer})
+        for _ in range(2):
+            out = plan.run(layer.inputs(tokens, pages, layer.cache()), nothing)
+        results.append([np.frombuffer(x, np.float32).copy() for x in out])
+        names += [type(a).__name__ for a in launched(plan)] if isinstance(plan, CUDAPlan) else []
+    assert names == ["PagedAttend", "Merge", "Product"]
+    assert all(nmse(x, y) <= 1e-5 for x, y in zip(*results, strict=True))
+
+
+def test_only_what_no_launch_writes_is_read_ahead() -> None:
+    """Numbers of pages and cells, where they are inputs or views of them."""
+    driver = EmulatedDriver()
+    driver.facts = replace(driver.facts, n_processors=64)
+    device, graph = CUDADevice("cuda-emulated", driver), Layer().graph(2, 3, 2)
+    view = replace(graph.tensors[5], op="VIEW", src=(4,), view_src=4)
+    for other, given in ((graph.tensors[5], True), (view, True), (replace(view, op="CONT", view_src=-1), False)):
+        inputs = tuple(i for i in graph.inputs if i != 5 or other.op == "NONE")
+        plan = device.compile(Graph((*graph.tensors[:5], other, *graph.tensors[6:]), inputs, graph.outputs), {})
+        found = [(type(a), a.given) for a in launched(plan) if isinstance(a, PagedAttend | Merge)]
+        assert found == [(PagedAttend, given), (Merge, given)]
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_the_launch_says_how_much_shared_memory_it_takes(device: CUDADevice, layer: Layer) -> None:
+    bound = device.compile(layer.graph(1, 2, 1), {}).bind(nothing)
+    for step in (s for part in bound.parts if isinstance(part, list) for s in part if isinstance(s.argument, PagedAttend)):
+        assert isinstance(step.function, EmulatedFunction)
+        declared = step.function.shared[1] - step.grid.shared
+        assert 0 <= declared < 4096 and step.function.shared[1] < 99 << 10  # a block of 8.6 and 8.9 has no more
 
 
 def test_bits_do_not_depend_on_where_pages_lie(device: CUDADevice) -> None:
@@ -285,8 +343,10 @@ def test_numbers_that_point_outside_are_reported(device: CUDADevice, d: int) -> 
 
 def test_work_is_divided_by_shapes() -> None:
     one = divide(1, 1, 64, 4, 8, 128, 128, 132)
-    assert (one.rows, one.unit, one.n_units, one.n_tiles, one.n_slots, one.n_splits) == (NARROW, 1, 1, 1, 1, 8)
-    assert divide(64, 64, 64, 4, 8, 128, 128, 132)._replace(n_splits=0) == (NARROW, 1, 64, 1, 1, 0)
+    assert one == (NARROW, 1, 1, 1, 1, 16, 4)
+    assert divide(1, 1, 16, 4, 8, 128, 128, 132)[-2:] == divide(4, 4, 16, 4, 8, 128, 128, 132)[-2:] == (16, 1)
+    assert divide(8, 8, 16, 4, 8, 128, 128, 132)[-2:] == (4, 4)
+    assert divide(64, 64, 64, 4, 8, 128, 128, 132)[:5] == (NARROW, 1, 64, 1, 1)
     prompt = divide(512, 1, 64, 4, 8, 128, 128, 132)
     assert (prompt.rows, prompt.unit, prompt.n_tiles, prompt.n_slots) == (WIDE, 512, 32, 1)
     assert divide(512, 32, 64, 4, 8, 128, 128, 132).n_slots == 17

@@ -13,7 +13,7 @@ typedef decltype(sizeof 0) size_t;
 
 #define INFINITE __builtin_inff()
 #define DEVICE static inline __attribute__((always_inline))
-#define KERNEL(n_threads) extern "C" void
+#define KERNEL(...) extern "C" void
 #define ROOM(name, bytes) __shared__ __align__(128) u8 name[bytes]
 #define __host__
 #define __device__

@@ -295,7 +295,7 @@ EXPORTED u64 emulated_shared_bound(int end) {{ return (u64)(end ? __stop_emulate
         address = ctypes.cast(loaded.emulated_entry, ctypes.c_void_p).value
         assert address is not None  # it was compiled with it
         begin = loaded.emulated_shared_bound(0)
-        bound = re.search(rf"\bKERNEL\((\w+)\)\s*{name}\b", text)
+        bound = re.search(rf"\bKERNEL\((\w+)[^)]*\)\s*{name}\b", text)
         threads = bound[1] if bound is not None else str(MAX_THREADS)
         told = re.search(rf"#define {threads} (\d+)", text)
         max_threads = int(told[1]) if told is not None else int(threads) if threads.isdigit() else MAX_THREADS

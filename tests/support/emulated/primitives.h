@@ -55,6 +55,9 @@ DEVICE u32 fma_halves(u32 a, u32 b, u32 c) {
     return pair(emulated_fma((u16)a, (u16)b, (u16)c), emulated_fma((u16)(a >> 16), (u16)(b >> 16), (u16)(c >> 16)));
 }
 DEVICE u32 choose_bytes(u32 a, u32 b, u32 which) { return __byte_perm(a, b, which); }
+template <class T>
+DEVICE T held(T x) { return x; }
+DEVICE u32 keep_bits(u32 x, u32 mask, u32 y) { return (x & mask) | y; }
 DEVICE uint4 stream16(const void* at) { return *(const uint4*)at; }
 DEVICE void prefetch(const void*) {}
 
@@ -88,11 +91,15 @@ static void emulated_fetch(void* to, const void* at, int n, const char* file, in
     if ((u64)to % n || (u64)at % n) emulated_fail("a copy to shared memory of addresses that are no multiples of its size", file, line);
     if ((const char*)to < __start_emulated_shared || (const char*)to + n > __stop_emulated_shared)
         emulated_fail("a copy to what is not shared memory", file, line);
-    if (f.first == f.n) f.first = f.n = 0;
+    if (f.n == 256) {
+        __builtin_memmove(f.of, f.of + f.first, (f.n - f.first) * sizeof f.of[0]);
+        f.n -= f.first, f.first = 0;
+    }
     if (f.n == 256) emulated_fail("more than 256 copies to shared memory on their way", file, line);
     f.of[f.n++] = {(char*)to, (const char*)at, n, f.lot};
 }
 DEVICE void fetch16(void* to, const void* at, EMULATED_PLACE) { emulated_fetch(to, at, 16, file, line); }
+DEVICE void fetch16_or_zeros(void* to, const void* at, bool is, EMULATED_PLACE) { emulated_fetch(to, is ? at : nullptr, 16, file, line); }
 template <int N>
 DEVICE void fetch(void* to, const void* at, EMULATED_PLACE) { emulated_fetch(to, at, N, file, line); }
 DEVICE void end_of_lot() { emulated_my_fetches().lot++; }
@@ -100,7 +107,8 @@ template <int N>
 DEVICE void fetched() {
     EmulatedFetches& f = emulated_my_fetches();
     for (; f.first < f.n && f.of[f.first].lot < f.lot - N; f.first++)
-        __builtin_memcpy(f.of[f.first].to, f.of[f.first].at, f.of[f.first].n);
+        if (f.of[f.first].at) __builtin_memcpy(f.of[f.first].to, f.of[f.first].at, f.of[f.first].n);
+        else __builtin_memset(f.of[f.first].to, 0, f.of[f.first].n);
 }
 
 // -- matrices -------------------------------------------------------------------------------------------------------

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from protocol.dtypes import TYPES, GGMLType
 from protocol.graph import Tensor
 from protocol.limits import MAX_ROPE_POSITION
+from protocol.ops import op_of
 from protocol.rules import PAGE_CELLS, ROPE_VISION
 from workers.devices.bindings import Bindings
 from workers.devices.cuda.binding import BF16, F16, F32, I32, Binder, ceil_div
@@ -77,8 +78,10 @@ ROW_TYPES = (F32, F16, BF16, Q8_0, Q4_0)
 """Types of keys and values that attention by rows reads."""
 MAX_ROW = 1024
 """Elements of a row that it has room for."""
-CHUNK = 8 * PAGE_CELLS
-"""Cells whose softmax is one running sum; with matrix instructions chunks are merged in order."""
+CHUNK_PAGES = 4
+"""Pages whose sums are merged before they join those of all before them, as paged.cu has it."""
+FEW_PARTS = 16
+"""So many parts of a token are merged by one block, and a context of so few pages may be divided into pages."""
 NARROW, WIDE = 16, 64
 """Queries of a tile."""
 MAX_WIDE_D = 128
@@ -98,7 +101,7 @@ class Division(NamedTuple):
         rows: queries of a tile.
         unit: tokens whose queries make `n_tiles` tiles; there are `n_units` of these.
         n_slots: sequences that a tile may have.
-        n_splits: chunks that are blocks of their own.
+        n_splits: parts of the context that are blocks of their own, of `split_pages` each: a page or a chunk.
     """
 
     rows: int
@@ -107,6 +110,7 @@ class Division(NamedTuple):
     n_tiles: int
     n_slots: int
     n_splits: int
+    split_pages: int
 
 
 def divide(n_tokens: int, n_sequences: int, n_pages: int, group: int, n_head_kv: int, d: int, d_v: int,
@@ -117,11 +121,20 @@ def divide(n_tokens: int, n_sequences: int, n_pages: int, group: int, n_head_kv:
     rows, unit = WIDE if wide else NARROW, 1 if alone else n_tokens
     n_units, n_tiles = n_tokens // unit, ceil_div(unit * group, rows)
     n_slots = min(n_sequences, unit, (rows - 1) // group + 2, rows)
-    n_splits, n_chunks = 1, ceil_div(n_pages * PAGE_CELLS, CHUNK)
-    parts_bytes = 4 * n_tokens * group * n_head_kv * n_chunks * (d_v + 2)
-    if n_chunks > 1 and n_units * n_tiles * n_head_kv < 2 * n_processors and parts_bytes <= MAX_PARTS_BYTES:
-        n_splits = n_chunks
-    return Division(rows, unit, n_units, n_tiles, n_slots, n_splits)
+    n_blocks = n_units * n_tiles * n_head_kv
+    split_pages = 1 if n_pages <= FEW_PARTS and n_blocks * n_pages <= 4 * n_processors else CHUNK_PAGES
+    n_splits = ceil_div(n_pages, split_pages)
+    parts_bytes = 4 * n_tokens * group * n_head_kv * n_splits * (d_v + 2)
+    if n_blocks >= (1 if wide else 2) * n_processors or parts_bytes > MAX_PARTS_BYTES:
+        n_splits = 1
+    return Division(rows, unit, n_units, n_tiles, n_slots, n_splits, split_pages)
+
+
+def room_bytes(d: int, d_v: int, rows: int) -> int:
+    """Shared memory of `attend`, as paged.cu counts it: pieces of a page, queries, and weights of a narrow tile."""
+    groups, octets = ceil_div(d, 32), min(d_v // 8, 16)
+    piece = PAGE_CELLS * max(32 * (min(groups, 4) | 1), 8 * (octets | 1))
+    return 2 * (3 * piece + rows * 32 * (groups | 1) + (rows * (PAGE_CELLS + 8) if rows == NARROW else 0))
 
 
 @BINDINGS.of("PAGED_ATTN")
@@ -148,19 +161,36 @@ def paged_attn(b: Binder, n: Node) -> bool:
         n_parts = n_tokens * n_head * how.n_splits
         parts, sums = (b.at(b.scratch.shared((what, n_bytes), n_bytes)[0])
                        for what, n_bytes in (("parts", 4 * n_parts * d_v), ("sums", 8 * n_parts)))  # fmt: skip
+    given = _given(b, *src[3:6])
     attend = launches.PagedAttend(
-        **cells, q=b.address(src[0]), q_row=q.nb[1], q_head=q.nb[2], k=b.address(src[1]), k_row=k.nb[1], k_head=k.nb[2],
-        k_q8=k.type == Q8_0, v=b.address(src[2]), v_row=v.nb[1], v_head=v.nb[2], v_q8=v.type == Q8_0, n_tokens=n_tokens,
-        n_head=n_head, n_head_kv=k.ne[2], unit=how.unit, n_tiles=how.n_tiles, n_slots=how.n_slots, n_splits=how.n_splits,
-        scale=n.params["scale"], softcap=n.params["logit_softcap"], sinks=sinks_at, y=y, parts=parts, sums=sums,
+        **cells, given=given, q=b.address(src[0]), q_row=q.nb[1], q_head=q.nb[2], k=b.address(src[1]), k_row=k.nb[1],
+        k_head=k.nb[2], k_q8=k.type == Q8_0, v=b.address(src[2]), v_row=v.nb[1], v_head=v.nb[2], v_q8=v.type == Q8_0,
+        n_tokens=n_tokens, n_head=n_head, n_head_kv=k.ne[2], unit=how.unit, n_tiles=how.n_tiles, n_slots=how.n_slots,
+        n_splits=how.n_splits, split_pages=how.split_pages, scale=n.params["scale"], softcap=n.params["logit_softcap"],
+        sinks=sinks_at, y=y, parts=parts, sums=sums,
     )  # fmt: skip
-    macros = {"D": d, "DV": d_v, "ROWS": how.rows}
-    b.add(n, attend, how.n_units * how.n_tiles * how.n_splits, k.ne[2] * how.n_slots, 128, **macros)
+    macros: dict[str, Any] = {"D": d, "DV": d_v, "ROWS": how.rows}
+    if n.params["logit_softcap"]:
+        macros["CAPPED"] = 1
+    b.add(n, attend, how.n_units * how.n_tiles * how.n_splits, k.ne[2] * how.n_slots, 128, room_bytes(d, d_v, how.rows),
+          **macros)  # fmt: skip
     if how.n_splits > 1:
-        merge = launches.Merge(n_seen=b.address(src[4]), window=n.params["window"], n_head=n_head, n_splits=how.n_splits,
-                               sinks=sinks_at, y=y, parts=parts, sums=sums)  # fmt: skip
-        b.add(n, merge, n_tokens * n_head, 1, 128, **macros)
+        n_warps = n_head * ceil_div(d_v, 128)
+        merge = launches.Merge(
+            given=given, n_seen=b.address(src[4]), window=n.params["window"], n_tokens=n_tokens, n_head=n_head, d_v=d_v,
+            n_splits=how.n_splits, split_pages=how.split_pages, n_blocks=ceil_div(n_warps, 4), sinks=sinks_at, y=y,
+            parts=parts, sums=sums, meeting=b.constant(bytes(8 * n_tokens)),
+        )  # fmt: skip
+        b.add(n, merge, n_tokens * merge.n_blocks, 1, 32 * min(4, n_warps), **macros)
     return True
+
+
+def _given(b: Binder, *of: int) -> bool:
+    """Whether these are of inputs, which come before all launches and which none writes; -1 is nothing."""
+    graph = b.lowered.graph
+    written = {graph.root(t.view_src)[0] for t in b.tensors if t.view_src >= 0 and not op_of(t).view}
+    roots = {graph.root(i)[0] for i in of if i >= 0}
+    return roots <= set(graph.inputs) and not roots & written
 
 
 def _in_octets(b: Binder, i: int, t: Tensor) -> bool:

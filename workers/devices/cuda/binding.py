@@ -34,12 +34,14 @@ class Launched:
 
     Attributes:
         node: what it is for; joined: nodes behind that which it carries out as well.
+        about: what a binding notes of it for the next.
     """
 
     function: Function
     grid: Grid
     argument: Launch
     node: int
+    about: Mapping[str, object] | None = None
     joined: tuple[int, ...] = ()
 
 
@@ -178,13 +180,17 @@ class Binder:
         return place.buffer != SCRATCH and not any(place.meets(other) for other in self.written)
 
     def add(
-        self, node: Node, argument: Launch, x: int, y: int = 1, threads: int = 256, shared: int = 0, **macros: object
-    ) -> None:
-        """A kernel of so many blocks, compiled with these macros; `shared`: as `Grid` has it."""
-        given = tuple(sorted((name, str(value)) for name, value in macros.items()))
-        kernel = Kernel(argument.file, argument.function, given)
-        grid = Grid(x, y, threads, shared)
-        self.steps.append(Launched(self.driver.function(kernel, self.tick), grid, argument, node.index))
+        self, node: Node, argument: Launch, x: int, y: int = 1, threads: int = 256, shared: int = 0,
+        about: Mapping[str, object] | None = None, **macros: object,
+    ) -> None:  # fmt: skip
+        """A kernel of so many blocks, compiled with these macros; `shared`: as `Grid` has it, `about`: as `Launched`."""
+        function = self.driver.function(self.kernel(argument, **macros), self.tick)
+        self.steps.append(Launched(function, Grid(x, y, threads, shared), argument, node.index, about))
+
+    @staticmethod
+    def kernel(argument: Launch, **macros: object) -> Kernel:
+        """What a launch runs."""
+        return Kernel(argument.file, argument.function, tuple(sorted((name, str(value)) for name, value in macros.items())))
 
 
 def ceil_div(n: int, size: int) -> int:

@@ -7,16 +7,17 @@ their own.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from protocol.dtypes import TYPES, GGMLType, tensor_bytes
 from protocol.graph import Tensor
 from workers.devices.bindings import Bindings
-from workers.devices.cuda.binding import BF16, F16, F32, I32, Binder, ceil_div
+from workers.devices.cuda.binding import BF16, F16, F32, I32, Binder, Launched, ceil_div
 from workers.devices.cuda.moves import get_plain_rows
 from workers.devices.lower import SCRATCH, Node, Span
-from workers.kernels.cuda.planes import CHUNK, TILE, format_of, multiplied
+from workers.kernels.cuda.planes import CHUNK, GROUP, KINDS, TILE, format_of, multiplied
 from workers.kernels.cuda.product_launches import (
+    NO_PART,
     ExpertProduct,
     GetWeightRows,
     Halve,
@@ -24,6 +25,7 @@ from workers.kernels.cuda.product_launches import (
     PlainProduct,
     Product,
     Route,
+    single,
 )
 
 BINDINGS = Bindings()
@@ -37,14 +39,23 @@ TILES = ((8, 1, 1), (16, 1, 2), (32, 2, 4))
 depend on it.
 """
 LARGEST = (2, 8)
+STAGED_BYTES = 32 << 10
+"""As products.cu has them."""
+T = GGMLType
+LIGHT = (T.Q4_0, T.Q4_1, T.Q5_0, T.Q8_0, T.IQ4_NL, T.MXFP4, T.Q4_K)
+"""Types whose weights take so few registers that a processor has room for LIGHT_BLOCKS."""
+LIGHT_BLOCKS, MOST_BLOCKS = 4, 3
+"""Of a product that a processor has at a time: with many tiles many blocks, which hide each other's waits; with few
+tiles few blocks, whose threads have registers to read more ahead."""
 
 
 class Matrix(NamedTuple):
-    """Packed weights: their type, where they lie, and rows of the whole tensor."""
+    """Packed weights: their type, where they lie, and rows of the whole tensor. `fixed`: no launch packs them."""
 
     type: GGMLType
     at: int
     n_rows: int
+    fixed: bool
 
 
 class Columns(NamedTuple):
@@ -62,21 +73,23 @@ def _tile(n: int) -> tuple[int, int]:
 def _packed(b: Binder, n: Node, i: int) -> Matrix | None:
     """Source `i` as products read it; None where they do not take it."""
     t = b.tensors[i]
+    if t.n_rows * ceil_div(t.ne[0], CHUNK) >= 1 << 32:  # as kernels count
+        return None
     buffer = b.buffers.get(t.buffer) if t.op == "NONE" else None
     if buffer is not None and buffer.packed.get(t.offset, (None, None))[:2] == (t.type, t.ne):
-        return Matrix(GGMLType(t.type), b.address(i), t.n_rows)
+        return Matrix(GGMLType(t.type), b.address(i), t.n_rows, True)
     if not t.contiguous:
         return None
     if t.type not in PLAIN and not multiplied(t.type, t.ne[0]):
         wide = b.weights.widened(buffer, t, b.tick)
-        return None if wide is None else Matrix(F16, wide, t.n_rows)
+        return None if wide is None else Matrix(F16, wide, t.n_rows, True)
     if t.type == F32 or not multiplied(t.type, t.ne[0]) or (t.ne[2] * t.ne[3] > 1 and t.ne[1] % TILE):
         return None
     at = b.more(tensor_bytes(t.type, t.ne) + 16 * 5)  # each plane begins at a multiple of 16
     blocks = t.n_elements // max(CHUNK, TYPES[t.type].block)
     pack = Pack(raw=b.address(i), packed=at, n_rows=t.n_rows, k=t.ne[0], first=0, n=t.n_rows)
     b.add(n, pack, ceil_div(blocks, 128), 1, 128, FORMAT=format_of(t.type))
-    return Matrix(GGMLType(t.type), at, t.n_rows)
+    return Matrix(GGMLType(t.type), at, t.n_rows, False)
 
 
 def _columns(b: Binder, n: Node, wide: bool) -> Columns | None:
@@ -114,10 +127,38 @@ def mul_mat(b: Binder, n: Node) -> bool:
     for batch in batches:
         first = ((batch // z.ne[2]) // r3 * a.ne[2] + batch % z.ne[2] // r2) * a.ne[1] if len(batches) > 1 else 0
         at = batch * z.ne[1]
-        product = Product(w=w.at, n_all=w.n_rows, first=first, n_rows=a.ne[1], k=a.ne[0], x=x.at + at * x.row, x_row=x.row,
-                          scales=x.scales + 4 * at, n=count, y=y + 4 * a.ne[1] * at, y_row=4 * a.ne[1])  # fmt: skip
-        b.add(n, product, ceil_div(a.ne[1], TILE * mt), ceil_div(count, 8 * nt), FORMAT=format_of(w.type), MT=mt, NT=nt)
+        product = Product(x=x.at + at * x.row, x_row=x.row, scales=x.scales + 4 * at, n=count, k=a.ne[0], fixed=w.fixed,
+                          staged=count * x.row <= STAGED_BYTES,
+                          n_tiles=ceil_div(a.ne[1], TILE * mt), begin=(0, NO_PART, NO_PART, NO_PART), w=single(w.at),
+                          n_all=single(w.n_rows), first=single(first), n_rows=single(a.ne[1]),
+                          y=single(y + 4 * a.ne[1] * at), y_row=single(4 * a.ne[1]))  # fmt: skip
+        _add_product(b, n, product, ceil_div(count, 8 * nt), **_macros(w, a.ne[0], mt, nt))
     return True
+
+
+def _macros(w: Matrix, k: int, mt: int, nt: int) -> dict[str, Any]:
+    """What a product of tiles of that size is compiled with."""
+    return {"FORMAT": format_of(w.type), "MT": mt, "NT": nt, "REST": int(k % GROUP != 0 or w.n_rows % TILE != 0)}
+
+
+def _blocks(n_tiles: int, n_processors: int, type_: GGMLType, mt: int, nt: int) -> int:
+    """How many blocks share a processor."""
+    most = (LIGHT_BLOCKS if type_ in LIGHT else MOST_BLOCKS) if mt * nt == 1 else 2 if mt * nt < 16 else 1
+    return max(1, min(ceil_div(n_tiles, n_processors), most))
+
+
+def _add_product(b: Binder, n: Node, product: Product, n_column_tiles: int, **macros: Any) -> None:
+    """As one launch with the one before it, when that has the same columns and the same kind of weights."""
+    last = b.steps[-1] if b.steps else None
+    if isinstance(last, Launched) and isinstance(last.argument, Product) and last.about == macros:
+        joined = last.argument.joined(product)
+        if joined is not None:
+            del b.steps[-1]
+            product = joined
+    n_processors = b.driver.facts.n_processors
+    each = _blocks(product.n_tiles * n_column_tiles, n_processors, KINDS[macros["FORMAT"]], macros["MT"], macros["NT"])
+    b.add(n, product, min(product.n_tiles, each * n_processors), n_column_tiles, 256,
+          product.n * product.x_row if product.staged else 0, macros, **macros, BLOCKS=each)  # fmt: skip
 
 
 def _plain(b: Binder, n: Node) -> bool:
@@ -153,10 +194,12 @@ def mul_mat_id(b: Binder, n: Node) -> bool:
     route = Route(ids=b.address(n.tensor.src[2]), ids_row=ids.nb[1], n_used=n_used, n_tokens=n_tokens, n_experts=n_experts,
                   n_columns=8 * nt, pairs=pairs, tiles=tiles, n_tiles=n_tiles, status=b.status, node=n.index)  # fmt: skip
     b.add(n, route, 1, 1, 1024)
+    each = _blocks(ceil_div(a.ne[1], TILE * mt) * n_tiles, b.driver.facts.n_processors, w.type, mt, nt)
     product = ExpertProduct(w=w.at, n_all=w.n_rows, first=0, n_rows=a.ne[1], k=a.ne[0], x=x.at, x_row=x.row, scales=x.scales,
                             n_slots=z.ne[1], n_used=n_used, pairs=pairs, tiles=tiles, y=b.address(n.index),
                             y_row=4 * a.ne[1])  # fmt: skip
-    b.add(n, product, ceil_div(a.ne[1], TILE * mt), n_tiles, FORMAT=format_of(w.type), MT=mt, NT=nt)
+    b.add(n, product, ceil_div(a.ne[1], TILE * mt), n_tiles, **_macros(w, a.ne[0], mt, nt),
+          BLOCKS=each)
     return True
 
 

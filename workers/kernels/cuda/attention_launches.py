@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from workers.kernels.cuda.launches import Four, Launch, launch
+from workers.kernels.cuda.launches import Four, Launch, MakesColumns, launch
 from workers.kernels.records import Address, Bytes, Code, Count, Flag, Float32, NodeIndex
 
 # -- positions ---------------------------------------------------------------------------------------------------------
@@ -112,10 +112,12 @@ class PagedAttend(Pages, frozen=True, kw_only=True):
     """Keys and values are float16, or Q8_0.
 
     Queries are taken in tiles, of `unit` tokens by themselves: one after the other with the heads of a group,
-    `n_tiles` for a unit. A block takes one of `n_slots` sequences of a tile. With `parts` it takes one of `n_splits` chunks,
-    and `Merge` must follow: there are float32 [d_v] of each query and chunk, and at `sums` its peak and sum.
+    `n_tiles` for a unit. A block takes one of `n_slots` sequences of a tile. With `parts` it takes `split_pages` pages, one
+    of `n_splits` parts, and `Merge` must follow: there are float32 [d_v] of each query and part, and at `sums` its peak and
+    sum. `given`: no launch of the plan writes `pages`, `n_seen` and `rows`, so they may be read before others are done.
     """
 
+    given: Flag
     q: Address
     q_row: Bytes
     q_head: Bytes
@@ -134,6 +136,7 @@ class PagedAttend(Pages, frozen=True, kw_only=True):
     n_tiles: Count
     n_slots: Count
     n_splits: Count
+    split_pages: Count
     scale: Float32
     softcap: Float32
     sinks: Address
@@ -143,17 +146,27 @@ class PagedAttend(Pages, frozen=True, kw_only=True):
 
 
 @launch("paged.merge", "PAGED_ATTN merge")
-class Merge(Launch, frozen=True, kw_only=True):
-    """Chunks of each query, in order."""
+class Merge(MakesColumns, frozen=True, kw_only=True):
+    """Parts of each query, in order: `split_pages` pages each. `n_blocks` are a token's; the last of them makes its column.
+    `given`: as `PagedAttend` has it. `meeting`: two words for each token, zeros before and after."""
 
+    given: Flag
     n_seen: Address
     window: Count
+    n_tokens: Count
     n_head: Count
+    d_v: Count
     n_splits: Count
+    split_pages: Count
+    n_blocks: Count
     sinks: Address
     y: Address
     parts: Address
     sums: Address
+    meeting: Address
+
+    def rows_made(self) -> tuple[int, int, int] | None:
+        return self.y, self.n_head * self.d_v, self.n_tokens
 
 
 @launch("attention.attend", "attention by rows")

@@ -191,9 +191,13 @@ DEVICE i64 group_at(const Planes& p, const Row& r, i64 group, int n_bytes) {
     return (r.tile * TILE * p.n_chunks + group * GROUP * r.height + (i64)r.at * chunks_of(p, group)) * n_bytes;
 }
 
-// Where the unit of thread t for a chunk lies in a plane of codes; a chunk has 4 * unit bytes there.
+// Where the unit of thread t for a chunk lies in a plane of codes; a chunk has 4 * unit bytes there. A whole group of more than 16
+// bytes a thread lies in pieces of 16: the first of all rows and threads, then the second, so that a warp reads what lies together.
 DEVICE i64 unit_at(const Planes& p, const Row& r, i64 group, int chunk, int t, int unit) {
-    return group_at(p, r, group, 4 * unit) + (t * chunks_of(p, group) + chunk) * unit;
+    int n = chunks_of(p, group);
+    if (n < GROUP || unit < 8) return group_at(p, r, group, 4 * unit) + (t * n + chunk) * unit;
+    i64 first = (r.tile * TILE * p.n_chunks + group * GROUP * r.height) * 4 * unit;
+    return first + (chunk * unit / 16 * r.height * 4 + 4 * r.at + t) * 16 + chunk * unit % 16;
 }
 
 // Where what a block has in a plane of scales lies.

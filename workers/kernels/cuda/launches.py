@@ -21,10 +21,12 @@ import msgspec
 from workers.kernels.records import Address, Bytes, Code, Count, Flag, Float32, NodeIndex  # noqa: F401
 
 Four: TypeAlias = tuple[int, int, int, int]
+Parts: TypeAlias = tuple[int, int, int, int]
+"""Of up to four parts of a launch, each its own."""
 FORMS = {"Address": "q", "Bytes": "q", "Count": "q", "NodeIndex": "q", "Code": "q", "Flag": "q", "Float32": "f4x",
-         "Four": "4q"}
+         "Four": "4q", "Parts": "4q"}
 """How a field of each kind lies in the record, as `struct` writes it."""
-C_FIELDS = {"Float32": "float {0}; int {0}_pad;", "Four": "i64 {0}[4];"}
+C_FIELDS = {"Float32": "float {0}; int {0}_pad;", "Four": "i64 {0}[4];", "Parts": "i64 {0}[4];"}
 """How C declares it where it is no `i64`."""
 
 

@@ -13,7 +13,8 @@ typedef unsigned long long u64;
 
 #define INFINITE __int_as_float(0x7f800000)
 #define DEVICE __device__ __forceinline__
-#define KERNEL(n_threads) extern "C" __global__ void __launch_bounds__(n_threads)
+// Of how many threads a block has at most, and how many blocks a processor is to have at once, if that is said.
+#define KERNEL(...) extern "C" __global__ void __launch_bounds__(__VA_ARGS__)
 // Shared memory whose size the launch says (`Grid.shared`): `bytes`, as the kernel counts them.
 #define ROOM(name, bytes) extern __shared__ __align__(128) u8 name[]
 
@@ -94,6 +95,23 @@ DEVICE u32 fma_halves(u32 a, u32 b, u32 c) {
 // Bytes of b:a (a has numbers 0 to 3), chosen by the low three bits of each nibble of `which`.
 DEVICE u32 choose_bytes(u32 a, u32 b, u32 which) { return __byte_perm(a, b, which); }
 
+// x, which is kept in registers where the compiler would rather work it out again.
+DEVICE u32 held(u32 x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+DEVICE const u8* held(const u8* x) {
+    asm volatile("" : "+l"(x));
+    return x;
+}
+
+// The bits of x that a mask has, and all of y.
+DEVICE u32 keep_bits(u32 x, u32 mask, u32 y) {
+    u32 v;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(v) : "r"(x), "r"(mask), "r"(y));
+    return v;
+}
+
 // Sixteen bytes that are read once.
 DEVICE uint4 stream16(const void* at) {
     uint4 v;
@@ -112,7 +130,13 @@ DEVICE void fetch16(void* shared, const void* at) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(at) : "memory");
 }
 
-// The same of 8 or 4 bytes.
+// The same, or zeros where not `is`; then nothing is read.
+DEVICE void fetch16_or_zeros(void* shared, const void* at, bool is) {
+    u32 to = (u32)__cvta_generic_to_shared(shared);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(at), "r"(is ? 16 : 0) : "memory");
+}
+
+// `fetch16` of 8 or 4 bytes.
 template <int N>
 DEVICE void fetch(void* shared, const void* at) {
     u32 to = (u32)__cvta_generic_to_shared(shared);

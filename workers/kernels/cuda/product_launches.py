@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from workers.kernels.cuda.launches import Four, Launch, launch
+from msgspec import structs
+
+from workers.kernels.cuda.launches import Four, Launch, Parts, launch
 from workers.kernels.records import Address, Bytes, Code, Count, Flag, NodeIndex
 
 # -- weights -----------------------------------------------------------------------------------------------------------
@@ -32,6 +34,8 @@ class Pack(PackedRows, frozen=True, kw_only=True):
 class Unpack(PackedRows, frozen=True, kw_only=True):
     pass
 
+
+NO_PART = 1 << 62
 
 # -- products ----------------------------------------------------------------------------------------------------------
 
@@ -64,15 +68,47 @@ class Weights(Launch, frozen=True, kw_only=True):
 
 
 @launch("products.product", "MUL_MAT")
-class Product(Weights, frozen=True, kw_only=True):
-    """Rows of weights times n columns."""
+class Product(Launch, frozen=True, kw_only=True):
+    """Rows of up to four tensors' packed weights times the same n columns of k elements.
+
+    Attributes:
+        w, n_all, first, n_rows, y, y_row: of each tensor, as `Weights` has them, and where its result lies.
+        begin: a tensor's first tile of rows among the n_tiles of all; NO_PART where there is none.
+        fixed: no launch of the same plan writes the weights.
+        staged: the columns, which lie in one piece, are read from shared memory.
+    """
 
     x: Address
     x_row: Bytes
     scales: Address
     n: Count
-    y: Address
-    y_row: Bytes
+    k: Count
+    n_tiles: Count
+    fixed: Flag
+    staged: Flag
+    begin: Parts
+    w: Parts
+    n_all: Parts
+    first: Parts
+    n_rows: Parts
+    y: Parts
+    y_row: Parts
+
+    def joined(self, other: Product) -> Product | None:
+        """Both as one; None where they have not the same columns, or are too many."""
+        n = sum(b < NO_PART for b in self.begin)
+        same = ("x", "x_row", "scales", "n", "k", "fixed", "staged")
+        if n == len(self.begin) or other.begin[1] < NO_PART or any(getattr(self, s) != getattr(other, s) for s in same):
+            return None
+        parts = {name: (*getattr(self, name)[:n], getattr(other, name)[0], *getattr(self, name)[n + 1 :])
+                 for name in ("w", "n_all", "first", "n_rows", "y", "y_row")}  # fmt: skip
+        begin = (*self.begin[:n], self.n_tiles, *self.begin[n + 1 :])
+        return structs.replace(self, begin=begin, n_tiles=self.n_tiles + other.n_tiles, **parts)
+
+
+def single(value: int) -> Parts:
+    """Of the only part."""
+    return (value, 0, 0, 0)
 
 
 @launch("columns.route", "MUL_MAT_ID route")

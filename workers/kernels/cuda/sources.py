@@ -14,7 +14,7 @@ from workers.kernels.cuda import attention_launches, product_launches, row_launc
 from workers.kernels.cuda.launches import declarations
 
 FOLDER = Path(__file__).parent
-OPTIONS = ("--std=c++17", "--fmad=false", "--dopt=on")
+OPTIONS = ("--std=c++17", "--fmad=false", "--dopt=on", "--device-as-default-execution-space")
 """What NVRTC compiles with. A product and a sum are one rounding only where the source says so: a result does not depend on
 how a compiler puts things together."""
 

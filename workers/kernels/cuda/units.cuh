@@ -6,9 +6,10 @@
 #define MULTIPLY mma_halves
 #endif
 
-// Scales are taken 64 times as large: weights of trained models would else have halves that are subnormal.
-#define LARGER 64.0f
-#define UNDO (CODES ? 1 / LARGER : 1.0f)
+// Codes are taken 32 times as large: weights of trained models would else be halves that are subnormal.
+#define LARGER_BITS 5
+#define LARGER (1 << LARGER_BITS)
+#define UNDO (CODES ? 1.0f / LARGER : 1.0f)
 
 // What a thread reads of a row's group: its units of four chunks, and their scales.
 struct Units {
@@ -37,6 +38,56 @@ struct Units {
         uint4 v = stream16(at);                              \
         (to)[0] = v.x, (to)[1] = v.y, (to)[2] = v.z, (to)[3] = v.w; \
     }
+
+// Where a thread's units begin of a packed tensor whose rows are in whole tiles of 16.
+struct Source {
+    const u8 *codes, *twos, *ones, *scales, *more;
+};
+
+DEVICE Source source_of(const Planes& p, int lane) {
+    int g = lane / 4;
+    Source s;
+    s.codes = p.codes + 16 * lane;
+    s.twos = p.twos + TWO_BYTES * lane;
+    s.ones = p.ones + ONE_BYTES * lane;
+    s.scales = p.scales + (SUPER ? g : GROUP * g) * SCALE_BYTES;
+    s.more = p.more + g * MORE_BYTES;
+    return s;
+}
+
+// A whole group of them: of rows g for half 0, g + 8 for half 1. What `load_group` gives, with less to work out. `before`: chunks of
+// all rows before those of this group.
+DEVICE void load_units(const Source& s, u32 before, int half, Units& u) {
+    const u8* codes = s.codes + (u64)before * (WORD_BYTES + BYTE_BYTES + NIBBLE_BYTES) + half * 512;
+#if WORD_BYTES
+    for (int i = 0; i < 4; i++) SET16(u.words + 4 * i, codes + 1024 * i);
+#elif BYTE_BYTES
+    for (int i = 0; i < 2; i++) SET16(u.bytes + 4 * i, codes + 1024 * i);
+#elif NIBBLE_BYTES
+    SET16(u.nibbles, codes);
+#endif
+#if TWO_BYTES
+    uint2 twos = *(const uint2*)(s.twos + (u64)before * TWO_BYTES + half * 256);
+    u.twos[0] = twos.x, u.twos[1] = twos.y;
+#endif
+#if ONE_BYTES
+    u.ones = *(const u32*)(s.ones + (u64)before * ONE_BYTES + half * 128);
+#endif
+#if CODES
+    u64 blocks = SUPER ? before / (TILE * BLOCK_CHUNKS) * TILE : before;
+    const u8* scales = s.scales + blocks * SCALE_BYTES + half * 8 * (SUPER ? 1 : GROUP) * SCALE_BYTES;
+    const int n_words = SUPER ? SCALE_BYTES / 4 : SCALE_BYTES;
+    if (n_words == 4) SET16(u.scales, scales);
+    if (n_words == 2) {
+        uint2 v = *(const uint2*)scales;
+        u.scales[0] = v.x, u.scales[1] = v.y;
+    }
+    if (n_words % 2)
+        for (int i = 0; i < n_words; i++) u.scales[i] = ((const u32*)scales)[i];
+    if (MORE_BYTES == 2) u.more = *(const u16*)(s.more + blocks * MORE_BYTES + half * 8 * MORE_BYTES);
+    if (MORE_BYTES == 4) u.more = *(const u32*)(s.more + blocks * MORE_BYTES + half * 8 * MORE_BYTES);
+#endif
+}
 
 // All four chunks are there: whole words.
 DEVICE void load_group(const Planes& p, const Row& r, i64 group, int t, Units& u) {
@@ -132,63 +183,117 @@ DEVICE void load(const Planes& p, const Row& r, i64 group, int n, int t, Units& 
 }
 
 #if CODES
-DEVICE u32 byte_of(const u32 (&words)[4], int i) { return words[i / 4] >> 8 * (i % 4) & 255; }
+// Bytes i and i again of a word, each as a half from 1024 on.
+DEVICE u32 byte_twice(u32 word, u32 i) { return choose_bytes(word, 0x64646464u, 0x4040u + 0x0101u * i); }
+DEVICE u32 low_twice(u32 word) { return choose_bytes(word, 0, 0x1010); }
+DEVICE u32 high_twice(u32 word) { return choose_bytes(word, 0, 0x3232); }
 
-// Scale and minimum of a thread's units of chunk c of a group; odd: the second group of a block of 256.
-DEVICE Scale unit_scale(const Units& u, int c, int odd, int t) {
-    u8 scales[16], more[4];
-#if SUPER
-    for (int i = 0; i < SCALE_BYTES; i++) scales[i] = (u8)byte_of(u.scales, i);
-    for (int i = 0; i < MORE_BYTES; i++) more[i] = (u8)(u.more >> 8 * i);
-    // both are worked out, so that no index into registers depends on the group
-    Scale low = scale_of(scales, more, c, 0), high = scale_of(scales, more, c + GROUP, 0);
-    if (SCALE_BYTES != 8 && !IS(Q4_K) && !IS(Q5_K)) {
-        Scale low1 = scale_of(scales, more, c, 1), high1 = scale_of(scales, more, c + GROUP, 1);
-        low.scale = t < 2 ? low.scale : low1.scale, high.scale = t < 2 ? high.scale : high1.scale;
-        low.min = t < 2 ? low.min : low1.min, high.min = t < 2 ? high.min : high1.min;
-    }
-    low.scale = odd ? high.scale : low.scale, low.min = odd ? high.min : low.min;
-    return low;
-#else
-    for (int i = 0; i < SCALE_BYTES; i++) scales[i] = (u8)byte_of(u.scales, c * SCALE_BYTES + i);
-    return scale_of(scales, more, 0, 0);
+// A half twice in a word times LARGER, or less than nothing.
+DEVICE u32 larger(u32 v) { return mul_halves(v, 0x50005000u); }
+DEVICE u32 less(u32 v) { return mul_halves(v, 0xd000d000u); }
+
+// What the codes of a thread's units of chunk c are multiplied by, and what is added then, LARGER times as large, each twice in a
+// word; odd: the second group of a block of 256. Whole numbers times a half are rounded once.
+DEVICE void unit_scale(const Units& u, int c, int odd, int t, u32& scale, u32& more) {
+    more = 0;
+#if IS(Q4_0) || IS(Q5_0) || IS(Q8_0) || IS(IQ4_NL)
+    scale = c % 2 ? high_twice(u.scales[c / 2]) : low_twice(u.scales[c / 2]);
+#elif IS(Q4_1) || IS(Q5_1)
+    scale = low_twice(u.scales[c]);
+    more = larger(high_twice(u.scales[c]));
+#elif IS(MXFP4)
+    u8 e = (u8)(u.scales[0] >> 8 * c);
+    float s = scale_of(&e, &e, 0, 0).scale;
+    scale = halves_of(s, s);
+#elif IS(Q4_K) || IS(Q5_K)
+    // six bits each: the first four lie together, of the others the high two bits lie above those
+    u32 low = odd ? 0x0f0f0f0fu : 0x3f3f3f3fu, top = odd ? 0x30303030u : 0;
+    u32 n = keep_bits(u.scales[1] >> 2, top, (odd ? u.scales[3] : u.scales[1]) & low);
+    u32 m = keep_bits(u.scales[2] >> 2, top, (odd ? u.scales[3] >> 4 : u.scales[2]) & low);
+    scale = mul_halves(sub_halves(byte_twice(n, c), 0x64006400u), low_twice(u.scales[0]));
+    more = mul_halves(sub_halves(byte_twice(m, c), 0x64006400u), less(high_twice(u.scales[0])));
+#elif IS(Q6_K)
+    u32 n = (odd ? u.scales[2 + c / 2] : u.scales[c / 2]) ^ 0x80808080u;
+    scale = mul_halves(sub_halves(byte_twice(n, 2 * (c % 2) + t / 2), 0x64806480u), low_twice(u.more));
+#elif IS(Q2_K)
+    u32 w = odd ? u.scales[2 + c / 2] : u.scales[c / 2], i = 2 * (c % 2) + t / 2;
+    u32 n = byte_twice(w & 0x0f0f0f0fu, i), m = byte_twice(w >> 4 & 0x0f0f0f0fu, i);
+    scale = mul_halves(sub_halves(n, 0x64006400u), low_twice(u.more));
+    more = mul_halves(sub_halves(m, 0x64006400u), less(high_twice(u.more)));
+#elif IS(Q3_K)
+    u32 n = (u.scales[c / 2] >> 4 * odd & 0x0f0f0f0fu) | (u.scales[2] >> (4 * odd + 2 * (c / 2)) & 0x03030303u) << 4;
+    n = byte_twice(n, 2 * (c % 2) + t / 2);
+    scale = mul_halves(sub_halves(n, 0x64206420u), low_twice(u.more));
+#elif IS(IQ4_XS)
+    u32 low = u.scales[1] >> 16 * odd >> 4 * c, high = u.scales[0] >> (16 + 8 * odd) >> 2 * c;
+    u32 n = byte_twice((low & 15) | (high & 3) << 4, 0);
+    scale = mul_halves(sub_halves(n, 0x64206420u), low_twice(u.scales[0]));
 #endif
 }
 
-// The pair i of codes of chunk c, each as a half from 1024 on.
-DEVICE void code_pairs(const Units& u, int c, u32 (&v)[4]) {
+// A whole number of at most eleven bits before the last that is not 0, as a half, twice in a word.
+DEVICE constexpr u32 whole_halves(u32 n) {
+    u32 exponent = 0;
+    while (n >> (exponent + 1)) exponent++;
+    u32 half = (15 + exponent) << 10 | (exponent > 10 ? n >> (exponent - 10) : n << (10 - exponent)) % 1024;
+    return half | half << 16;
+}
+
+// Halves of 1024 + 2^shift * code, as halves of LARGER * (code - zero). What is added has at most eleven bits, so nothing is lost.
+template <int SHIFT>
+DEVICE u32 centred(u32 v, u32 zero) {
+    const u32 factor = (15 + LARGER_BITS - SHIFT) * 0x04000400u;  // LARGER / 2^shift
+    return fma_halves(v, factor, whole_halves(((1024 >> SHIFT) + zero) * LARGER) | 0x80008000u);
+}
+
+// The pair i of codes of chunk c, less ZERO, LARGER times as large. Bits are taken where they lie, as far as a half from 1024 on has room for them.
 #if HAS_TABLE
+DEVICE void code_pairs(const Units& u, int c, u32 (&v)[4]) {
     u32 which = u.nibbles[c], far = (which & 0x88888888u) >> 1 | 0x32103210u;
     u32 low = which & 0x77777777u, high = low >> 16;
     u32 even = choose_bytes(choose_bytes(TABLE_0, TABLE_1, low), choose_bytes(TABLE_2, TABLE_3, low), far);
     u32 odd = choose_bytes(choose_bytes(TABLE_0, TABLE_1, high), choose_bytes(TABLE_2, TABLE_3, high), far >> 16);
-    for (int i = 0; i < 4; i++) v[i] = (choose_bytes(even, odd, (u32)(i | i << 4 | (4 + i) << 8 | i << 12)) & 0x00ff00ffu) | 0x64006400u;
+    for (int i = 0; i < 4; i++) {
+        v[i] = choose_bytes(even, odd, (u32)(i | i << 4 | (4 + i) << 8 | i << 12));
+        v[i] = centred<0>(keep_bits(v[i], 0x00ff00ffu, 0x64006400u), 128);
+    }
+}
 #elif BYTE_BYTES
-    for (int i = 0; i < 4; i++)
-        v[i] = choose_bytes(u.bytes[2 * c + i / 2] ^ 0x80808080u, 0x64646464u, i % 2 ? 0x4342u : 0x4140u);
+DEVICE void code_pairs(const Units& u, int c, u32 (&v)[4]) {
+    for (int i = 0; i < 4; i++) {
+        u32 bytes = u.bytes[2 * c + i / 2] ^ 0x80808080u;
+        v[i] = centred<0>(choose_bytes(bytes, 0x64646464u, i % 2 ? 0x4342u : 0x4140u), ZERO);
+    }
+}
 #else
+template <int I>
+DEVICE u32 code_pair(u32 nibble, u32 two, u32 one) {
+    const int shift = NIBBLE_BYTES ? I % 2 * 4 : 2 * I, bits = NIBBLE_BYTES ? 4 : 2;
+    u32 v = NIBBLE_BYTES ? keep_bits(nibble >> I / 2 * 8, 0x000f000fu << shift, 0x64006400u)
+                         : keep_bits(two, 0x00030003u << shift, 0x64006400u);
+    if (NIBBLE_BYTES && TWO_BYTES) v = keep_bits(two << (shift + bits - 2 * I), 0x00030003u << (shift + bits), v);
+    if (ONE_BYTES) v = keep_bits(one << (shift + bits - I), 0x00010001u << (shift + bits), v);
+    return centred<shift>(v, ZERO);
+}
+
+DEVICE void code_pairs(const Units& u, int c, u32 (&v)[4]) {
+    u32 nibble = 0, two = 0, one = 0;
+#if NIBBLE_BYTES
+    nibble = u.nibbles[c];
+#endif
 #if TWO_BYTES
-    u32 two = u.twos[c / 2] >> 16 * (c % 2);
-    two = (two & 255) | (two & 0xff00u) << 8;
+    two = choose_bytes(u.twos[c / 2], 0, c % 2 ? 0x4342 : 0x4140);
 #endif
 #if ONE_BYTES
-    u32 one = u.ones >> 8 * c;
+    one = u.ones >> 8 * c;
     one = (one & 15) | (one & 0xf0u) << 12;
 #endif
-    for (int i = 0; i < 4; i++) {
-        v[i] = 0x64006400u;
-#if NIBBLE_BYTES
-        v[i] |= u.nibbles[c] >> 4 * i & 0x000f000fu;
-#endif
-#if TWO_BYTES
-        v[i] |= (two >> 2 * i & 0x00030003u) << (NIBBLE_BYTES ? 4 : 0);
-#endif
-#if ONE_BYTES
-        v[i] |= (one >> i & 0x00010001u) << (NIBBLE_BYTES ? 4 : 2);
-#endif
-    }
-#endif
+    v[0] = code_pair<0>(nibble, two, one);
+    v[1] = code_pair<1>(nibble, two, one);
+    v[2] = code_pair<2>(nibble, two, one);
+    v[3] = code_pair<3>(nibble, two, one);
 }
+#endif
 #endif
 
 // The eight weights of a thread's unit of chunk c, as pairs.
@@ -196,14 +301,12 @@ DEVICE void weights(const Units& u, int c, int odd, int t, u32 (&v)[4]) {
 #if WORD_BYTES
     for (int i = 0; i < 4; i++) v[i] = u.words[4 * c + i];
 #else
-    Scale s = unit_scale(u, c, odd, t);
-    u32 scale = halves_of(s.scale * LARGER, s.scale * LARGER);
-    u32 zero = halves_of(1024.0f + (HAS_TABLE ? 128 : ZERO), 1024.0f + (HAS_TABLE ? 128 : ZERO));
+    u32 scale, more;
+    unit_scale(u, c, odd, t, scale, more);
     code_pairs(u, c, v);
     for (int i = 0; i < 4; i++) {
-        v[i] = sub_halves(v[i], zero);
 #if HAS_MIN
-        v[i] = fma_halves(v[i], scale, halves_of(-s.min * LARGER, -s.min * LARGER));
+        v[i] = fma_halves(v[i], scale, more);
 #else
         v[i] = mul_halves(v[i], scale);
 #endif
