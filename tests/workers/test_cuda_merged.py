@@ -19,6 +19,7 @@ from workers.devices.cuda import elements
 from workers.devices.cuda.binding import Binder
 from workers.devices.cuda.device import CUDADevice
 from workers.devices.cuda.weights import CUDABuffer
+from workers.kernels.cuda import attention_launches
 from workers.kernels.cuda.launches import MakesColumns
 from workers.ticks import nothing
 
@@ -246,3 +247,35 @@ def test_a_cell_that_is_none_is_told_of_the_node_that_named_it(device: CUDADevic
         d.kept(d.v)
         with pytest.raises(KernelError, match=rf"node {d.outputs[2]} \(SET_ROWS\)"):
             d.results(*d.outputs)
+
+
+@pytest.mark.parametrize("d", [32, 64, 128, 256])
+@pytest.mark.parametrize("n_tokens", [1, 4])
+@pytest.mark.parametrize("params", [{"mode": 0}, {"mode": 2}, {"mode": 2, "n_dims": 20, "n_offs": 4}], ids=str)
+def test_what_turns_norms_first(device: CUDADevice, d: int, n_tokens: int, params: dict[str, float]) -> None:
+    layer = Layer(device, n_tokens, T.F16, d, **params)
+    del layer.tensors[-2:]
+    layer.outputs = []
+    for x in (layer.q, layer.k):
+        ne = layer.tensors[x].ne
+        normed = layer.node("RMS_NORM", T.F32, ne, x, eps=1e-5)
+        layer.outputs.append(layer.turned(layer.node("MUL", T.F32, ne, normed, layer.held(T.F32, (d, 1)))))
+    layer.kept(layer.outputs[1])
+    layer.kept(layer.v)
+    check(layer, layer.outputs, ["ROPE table", ALL.replace("ROPE", "RMS_NORM * w, ROPE")])
+    got, _ = layer.results(*layer.outputs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_launches, "MAX_NORMED", 0)
+        alone, of_each = layer.results(*layer.outputs)
+    assert of_each[:2] == ["RMS_NORM * w", "ROPE table"] and got == alone
+
+
+def test_a_norm_that_is_wanted_or_long_is_a_launch_in_front_of_what_turns(device: CUDADevice) -> None:
+    for case in ("wanted", "long", "weights"):
+        d = Layer(device, 2, T.F16, 512 if case == "long" else 32)
+        del d.tensors[-2:]
+        ne = d.tensors[d.q].ne
+        w = d.input(T.F32, (ne[0],)) if case == "weights" else d.held(T.F32, (ne[0], 1))
+        y = d.node("MUL", T.F32, ne, d.node("RMS_NORM", T.F32, ne, d.q, eps=1e-5), w)
+        d.outputs = [d.turned(y), *([y] if case == "wanted" else [])]
+        check(d, d.outputs, ["RMS_NORM * w", "ROPE table", "ROPE"])

@@ -155,12 +155,12 @@ class Binder:
         step = self.steps[-1] if self.steps else None
         return step.argument if isinstance(step, Launched) and isinstance(step.argument, kind) else None
 
-    def widen(self, argument: Launch, y: int = 0, joined: int = -1) -> None:
-        """The launch before this is called with something else. Where told: with blocks in y, for a node more."""
+    def widen(self, argument: Launch, y: int = 0, *joined: int) -> None:
+        """The launch before this is called with something else, with y blocks, if that is not 0, and for more nodes."""
         step = self.steps[-1]
         assert isinstance(step, Launched)  # `last` has said so
-        grid, nodes = step.grid._replace(y=y or step.grid.y), step.joined + ((joined,) if joined >= 0 else ())
-        self.steps[-1] = replace(step, grid=grid, argument=argument, joined=nodes)
+        grid = step.grid._replace(y=y or step.grid.y)
+        self.steps[-1] = replace(step, grid=grid, argument=argument, joined=step.joined + joined)
 
     def apart(self, n: Node, *own: int) -> bool:
         """Whether a node may run together with those of the launch before this. `own`: sources that do not count."""
