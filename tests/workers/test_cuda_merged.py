@@ -19,12 +19,11 @@ from workers.devices.cuda import elements
 from workers.devices.cuda.binding import Binder
 from workers.devices.cuda.device import CUDADevice
 from workers.devices.cuda.weights import CUDABuffer
-from workers.kernels.quantize import quantize
+from workers.kernels.cuda import attention_launches
+from workers.kernels.cuda.launches import MakesColumns
 from workers.ticks import nothing
 
 pytestmark = pytest.mark.skipif(not compiler()[0], reason=compiler()[1])
-
-RNG = np.random.default_rng(8)
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +41,9 @@ class Held(Drawn):
 
     def held(self, type_id: GGMLType, ne: tuple[int, int]) -> int:
         """Random weights in a buffer of their own."""
-        values = RNG.standard_normal(ne[::-1]).astype(np.float32)
-        data = values if type_id == T.F32 else quantize(type_id, values.reshape(-1, 32))
         n, number = tensor_bytes(type_id, (*ne, 1, 1)), len(self.buffers) + 1
         buffer = self.buffers[number] = self.device.alloc(n)
-        self.device.write(buffer, 0, data.tobytes())
+        self.device.write(buffer, 0, self._values(type_id, (*ne, 1, 1)).tobytes())
         self.device.finish(buffer, 0, n, int(type_id), (*ne, 1, 1))
         return self._add(replace(leaf(type_id, (*ne, 1, 1)), buffer=number))
 
@@ -82,7 +79,27 @@ def test_a_norm_makes_the_columns_of_the_product_behind_it(device: CUDADevice, n
     d = Held(device)
     normed = d.node(name, T.F32, (n, rows), d.input(T.F32, (n, rows)), eps=1e-5)
     y = d.node("MUL", T.F32, (n, rows), normed, d.held(T.F32, (n, 1)))
-    check(d, (d.product(y, 16), y), [f"{name} * w", "MUL_MAT"])
+    product = d.product(y, 16)
+    check(d, (product, y), [f"{name} * w", "MUL_MAT"])
+    check(d, (product,), [f"{name} * w", "MUL_MAT"])
+
+
+def test_rows_that_only_products_read_are_columns_only(device: CUDADevice) -> None:
+    """Not where one is an output, is looked at in another way, or read by a product that takes no columns."""
+    for case, written in (("products", False), ("output", True), ("view", True), ("other", True), ("wide", True)):
+        d = Held(device)
+        y = d.node("RMS_NORM", T.F32, (64, 3), d.input(T.F32, (64, 3)), eps=1e-5)
+        outputs = [d.product(y, 16), d.product(y, 32)]
+        if case == "view":
+            outputs.append(d.node("ABS", T.F32, (64, 1), d.view(y, (64, 1, 1, 1), (4, 256, 256, 256))))
+        elif case in ("other", "wide"):
+            outputs.append(d.product(y, 16, T.F32 if case == "other" else T.BF16))
+        elif case == "output":
+            outputs.append(y)
+        graph = Graph(tuple(d.tensors), tuple(d.inputs), tuple(outputs))
+        bound = device.compile(graph, d.buffers).bind(nothing)
+        norm = next(s.argument for part in bound.parts if isinstance(part, list) for s in part)
+        assert isinstance(norm, MakesColumns) and norm.columns and norm.only_columns is not written, case
 
 
 @pytest.mark.parametrize(("name", "n", "rows"), [
@@ -139,6 +156,7 @@ def test_gated_rows_have_columns(device: CUDADevice, name: str, n: int, rows: in
         alone, of_each = d.results(product, y)
     assert titles == [name, "MUL_MAT"] and of_each == [name, "columns to F16", "MUL_MAT"]
     assert got == alone
+    assert d.results(product)[0] == alone[:1]
 
 
 ALL = "ROPE, ROPE, SET_ROWS, SET_ROWS of others"
@@ -229,3 +247,35 @@ def test_a_cell_that_is_none_is_told_of_the_node_that_named_it(device: CUDADevic
         d.kept(d.v)
         with pytest.raises(KernelError, match=rf"node {d.outputs[2]} \(SET_ROWS\)"):
             d.results(*d.outputs)
+
+
+@pytest.mark.parametrize("d", [32, 64, 128, 256])
+@pytest.mark.parametrize("n_tokens", [1, 4])
+@pytest.mark.parametrize("params", [{"mode": 0}, {"mode": 2}, {"mode": 2, "n_dims": 20, "n_offs": 4}], ids=str)
+def test_what_turns_norms_first(device: CUDADevice, d: int, n_tokens: int, params: dict[str, float]) -> None:
+    layer = Layer(device, n_tokens, T.F16, d, **params)
+    del layer.tensors[-2:]
+    layer.outputs = []
+    for x in (layer.q, layer.k):
+        ne = layer.tensors[x].ne
+        normed = layer.node("RMS_NORM", T.F32, ne, x, eps=1e-5)
+        layer.outputs.append(layer.turned(layer.node("MUL", T.F32, ne, normed, layer.held(T.F32, (d, 1)))))
+    layer.kept(layer.outputs[1])
+    layer.kept(layer.v)
+    check(layer, layer.outputs, ["ROPE table", ALL.replace("ROPE", "RMS_NORM * w, ROPE")])
+    got, _ = layer.results(*layer.outputs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_launches, "MAX_NORMED", 0)
+        alone, of_each = layer.results(*layer.outputs)
+    assert of_each[:2] == ["RMS_NORM * w", "ROPE table"] and got == alone
+
+
+def test_a_norm_that_is_wanted_or_long_is_a_launch_in_front_of_what_turns(device: CUDADevice) -> None:
+    for case in ("wanted", "long", "weights"):
+        d = Layer(device, 2, T.F16, 512 if case == "long" else 32)
+        del d.tensors[-2:]
+        ne = d.tensors[d.q].ne
+        w = d.input(T.F32, (ne[0],)) if case == "weights" else d.held(T.F32, (ne[0], 1))
+        y = d.node("MUL", T.F32, ne, d.node("RMS_NORM", T.F32, ne, d.q, eps=1e-5), w)
+        d.outputs = [d.turned(y), *([y] if case == "wanted" else [])]
+        check(d, d.outputs, ["RMS_NORM * w", "ROPE table", "ROPE"])

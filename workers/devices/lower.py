@@ -324,3 +324,7 @@ class Scratch:
         if not self._wanted[i]:
             self._free.append(self._columns.pop(i))
         return place, known is None
+
+    def all_have_columns(self, i: int) -> bool:
+        """Whether every product that reads tensor `i` has asked for its place."""
+        return not self._wanted[i]

@@ -13,7 +13,9 @@ from protocol.ops import op_of
 from protocol.rules import PAGE_CELLS, ROPE_VISION
 from workers.devices.bindings import Bindings
 from workers.devices.cuda.binding import BF16, F16, F32, I32, Binder, ceil_div
-from workers.devices.cuda.cells import MAX_THREADS, rope_blocks, turned_too
+from workers.devices.cuda.cells import MAX_THREADS, add_rope
+from workers.devices.cuda.rows import norm_times
+from workers.devices.cuda.strided import operands, separate
 from workers.devices.lower import Node
 from workers.kernels.cuda import attention_launches as launches
 from workers.kernels.rotary import rope_kinds, rope_turn
@@ -27,20 +29,44 @@ Q8_0, Q4_0 = GGMLType.Q8_0, GGMLType.Q4_0
 
 @BINDINGS.of("ROPE")
 def rope(b: Binder, n: Node) -> bool:
-    t, x, positions, p = n.tensor, n.req(0), n.req(1), n.params
-    first, n_pairs = p["n_offs"], _n_pairs(n)
-    n_copied = 0 if _same_place(b, n) else t.ne[0] - 2 * n_pairs
-    if positions.type != I32 or positions.ne[0] != positions.n_elements or first + 2 * n_pairs > t.ne[0]:
+    t, x = n.tensor, n.req(0)
+    n_copied = 0 if _same_place(b, n) else t.ne[0] - 2 * _n_pairs(n)
+    if not _can_turn(n) or t.ne[1] * (_n_pairs(n) + n_copied) >= MAX_THREADS:
         return False
-    if t.ne[1] * (n_pairs + n_copied) >= MAX_THREADS:
-        return False
-    launch = launches.Rope(
-        x=b.address(t.src[0]), x_nb=x.nb, y=b.address(n.index), y_nb=t.nb, ne=t.ne, turned=_turned(b, n), n_pairs=n_pairs,
-        first=first, n_copied=n_copied, apart=p["mode"] != 0, halves=t.type == F16,
-    )  # fmt: skip
-    if not turned_too(b, n, launch):
-        b.add(n, launch, t.ne[2] * t.ne[3], rope_blocks(launch))
+    add_rope(b, n, launches.Rope(x=b.address(t.src[0]), x_nb=x.nb, n_copied=n_copied, **_turning(b, n)))
     return True
+
+
+@BINDINGS.of_neighbours("RMS_NORM", "MUL", "ROPE")
+def normed_rope(b: Binder, norm: Node, mul: Node, n: Node) -> bool:
+    """Heads whose norms are turned."""
+    x, w, t = norm.tensor.src[0], mul.tensor.src[1], n.tensor
+    found = operands(b, x, w, n.index)
+    fits = found is not None and all(o.type == F32 and o.in_fours(t.ne) for o in found[:2]) and t.type == F32
+    fits = fits and t.ne[0] <= launches.MAX_NORMED and b.tensors[w].ne == (t.ne[0], 1, 1, 1) and b.stays(w)
+    if not fits or not _can_turn(n) or not separate(b, n.index, x, w) or 32 * t.ne[1] >= MAX_THREADS:
+        before = list(b.steps)
+        if norm_times(b, norm, mul) and rope(b, n):
+            return True
+        b.steps[:] = before
+        return False
+    add_rope(b, n, launches.NormedRope(
+        x=b.address(x), x_nb=norm.req(0).nb, n_copied=t.ne[0] - 2 * _n_pairs(n), eps=norm.params["eps"], w=b.address(w),
+        **_turning(b, n)), norm, mul)  # fmt: skip
+    return True
+
+
+def _can_turn(n: Node) -> bool:
+    positions = n.req(1)
+    return positions.type == I32 and positions.ne[0] == positions.n_elements and (
+        n.params["n_offs"] + 2 * _n_pairs(n) <= n.tensor.ne[0])  # fmt: skip
+
+
+def _turning(b: Binder, n: Node) -> dict[str, Any]:
+    """Fields of `Rope`: where results go, and how pairs are turned."""
+    t = n.tensor
+    return {"y": b.address(n.index), "y_nb": t.nb, "ne": t.ne, "turned": _turned(b, n), "n_pairs": _n_pairs(n),
+            "first": n.params["n_offs"], "apart": n.params["mode"] != 0, "halves": t.type == F16}  # fmt: skip
 
 
 def _n_pairs(n: Node) -> int:

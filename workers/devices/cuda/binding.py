@@ -60,6 +60,8 @@ class Binder:
         base: address of the arena, which has the plan's scratch memory behind the status word.
         steps: launches and fallbacks, in order.
         kept: memory that kernels read and no node writes.
+        written: places in buffers that nodes write.
+        made: tensors whose columns a launch makes besides, and the step.
     """
 
     lowered: Lowered
@@ -73,9 +75,13 @@ class Binder:
     steps: list[Launched | Fallback] = field(default_factory=list)
     fallbacks: list[str] = field(default_factory=list)
     kept: list[Memory] = field(default_factory=list)
+    written: list[Span] = field(init=False)
+    made: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.scratch = Scratch(self.lowered)
+        results = (self.lowered.places[n.index] for n in self.lowered.nodes)
+        self.written = [place for place in results if place.buffer != SCRATCH]
 
     def bind(self) -> None:
         """Every node, once."""
@@ -86,6 +92,18 @@ class Binder:
                 if 0 not in node.tensor.ne and not self._try((node,)):
                     self.steps.append(Fallback(node))
                     self.fallbacks.append(node.op.name)
+        self._leave_out_rows()
+
+    def _leave_out_rows(self) -> None:
+        """Of tensors that nobody reads but products, by their columns."""
+        graph, n_more = self.lowered.graph, [-n for n in self.lowered.n_products]
+        for i in (*graph.outputs, *(j for t in graph.tensors for j in (*t.src, t.view_src) if j >= 0)):
+            n_more[i] += 1
+        for i, at in self.made.items():
+            step = self.steps[at]
+            if not n_more[i] and self.tensors[i].view_src < 0 and self.scratch.all_have_columns(i):
+                assert isinstance(step, Launched)  # `last` has said so
+                self.steps[at] = replace(step, argument=structs.replace(step.argument, only_columns=True))
 
     def _try(self, nodes: Sequence[Node]) -> bool:
         binding = self.bindings.get(tuple(n.op.name for n in nodes))
@@ -129,6 +147,7 @@ class Binder:
         if last is None or last.columns or last.rows_made() != (self.address(i), t.ne[0], t.n_rows):
             return False
         self.widen(structs.replace(last, columns=at, columns_row=row, columns_scales=scales, columns_wide=wide))
+        self.made[i] = len(self.steps) - 1
         return True
 
     def last(self, kind: type[L]) -> L | None:
@@ -136,12 +155,12 @@ class Binder:
         step = self.steps[-1] if self.steps else None
         return step.argument if isinstance(step, Launched) and isinstance(step.argument, kind) else None
 
-    def widen(self, argument: Launch, y: int = 0, joined: int = -1) -> None:
-        """The launch before this is called with something else. Where told: with blocks in y, for a node more."""
+    def widen(self, argument: Launch, y: int = 0, *joined: int) -> None:
+        """The launch before this is called with something else, with y blocks, if that is not 0, and for more nodes."""
         step = self.steps[-1]
         assert isinstance(step, Launched)  # `last` has said so
-        grid, nodes = step.grid._replace(y=y or step.grid.y), step.joined + ((joined,) if joined >= 0 else ())
-        self.steps[-1] = replace(step, grid=grid, argument=argument, joined=nodes)
+        grid = step.grid._replace(y=y or step.grid.y)
+        self.steps[-1] = replace(step, grid=grid, argument=argument, joined=step.joined + joined)
 
     def apart(self, n: Node, *own: int) -> bool:
         """Whether a node may run together with those of the launch before this. `own`: sources that do not count."""
@@ -158,7 +177,7 @@ class Binder:
     def stays(self, i: int) -> bool:
         """Whether a buffer holds tensor `i` and no node writes there: kernels may read it before those in front are done."""
         place = self.lowered.places[i]
-        return place.buffer != SCRATCH and not any(place.meets(self.lowered.places[n.index]) for n in self.lowered.nodes)
+        return place.buffer != SCRATCH and not any(place.meets(other) for other in self.written)
 
     def add(
         self, node: Node, argument: Launch, x: int, y: int = 1, threads: int = 256, shared: int = 0,

@@ -10,10 +10,13 @@ from msgspec import structs
 from protocol.dtypes import FLOATS, TYPES
 from workers.devices.cuda.binding import F32, Binder, ceil_div
 from workers.devices.lower import Node
-from workers.kernels.cuda.attention_launches import Rope
+from workers.kernels.cuda.attention_launches import NormedRope, Rope
 from workers.kernels.cuda.row_launches import SetById
 
-RUNS = (("ROPE", "ROPE", "SET_ROWS", "SET_ROWS"), ("ROPE", "ROPE"), ("SET_ROWS", "SET_ROWS"))
+RUNS = (
+    *((*turned, *turned, *kept) for turned in (("ROPE",), ("RMS_NORM", "MUL", "ROPE")) for kept in (("SET_ROWS",) * 2, ())),
+    ("SET_ROWS", "SET_ROWS"),
+)
 """What is one launch where it can be."""
 MAX_THREADS = 1 << 23
 """Of a token."""
@@ -23,18 +26,26 @@ def rope_blocks(rope: Rope) -> int:
     return ceil_div(rope.n_threads, 256)
 
 
-def turned_too(b: Binder, n: Node, rope: Rope) -> bool:
-    """Whether the ROPE in front turns this one's rows as well."""
-    last = b.last(Rope)
-    if last is None or last.n_head_too or last.cells or not b.apart(n):
-        return False
-    ne = (rope.ne[0], last.ne[1], *rope.ne[2:])
-    both = structs.replace(last, x_too=rope.x, x_too_nb=rope.x_nb, y_too=rope.y, y_too_nb=rope.y_nb, n_head_too=rope.ne[1])
-    like = structs.replace(rope, x=last.x, x_nb=last.x_nb, y=last.y, y_nb=last.y_nb, ne=ne)
-    if like != last or both.n_threads >= MAX_THREADS:
-        return False
-    b.widen(both, rope_blocks(both), n.index)
-    return True
+def add_rope(b: Binder, n: Node, rope: Rope, *before: Node) -> None:
+    """By the ROPE in front, if that can turn these rows as well. `before`: nodes that it carries out for this one."""
+    last = b.last(type(rope))
+    both = _both(last, rope) if last is not None else None
+    nodes = (n, *before)
+    if both is not None and all(b.apart(m) for m in nodes):
+        b.widen(both, rope_blocks(both), *(m.index for m in nodes))
+        return
+    b.add(n, rope, rope.ne[2] * rope.ne[3], rope_blocks(rope))
+    b.widen(rope, 0, *(m.index for m in before))
+
+
+def _both(last: Rope, rope: Rope) -> Rope | None:
+    """What turns the rows of both, if they differ in their heads only."""
+    of_last = {"x": last.x, "x_nb": last.x_nb, "y": last.y, "y_nb": last.y_nb, "ne": (rope.ne[0], last.ne[1], *rope.ne[2:])}
+    too = {"x_too": rope.x, "x_too_nb": rope.x_nb, "y_too": rope.y, "y_too_nb": rope.y_nb, "n_head_too": rope.ne[1]}
+    if isinstance(last, NormedRope) and isinstance(rope, NormedRope):
+        of_last["w"], too["w_too"] = last.w, rope.w
+    both = structs.replace(last, **too)
+    return both if structs.replace(rope, **of_last) == last and both.n_threads < MAX_THREADS else None
 
 
 def kept_by_rope(b: Binder, n: Node) -> bool:

@@ -87,6 +87,25 @@ class Rope(Launch, frozen=True, kw_only=True):
         return (self.ne[1] + self.n_head_too) * (self.n_pairs + self.n_copied) + self.n_values // 4
 
 
+@launch("rope.normed_rope", "RMS_NORM, ROPE")
+class NormedRope(Rope, frozen=True, kw_only=True):
+    """Of the RMS norms of rows of up to MAX_NORMED float32, times w or w_too, which stay as they are."""
+
+    eps: Float32
+    w: Address
+    w_too: Address = 0
+
+    def title(self) -> str:
+        return super().title().replace("ROPE", "RMS_NORM * w, ROPE")
+
+    @property
+    def n_threads(self) -> int:
+        return 32 * (self.ne[1] + self.n_head_too) + self.n_values // 4
+
+
+MAX_NORMED = 256
+
+
 # -- attention ---------------------------------------------------------------------------------------------------------
 
 

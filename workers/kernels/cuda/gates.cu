@@ -14,7 +14,7 @@ KERNEL(1024) gate(Gate a) {
         load_row(z, n, w);
         for (int k = 0; k < N; k++)
             if (4 * (threadIdx.x + k * blockDim.x) < n) combine(KIND, a.p0, a.p1, v[k], w[k]);
-        store_row(y, n, v);
+        if (!a.only_columns) store_row(y, n, v);
         if (a.columns) put_kept_column(r, v, a.columns, a.columns_row, a.columns_scales, a.columns_wide, room);
         return;
     }
@@ -27,5 +27,6 @@ KERNEL(1024) gate(Gate a) {
         for (int j = 0; j < 4; j++) largest = fmaxf(largest, fabsf(v[j]));
         store_floats(F32, y + 4 * i, v);
     }
-    if (a.columns) put_column(r, (const float*)y, n, largest, a.columns, a.columns_row, a.columns_scales, a.columns_wide, room);
+    if (!a.columns) return;
+    put_column(r, (const float*)y, n, largest, a.columns, a.columns_row, a.columns_scales, a.columns_wide, room);
 }

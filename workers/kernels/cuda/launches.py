@@ -59,12 +59,14 @@ class MakesColumns(Launch, frozen=True, kw_only=True):
 
     Attributes:
         columns: where, 0 for none; the others are `Halve`'s y_row, scales and wide.
+        only_columns: nobody reads the result itself, which need not be written.
     """
 
     columns: Address = 0
     columns_row: Bytes = 0
     columns_scales: Address = 0
     columns_wide: Flag = False
+    only_columns: Flag = False
 
     def rows_made(self) -> tuple[int, int, int] | None:
         """Address, length and count of the rows of float32 that it makes, which lie together; None where it cannot make

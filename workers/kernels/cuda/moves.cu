@@ -125,8 +125,9 @@ KERNEL(256) set_rows(SetRows a) {
     coordinates(t, a.ne, at);
     i64 to = target(a, at);
     if (to < 0) return report(a.status, a.node);
-    bool too = blockIdx.y;
-    move_floats(a.width, a.x_type, (const char*)(too ? a.x_too : a.x) + offset(at, a.x_nb), a.y_type, (char*)(too ? a.y_too : a.y) + to);
+    const char* x = (const char*)(blockIdx.y ? a.x_too : a.x);
+    char* y = (char*)(blockIdx.y ? a.y_too : a.y);
+    move_floats(a.width, a.x_type, x + offset(at, a.x_nb), a.y_type, y + to);
 }
 
 // A warp's 32 elements as a block: a float16 scale and 32 int8.
@@ -150,8 +151,9 @@ KERNEL(256) set_rows_q8(SetRowsQ8 a) {
         return;
     }
     at[0] = at[0] * 32 + lane;
-    bool too = blockIdx.y;
-    store_q8(load_float(a.x_type, (const char*)(too ? a.x_too : a.x) + offset(at, a.x_nb)), (char*)(too ? a.y_too : a.y) + to);
+    const char* x = (const char*)(blockIdx.y ? a.x_too : a.x);
+    char* y = (char*)(blockIdx.y ? a.y_too : a.y);
+    store_q8(load_float(a.x_type, x + offset(at, a.x_nb)), y + to);
 }
 
 KERNEL(256) copy_q8(CopyQ8 a) {

@@ -83,7 +83,7 @@ DEVICE void kept_norm(const Norm& a, const NormRow& row, float* room) {
         for (int k = 0; k < N; k++)
             for (int j = 0; j < 4; j++) v[k][j] += w[k][j];
     }
-    store_row(row.y, n, v);
+    if (!a.only_columns) store_row(row.y, n, v);
     if (a.columns) put_kept_column(blockIdx.x, v, a.columns, a.columns_row, a.columns_scales, a.columns_wide, room);
 }
 
@@ -112,8 +112,8 @@ DEVICE void long_norm(const Norm& a, NormRow row, float* room) {
         largest = fmaxf(largest, fabsf(v));
         return v;
     });
-    if (a.columns)
-        put_column(blockIdx.x, (const float*)row.y, n, largest, a.columns, a.columns_row, a.columns_scales, a.columns_wide, room);
+    if (!a.columns) return;
+    put_column(blockIdx.x, (const float*)row.y, n, largest, a.columns, a.columns_row, a.columns_scales, a.columns_wide, room);
 }
 
 KERNEL(1024) norms(Norm a) {
