@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -29,8 +31,9 @@ from workers.devices.cuda import compiling
 from workers.devices.cuda.compiling import Compiler, Nvrtc
 from workers.devices.cuda.driver import Grid
 from workers.devices.cuda.finding import CuPy, Driver, ask_driver, device_names, reason
+from workers.devices.cuda.launching import Attribute, Launcher, launcher
 from workers.kernels.cuda.product_launches import Pack
-from workers.kernels.cuda.sources import Kernel
+from workers.kernels.cuda.sources import FOLDER, Kernel
 
 GOOD_CUPY, GOOD_DRIVER = CuPy("14.2.0", 12090), Driver(12080, ((9, 0), (7, 5)))
 NVRTC = pytest.mark.skipif(find_spec("nvidia.cuda_nvrtc") is None if find_spec("nvidia") else True,
@@ -382,3 +385,46 @@ def test_a_worker_whose_device_breaks_answers_and_ends() -> None:
             client.request(m.GraphCompute(client.session, graph_digest(frame), 1), [np.ones(4, np.float32).tobytes()])
         assert process.wait(10) == 1
         assert process.stderr is not None and process.stderr.read() == f"worker: {breaking.NAME}: {breaking.WORDS}\n"
+
+
+# -- kernels that may come before those in front of them are done --------------------------------------------------------
+
+
+def test_such_a_launch_says_so_to_the_driver() -> None:
+    """Over a function that stands for cuLaunchKernelEx: the bytes of its arguments are those of the driver API's structs."""
+    seen: list[tuple[object, ...]] = []
+
+    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+    def call(config: int, function: int, parameters: int, extra: int) -> int:
+        words = struct.unpack("7I4xQQI", ctypes.string_at(config, 52))
+        attribute = struct.unpack("i4xi", ctypes.string_at(words[8], 12))
+        seen.append((words[:8], words[9], attribute, function, extra))
+        return 0 if function == 77 else 1
+
+    launcher = Launcher(call)
+    parameters = (ctypes.c_void_p * 1)(5)
+    assert launcher.launch(77, Grid(9, 2, 128, 4096), 7, parameters) == 0
+    assert launcher.launch(78, Grid(9, 2, 128), 7, parameters) == 1
+    assert seen[0] == ((9, 2, 1, 128, 1, 1, 4096, 7), 1, (6, 1), 77, None) and ctypes.sizeof(Attribute) == 72
+
+
+@pytest.mark.parametrize(("architecture", "driver_version"), [("sm_80", 13000), ("sm_89", 12080), ("sm_90", 12020)])
+def test_others_are_launched_as_ever(architecture: str, driver_version: int) -> None:
+    assert launcher(architecture, driver_version) is None
+
+
+def test_every_kernel_waits_for_those_in_front_of_it() -> None:
+    """Itself or in a function that it calls, before it reads what they write: a kernel without it would be right on older
+    GPUs, and in all other tests."""
+    n_kernels, without = 0, []
+    for path in FOLDER.glob("*.cu"):
+        text = path.read_text()
+        waits = ["begin", "previous_done"]
+        for name, body in re.findall(r"^DEVICE \w+ (\w+)\(.*?^    (.*?)^\}", text, re.M | re.S):
+            waits += [name] * ("previous_done();" in body)
+        calls = re.compile(r"\b(" + "|".join(waits) + r")(<\d+>)?\(")
+        bodies = re.findall(r"^KERNEL\([^)]*\) (\w+)\(\w+ a\) \{\n(.*?)^\}", text, re.M | re.S)
+        assert len(bodies) == text.count("\nKERNEL(")
+        n_kernels += len(bodies)
+        without += [name for name, body in bodies if not calls.search(body)]
+    assert n_kernels > 30 and without == []
