@@ -99,7 +99,9 @@ static void emulated_fetch(void* to, const void* at, int n, const char* file, in
     f.of[f.n++] = {(char*)to, (const char*)at, n, f.lot};
 }
 DEVICE void fetch16(void* to, const void* at, EMULATED_PLACE) { emulated_fetch(to, at, 16, file, line); }
-DEVICE void fetch16_or_zeros(void* to, const void* at, bool is, EMULATED_PLACE) { emulated_fetch(to, is ? at : nullptr, 16, file, line); }
+DEVICE void fetch16_or_zeros(void* to, const void* at, bool is, EMULATED_PLACE) {
+    emulated_fetch(to, is ? at : nullptr, 16, file, line);
+}
 template <int N>
 DEVICE void fetch(void* to, const void* at, EMULATED_PLACE) { emulated_fetch(to, at, N, file, line); }
 DEVICE void end_of_lot() { emulated_my_fetches().lot++; }

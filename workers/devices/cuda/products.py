@@ -7,7 +7,9 @@ their own.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+from msgspec import structs
 
 from protocol.dtypes import TYPES, GGMLType, tensor_bytes
 from protocol.graph import Tensor
@@ -25,10 +27,12 @@ from workers.kernels.cuda.product_launches import (
     PlainProduct,
     Product,
     Route,
+    TileProduct,
     single,
 )
 
 BINDINGS = Bindings()
+ProductT = TypeVar("ProductT", bound=Product)
 
 MAX_EXPERTS = 1024
 """As columns.cu has them."""
@@ -39,6 +43,10 @@ TILES = ((8, 1, 1), (16, 1, 2), (32, 2, 4))
 depend on it.
 """
 LARGEST = (2, 8)
+FEW_COLUMNS = 64
+"""More are multiplied in large tiles."""
+LARGE_TILE = 128
+"""Rows and columns of these."""
 STAGED_BYTES = 32 << 10
 """As products.cu has them."""
 T = GGMLType
@@ -132,7 +140,12 @@ def mul_mat(b: Binder, n: Node) -> bool:
                           n_tiles=ceil_div(a.ne[1], TILE * mt), begin=(0, NO_PART, NO_PART, NO_PART), w=single(w.at),
                           n_all=single(w.n_rows), first=single(first), n_rows=single(a.ne[1]),
                           y=single(y + 4 * a.ne[1] * at), y_row=single(4 * a.ne[1]))  # fmt: skip
-        _add_product(b, n, product, ceil_div(count, 8 * nt), **_macros(w, a.ne[0], mt, nt))
+        macros = _macros(w, a.ne[0], mt, nt)
+        if count > FEW_COLUMNS and not macros["REST"]:
+            tiled = {**structs.asdict(product), "n_tiles": ceil_div(a.ne[1], LARGE_TILE), "staged": False}
+            _add_tiles(b, n, TileProduct(**tiled), FORMAT=format_of(w.type))
+        else:
+            _add_product(b, n, product, ceil_div(count, 8 * nt), **macros)
     return True
 
 
@@ -147,14 +160,24 @@ def _blocks(n_tiles: int, n_processors: int, type_: GGMLType, mt: int, nt: int) 
     return max(1, min(ceil_div(n_tiles, n_processors), most))
 
 
-def _add_product(b: Binder, n: Node, product: Product, n_column_tiles: int, **macros: Any) -> None:
-    """As one launch with the one before it, when that has the same columns and the same kind of weights."""
+def _joined(b: Binder, product: ProductT, macros: dict[str, Any]) -> ProductT:
+    """With the launch before it, which falls away, when that has the same columns and the same kind of weights."""
     last = b.steps[-1] if b.steps else None
-    if isinstance(last, Launched) and isinstance(last.argument, Product) and last.about == macros:
+    if isinstance(last, Launched) and isinstance(last.argument, type(product)) and last.about == macros:
         joined = last.argument.joined(product)
         if joined is not None:
             del b.steps[-1]
-            product = joined
+            return joined
+    return product
+
+
+def _add_tiles(b: Binder, n: Node, product: TileProduct, **macros: Any) -> None:
+    product = _joined(b, product, macros)
+    b.add(n, product, product.n_tiles * ceil_div(product.n, LARGE_TILE), 1, 256, 4 * LARGE_TILE * GROUP, macros, **macros)
+
+
+def _add_product(b: Binder, n: Node, product: Product, n_column_tiles: int, **macros: Any) -> None:
+    product = _joined(b, product, macros)
     n_processors = b.driver.facts.n_processors
     each = _blocks(product.n_tiles * n_column_tiles, n_processors, KINDS[macros["FORMAT"]], macros["MT"], macros["NT"])
     b.add(n, product, min(product.n_tiles, each * n_processors), n_column_tiles, 256,

@@ -1,10 +1,10 @@
-// Attention over pages of cells, with matrix instructions. D and DV: elements of a row of keys and of values; ROWS: queries of
-// a tile, 16 or 64; CAPPED, where it is defined: scores are capped, which takes registers that others have better uses for.
+// Attention over pages of cells, with matrix instructions. D and DV: elements of a row of keys and of values; ROWS: queries
+// of a tile, 16 or 64; CAPPED, where it is defined: scores are capped, which takes registers that others use better.
 //
-// A query's sums run over the cells of its sequence in one order, whatever stands beside it: the softmax of a page of 64 cells by
-// itself, four pages one after the other a chunk, chunks one after the other. A block takes all of them, or a chunk, or a page; then
-// `merge` goes on in the same order. With 16 rows the warps of a block share a page's cells, and then its columns; with 64 each has
-// 16 rows of its own. Both do the same to a row.
+// A query's sums run over the cells of its sequence in one order, whatever stands beside it: the softmax of a page of 64
+// cells by itself, four pages one after the other a chunk, chunks one after the other. A block takes all of them, or a
+// chunk, or a page; then `merge` goes on in the same order. With 16 rows the warps of a block share a page's cells, and then
+// its columns; with 64 each has 16 rows of its own. Both do the same to a row.
 // Source: Dao et al., FlashAttention-2; Dao et al., Flash-Decoding for the chunks; Kwon et al. (PagedAttention).
 
 #define WARPS 4
@@ -40,15 +40,15 @@ DEVICE uint4 octet(const char* row, int i) {
                       widened(high, 0x4342, scale));
 }
 
-// A piece of a page: octets from `first` on of its cells from `from` to `until`. The others are zeros: nobody sees these cells, and
-// what they hold may be no number, which a weight of 0 would not hide.
+// A piece of a page: octets from `first` on of its cells from `from` to `until`. The others are zeros: nobody sees these
+// cells, and what they hold may be no number, which a weight of 0 would not hide.
 template <int ROW, int OCTETS>
 DEVICE void bring(u16* to, i64 rows, i64 row_bytes, i64 q8, int first, int n_octets, int from, int until) {
     constexpr int N = (CELLS * OCTETS + 127) / 128;
     // Where the threads are a number of whole rows, each stays in its column.
     constexpr bool STAYS = 128 % OCTETS == 0;
     if (!q8) {
-        i64 place = rows + threadIdx.x / OCTETS * row_bytes + 16 * (first + threadIdx.x % OCTETS), step = 128 / OCTETS * row_bytes;
+        i64 place = rows + threadIdx.x / OCTETS * row_bytes + 16 * (first + threadIdx.x % OCTETS);
 #pragma unroll
         for (int i = 0; i < N; i++) {
             int j = threadIdx.x + 128 * i, cell = j / OCTETS, column = j % OCTETS;
@@ -56,7 +56,7 @@ DEVICE void bring(u16* to, i64 rows, i64 row_bytes, i64 q8, int first, int n_oct
             if (!STAYS) place = rows + cell * row_bytes + 16 * (first + column);
             bool is = cell >= from && cell < until && first + column < n_octets;
             fetch16_or_zeros(to + cell * ROW + 8 * column, (const char*)place, is);
-            place += step;
+            place += 128 / OCTETS * row_bytes;
         }
         return;
     }
@@ -67,9 +67,9 @@ DEVICE void bring(u16* to, i64 rows, i64 row_bytes, i64 q8, int first, int n_oct
         uint4 x[SOME];
 #pragma unroll
         for (int i = 0; i < SOME; i++) {
-            int j = threadIdx.x + 128 * (begin + i), cell = min(j / OCTETS, CELLS - 1), column = min(first + j % OCTETS, n_octets - 1);
+            int j = threadIdx.x + 128 * (begin + i), cell = min(j / OCTETS, CELLS - 1);
             x[i] = make_uint4(0, 0, 0, 0);
-            if (until > 0) x[i] = octet((const char*)(rows + cell * row_bytes), column);
+            if (until > 0) x[i] = octet((const char*)(rows + cell * row_bytes), min(first + j % OCTETS, n_octets - 1));
         }
 #pragma unroll
         for (int i = 0; i < SOME; i++) {
@@ -80,8 +80,8 @@ DEVICE void bring(u16* to, i64 rows, i64 row_bytes, i64 q8, int first, int n_oct
     }
 }
 
-// A row of queries, of which lane l has elements l, l + 32 and so on, as float16 times a power of two, so that its largest lies
-// between 2^10 and 2^11. Returns what undoes it.
+// A row of queries, of which lane l has elements l, l + 32 and so on, as float16 times a power of two, so that its largest
+// lies between 2^10 and 2^11. Returns what undoes it.
 DEVICE float halve(const float (&q)[GROUPS], u16* row, int lane) {
     float top = 0.0f;
 #pragma unroll
@@ -105,7 +105,8 @@ DEVICE i64 head_of(const Tile& tile, int row) { return tile.head + (tile.base + 
 // Rows of a page, `n_bytes` each, will be read soon.
 DEVICE void expect(i64 rows, i64 row_bytes, int n_bytes) {
     int n_lines = (n_bytes + 127) / 128;
-    for (int i = threadIdx.x; i < CELLS * n_lines; i += 128) prefetch((const char*)(rows + i / n_lines * row_bytes + i % n_lines * 128));
+    for (int i = threadIdx.x; i < CELLS * n_lines; i += 128)
+        prefetch((const char*)(rows + i / n_lines * row_bytes + i % n_lines * 128));
 }
 
 KERNEL(128) attend(PagedAttend a) {
@@ -116,9 +117,10 @@ KERNEL(128) attend(PagedAttend a) {
     __shared__ float peaks[WARPS][16], factors[ROWS];
     __shared__ int begins[ROWS], ends[ROWS], sequences[ROWS], counts[ROWS], fresh[ROWS];
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
-    u32 n_splits = (u32)a.n_splits, n_tiles = (u32)a.n_tiles, n_slots = (u32)a.n_slots, group = (u32)a.n_head / (u32)a.n_head_kv;
+    u32 n_splits = (u32)a.n_splits, n_tiles = (u32)a.n_tiles, n_slots = (u32)a.n_slots;
+    u32 split = blockIdx.x % n_splits, head_kv = blockIdx.y / n_slots, group = (u32)a.n_head / (u32)a.n_head_kv;
     // The last tiles of a prompt see most, and come first.
-    u32 split = blockIdx.x % n_splits, which = gridDim.x / n_splits - 1 - blockIdx.x / n_splits, head_kv = blockIdx.y / n_slots;
+    u32 which = gridDim.x / n_splits - 1 - blockIdx.x / n_splits;
     Tile tile = {(int)(which % n_tiles * ROWS), (int)group, (int)(head_kv * group), which / n_tiles * a.unit};
     int n = (int)min((i64)ROWS, min(a.unit, a.n_tokens - tile.token) * group - tile.base);
 
@@ -160,7 +162,8 @@ KERNEL(128) attend(PagedAttend a) {
     }
     int end = (int)__reduce_max_sync(ALL_LANES, most), begin = end ? (int)__reduce_min_sync(ALL_LANES, some) : 0;
     int page = begin / CELLS, last_page = (end + CELLS - 1) / CELLS;
-    if (a.parts) page = max(page, (int)(split * a.split_pages)), last_page = min(last_page, (int)((split + 1) * a.split_pages));
+    int first_page = (int)(split * a.split_pages);
+    if (a.parts) page = max(page, first_page), last_page = min(last_page, first_page + (int)a.split_pages);
     const i32* pages = (const i32*)a.pages + sequence * a.n_pages;
     i64 number = -1, next_number = page < last_page ? pages[page] : -1;
     if (a.given) {
@@ -185,14 +188,11 @@ KERNEL(128) attend(PagedAttend a) {
                 if (page + 1 < last_page) next_number = pages[page + 1];
             }
             int from = begin - page * CELLS, until = number < 0 ? 0 : end - page * CELLS;
-            i64 cell = number * CELLS;
+            i64 cell = number * CELLS, k = a.k + head_kv * a.k_head + cell * a.k_row;
+            i64 v = a.v + head_kv * a.v_head + cell * a.v_row;
             u16* slot = slots + to * SLOT;
-            if (piece < K_PIECES)
-                bring<K_ROW, 4 * K_GROUPS>(slot, a.k + head_kv * a.k_head + cell * a.k_row, a.k_row, a.k_q8, 16 * piece, D / 8, from,
-                                           until);
-            else
-                bring<V_ROW, V_OCTETS>(slot, a.v + head_kv * a.v_head + cell * a.v_row, a.v_row, a.v_q8, 16 * (piece - K_PIECES), TILES,
-                                       from, until);
+            if (piece < K_PIECES) bring<K_ROW, 4 * K_GROUPS>(slot, k, a.k_row, a.k_q8, 16 * piece, D / 8, from, until);
+            else bring<V_ROW, V_OCTETS>(slot, v, a.v_row, a.v_q8, 16 * (piece - K_PIECES), TILES, from, until);
         }
         end_of_lot();
         to = to + 1 < SLOTS ? to + 1 : 0;
@@ -215,7 +215,8 @@ KERNEL(128) attend(PagedAttend a) {
         for (int i = 0; i < AT_ONCE; i++) {
             int row = first_row + WARPS * i;
             bool is = ends[row] >= 0;
-            const float* from = (const float*)(a.q + (is ? token_of(tile, row) * a.q_row + head_of(tile, row) * a.q_head : 0));
+            i64 place = is ? token_of(tile, row) * a.q_row + head_of(tile, row) * a.q_head : 0;
+            const float* from = (const float*)(a.q + place);
 #pragma unroll
             for (int j = 0; j < GROUPS; j++) q[i][j] = is && WARP * j + lane < D ? from[WARP * j + lane] : 0.0f;
         }
@@ -252,7 +253,7 @@ KERNEL(128) attend(PagedAttend a) {
 #pragma unroll
             for (int piece = 0; piece < K_PIECES; piece++) {
                 const u16* keys = piece_of(page, piece);
-#pragma unroll(WIDE ? 2 : K_GROUPS)
+#pragma unroll
                 for (int i = 0; i < K_GROUPS; i++) {
                     if (K_GROUPS * piece + i >= GROUPS) break;
                     // Of 32 elements each lane takes eight that lie together, of queries and of keys alike.
@@ -347,7 +348,8 @@ KERNEL(128) attend(PagedAttend a) {
                     if (t == 0 && (WIDE || warp == 0)) ((float2*)a.sums)[part] = make_float2(peak[h], sum[h]);
                 } else {
                     merge_sums(total_peak[h], total_sum[h], peak[h], sum[h], keep, by);
-                    if (last) final = finishing(total_peak[h], total_sum[h], a.sinks ? (const float*)a.sinks + head : nullptr);
+                    const float* sink = a.sinks ? (const float*)a.sinks + head : nullptr;
+                    if (last) final = finishing(total_peak[h], total_sum[h], sink);
                 }
 #pragma unroll
                 for (int i = 0; i < MINE; i++) {
@@ -370,16 +372,18 @@ KERNEL(128) attend(PagedAttend a) {
 // -- merge ------------------------------------------------------------------------------------------------------------
 
 // Parts that are read at once, and columns of one that a lane has.
-constexpr int BATCH = 8, WIDTH = DV > 64 ? 4 : DV > 32 ? 2 : 1, STRETCH = WIDTH * WARP, STRETCHES = (DV + STRETCH - 1) / STRETCH;
+constexpr int BATCH = 8, WIDTH = DV > 64 ? 4 : DV > 32 ? 2 : 1;
+constexpr int STRETCH = WIDTH * WARP, STRETCHES = (DV + STRETCH - 1) / STRETCH;
 
-// With which factors this lane's peak and sum join those before it, of which `before` is the highest peak: as `merge_sums` does.
+// With which factors this lane's peak and sum join those before it, of which `before` is the highest peak. `merge_sums` has
+// the same.
 DEVICE void joined(float before, float peak, float sum, float& keep, float& by) {
     float top = fmaxf(before, peak);
     keep = sum == 0.0f ? 1.0f : rescaled(before, top), by = sum == 0.0f ? 0.0f : rescaled(peak, top);
 }
 
-// Parts `first` to `last` of the query that begins `at` a part, PER of them a chunk, in order: columns from `column` on. Lanes work
-// out the factors of a part each.
+// Parts `first` to `last` of the query that begins `at` a part, PER of them a chunk, in order: columns from `column` on.
+// Lanes work out the factors of a part each.
 template <int PER>
 DEVICE void merge_parts(const Merge& a, int at, int first, int last, int column, float (&total)[WIDTH], float& total_peak,
                         float& total_sum) {

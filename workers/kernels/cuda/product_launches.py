@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 from msgspec import structs
 
 from workers.kernels.cuda.launches import Four, Launch, Parts, launch
@@ -94,7 +96,7 @@ class Product(Launch, frozen=True, kw_only=True):
     y: Parts
     y_row: Parts
 
-    def joined(self, other: Product) -> Product | None:
+    def joined(self, other: Product) -> Self | None:
         """Both as one; None where they have not the same columns, or are too many."""
         n = sum(b < NO_PART for b in self.begin)
         same = ("x", "x_row", "scales", "n", "k", "fixed", "staged")
@@ -104,6 +106,11 @@ class Product(Launch, frozen=True, kw_only=True):
                  for name in ("w", "n_all", "first", "n_rows", "y", "y_row")}  # fmt: skip
         begin = (*self.begin[:n], self.n_tiles, *self.begin[n + 1 :])
         return structs.replace(self, begin=begin, n_tiles=self.n_tiles + other.n_tiles, **parts)
+
+
+@launch("tiles.tile_product", "MUL_MAT")
+class TileProduct(Product, frozen=True, kw_only=True):
+    """The same, of many columns: tiles are of 128 rows, whole ones of 16 and whole groups of elements."""
 
 
 def single(value: int) -> Parts:
