@@ -35,6 +35,8 @@ from workers.ticks import Tick, nothing
 
 TOTAL_BYTES = 1 << 40
 N_CTX = 256
+TALL = (2400, 4000, 8000)
+"""Rows of which two, three and four blocks share a processor when they are multiplied."""
 
 
 class RecordingDriver:
@@ -135,9 +137,9 @@ def _products(device: RecordingDevice) -> None:
     """Weights of every type times one column, some and many; with experts; their rows."""
     for t in (t for t in TYPES if TYPES[t].quantized or t in (GGMLType.F32, GGMLType.F16, GGMLType.BF16)):
         k = 256
-        for ne, n_rows in (((k, 64, 1, 1), 64), ((k, 32, 4, 1), 32)):
+        for ne, n_rows in (((k, 64, 1, 1), 64), ((k, 32, 4, 1), 32), *(((k, n, 1, 1), n) for n in TALL)):
             buffer, experts = device.weight(GGMLType(t), ne), ne[2] > 1
-            for n in (1, 2, 4, 7, 8, 9, 16, 17, 33, 64, 100, 512):
+            for n in (1, 2, 4, 7, 8, 9, 16, 17, 33, 64, 100, 512) if n_rows not in TALL else (1, 32):
                 weight = leaf(t, ne, buffer=1)
                 if experts:
                     ids, x = leaf(GGMLType.I32, (2, n, 1, 1)), leaf(0, (k, 1, n, 1))
