@@ -30,6 +30,7 @@ from workers.devices.cuda.device import CUDADevice
 from workers.devices.cuda.driver import Facts, Grid
 from workers.devices.cuda.weights import CUDABuffer
 from workers.kernels.cuda.launches import LAUNCHES, Launch
+from workers.kernels.cuda.planes import KINDS
 from workers.kernels.cuda.sources import Kernel
 from workers.ticks import Tick, nothing
 
@@ -137,7 +138,7 @@ def _products(device: RecordingDevice) -> None:
     """Weights of every type times one column, some and many; with experts; their rows."""
     for t in (t for t in TYPES if TYPES[t].quantized or t in (GGMLType.F32, GGMLType.F16, GGMLType.BF16)):
         k = 256
-        for ne, n_rows in (((k, 64, 1, 1), 64), ((k, 32, 4, 1), 32), *(((k, n, 1, 1), n) for n in TALL)):
+        for ne, n_rows in (((k, 64, 1, 1), 64), ((k, 32, 4, 1), 32), *(((k, n, 1, 1), n) for n in TALL if t in KINDS)):
             buffer, experts = device.weight(GGMLType(t), ne), ne[2] > 1
             for n in (1, 2, 4, 7, 8, 9, 16, 17, 33, 64, 100, 512) if n_rows not in TALL else (1, 32):
                 weight = leaf(t, ne, buffer=1)
