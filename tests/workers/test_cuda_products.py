@@ -101,3 +101,26 @@ def test_neighbours_with_the_same_columns_are_one_launch() -> None:
                 assert launches(plan).count("Product") + launches(plan).count("TileProduct") <= 3
     for got, want in zip(results[:3], results[3:], strict=True):
         assert all(nmse(g, w) < 1e-5 for g, w in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("n", [1, 70])
+def test_a_result_that_nobody_reads_is_not_made_together_with_what_lies_over_it(n: int) -> None:
+    device, reference = CUDADevice("cuda-emulated", EmulatedDriver()), ReferenceDevice()
+    k, n_rows = 256, 48
+    both = weights_of(GGMLType.Q8_0, k, 2 * n_rows)
+    data = [both[: len(both) // 2], both[len(both) // 2 :]]
+    x = leaf(F32, (k, n, 1, 1))
+    w = [leaf(GGMLType.Q8_0, (k, n_rows, 1, 1), buffer=i) for i in (1, 2)]
+    out = [replace(leaf(F32, (n_rows, n, 1, 1)), op="MUL_MAT", src=(i, 0)) for i in (1, 2)]
+    graph = Graph((x, *w, *out), (0,), (4,))
+    inputs = [np.random.default_rng(n).standard_normal((n, k), np.float32).tobytes()]
+    results = []
+    for d in (device, reference):
+        buffers = {}
+        for i, raw in enumerate(data, 1):
+            buffers[i] = d.alloc(len(raw))
+            d.write(buffers[i], 0, memoryview(raw))
+            d.finish(buffers[i], 0, len(raw), int(GGMLType.Q8_0), (k, n_rows, 1, 1))
+        (y,) = d.compile(graph, buffers).run(inputs, nothing)
+        results.append(np.frombuffer(bytes(y), np.float32).copy())
+    assert nmse(*results) < 1e-5

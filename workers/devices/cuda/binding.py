@@ -33,7 +33,7 @@ class Launched:
     """A kernel, and what it is called with.
 
     Attributes:
-        node: what it is for; joined: nodes behind that which it carries out as well.
+        node: what it is for; joined: other nodes that it carries out as well.
         about: what a binding notes of it for the next.
     """
 

@@ -160,28 +160,31 @@ def _blocks(n_tiles: int, n_processors: int, type_: GGMLType, mt: int, nt: int) 
     return max(1, min(ceil_div(n_tiles, n_processors), most))
 
 
-def _joined(b: Binder, product: ProductT, macros: dict[str, Any]) -> ProductT:
-    """With the launch before it, which falls away, when that has the same columns and the same kind of weights."""
+def _joined(b: Binder, n: Node, product: ProductT, macros: dict[str, Any]) -> tuple[ProductT, tuple[int, ...]]:
+    """With the launch before it, which falls away, when that has the same columns and the same kind of weights; and the
+    nodes that this was for."""
     last = b.steps[-1] if b.steps else None
-    if isinstance(last, Launched) and isinstance(last.argument, type(product)) and last.about == macros:
+    if isinstance(last, Launched) and isinstance(last.argument, type(product)) and last.about == macros and b.apart(n):
         joined = last.argument.joined(product)
         if joined is not None:
             del b.steps[-1]
-            return joined
-    return product
+            return joined, (last.node, *last.joined)
+    return product, ()
 
 
 def _add_tiles(b: Binder, n: Node, product: TileProduct, **macros: Any) -> None:
-    product = _joined(b, product, macros)
+    product, others = _joined(b, n, product, macros)
     b.add(n, product, product.n_tiles * ceil_div(product.n, LARGE_TILE), 1, 256, 4 * LARGE_TILE * GROUP, macros, **macros)
+    b.widen(product, 0, *others)
 
 
 def _add_product(b: Binder, n: Node, product: Product, n_column_tiles: int, **macros: Any) -> None:
-    product = _joined(b, product, macros)
+    product, others = _joined(b, n, product, macros)
     n_processors = b.driver.facts.n_processors
     each = _blocks(product.n_tiles * n_column_tiles, n_processors, KINDS[macros["FORMAT"]], macros["MT"], macros["NT"])
     b.add(n, product, min(product.n_tiles, each * n_processors), n_column_tiles, 256,
           product.n * product.x_row if product.staged else 0, macros, **macros, BLOCKS=each)  # fmt: skip
+    b.widen(product, 0, *others)
 
 
 def _plain(b: Binder, n: Node) -> bool:
