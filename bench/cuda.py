@@ -198,7 +198,7 @@ def kernel_seconds(device: CUDADevice, clock: Clock, computed: Computed) -> dict
     bound = computed.plan.bind(nothing)
     computed.plan.run(computed.inputs, nothing)
     computed.plan._begin(bound)  # the inputs, which others may have written over since
-    steps = [step for part in bound.parts if isinstance(part, list) for step in part]
+    steps = bound.launches
     room = device.alloc(2 * COPY_BYTES)
     try:
         for _ in range(AHEAD):

@@ -100,9 +100,8 @@ class RecordingDevice(CUDADevice):
 
     def compile(self, graph: Graph, buffers: dict[int, CUDABuffer], tick: object = nothing) -> Plan:  # type: ignore[override]
         bound = super().compile(graph, buffers).bind(nothing)
-        for part in bound.parts:
-            for step in part if isinstance(part, list) else ():
-                self.recording.launch(step.function, step.grid, step.argument)
+        for step in bound.launches:
+            self.recording.launch(step.function, step.grid, step.argument)
         return _Bound()
 
     def weight(self, type_id: GGMLType, ne: Shape) -> CUDABuffer:

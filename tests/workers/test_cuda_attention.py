@@ -41,8 +41,7 @@ def device() -> CUDADevice:
 
 def launched(plan: CUDAPlan) -> list[Launch]:
     """What a plan that was bound puts on the stream."""
-    bound = plan.bind(nothing)
-    return [step.argument for part in bound.parts if isinstance(part, list) for step in part]
+    return [step.argument for step in plan.bind(nothing).launches]
 
 
 def run(device: CUDADevice, graph: Graph, inputs: list[bytes]) -> Floats:
@@ -271,7 +270,7 @@ def test_only_what_no_launch_writes_is_read_ahead() -> None:
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
 def test_the_launch_says_how_much_shared_memory_it_takes(device: CUDADevice, layer: Layer) -> None:
     bound = device.compile(layer.graph(1, 2, 1), {}).bind(nothing)
-    for step in (s for part in bound.parts if isinstance(part, list) for s in part if isinstance(s.argument, PagedAttend)):
+    for step in (s for s in bound.launches if isinstance(s.argument, PagedAttend)):
         assert isinstance(step.function, EmulatedFunction)
         declared = step.function.shared[1] - step.grid.shared
         assert 0 <= declared < 4096 and step.function.shared[1] < 99 << 10  # a block of 8.6 and 8.9 has no more

@@ -56,7 +56,7 @@ class Held(Drawn):
         """What the graph gives, and its launches."""
         graph = Graph(tuple(self.tensors), tuple(self.inputs), outputs)
         plan = self.device.compile(graph, self.buffers)
-        titles = [s.argument.title() for part in plan.bind(nothing).parts if isinstance(part, list) for s in part]
+        titles = [s.argument.title() for s in plan.bind(nothing).launches]
         assert plan.fallbacks == ()
         return [bytes(out) for out in plan.run(self.data, nothing)], titles
 
@@ -97,8 +97,7 @@ def test_rows_that_only_products_read_are_columns_only(device: CUDADevice) -> No
         elif case == "output":
             outputs.append(y)
         graph = Graph(tuple(d.tensors), tuple(d.inputs), tuple(outputs))
-        bound = device.compile(graph, d.buffers).bind(nothing)
-        norm = next(s.argument for part in bound.parts if isinstance(part, list) for s in part)
+        norm = device.compile(graph, d.buffers).bind(nothing).launches[0].argument
         assert isinstance(norm, MakesColumns) and norm.columns and norm.only_columns is not written, case
 
 

@@ -36,8 +36,7 @@ def weights_of(type_id: GGMLType, k: int, n_rows: int) -> bytes:
 
 
 def launches(plan: CUDAPlan) -> list[str]:
-    assert plan._bound is not None
-    return [type(step.argument).__name__ for part in plan._bound.parts if isinstance(part, list) for step in part]
+    return [type(step.argument).__name__ for step in plan.bind(nothing).launches]
 
 
 SHAPES = [*((t, 1280, 144, 100) for t in KINDS), *((KINDS[i], 256, 16, 65) for i in (0, 4, 7, 9, 14)),

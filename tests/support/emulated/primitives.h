@@ -72,7 +72,7 @@ DEVICE void begin() {}
 struct EmulatedFetch {
     char* to;
     const char* at;
-    int n, lot;
+    int lot;
 };
 struct EmulatedFetches {
     uint3 block;
@@ -82,35 +82,35 @@ struct EmulatedFetches {
 static EmulatedFetches emulated_fetches[1024];
 DEVICE EmulatedFetches& emulated_my_fetches() {
     EmulatedFetches& f = emulated_fetches[emulated_now->index.x];
-    if (!__builtin_memcmp(&f.block, &emulated_block, sizeof f.block) && f.n >= 0) return f;
+    if (!__builtin_memcmp(&f.block, &emulated_block, sizeof f.block)) return f;
     f.block = emulated_block, f.n = f.first = f.lot = 0;
     return f;
 }
-static void emulated_fetch(void* to, const void* at, int n, const char* file, int line) {
+static void emulated_fetch(void* to, const void* at, const char* file, int line) {
     EmulatedFetches& f = emulated_my_fetches();
-    if ((u64)to % n || (u64)at % n) emulated_fail("a copy to shared memory of addresses that are no multiples of its size", file, line);
-    if ((const char*)to < __start_emulated_shared || (const char*)to + n > __stop_emulated_shared)
+    if ((u64)to % 16 || (u64)at % 16) emulated_fail("a copy to shared memory of addresses that are no multiples of 16", file, line);
+    if ((const char*)to < __start_emulated_shared || (const char*)to + 16 > __stop_emulated_shared)
         emulated_fail("a copy to what is not shared memory", file, line);
     if (f.n == 256) {
         __builtin_memmove(f.of, f.of + f.first, (f.n - f.first) * sizeof f.of[0]);
         f.n -= f.first, f.first = 0;
     }
     if (f.n == 256) emulated_fail("more than 256 copies to shared memory on their way", file, line);
-    f.of[f.n++] = {(char*)to, (const char*)at, n, f.lot};
+    f.of[f.n++] = {(char*)to, (const char*)at, f.lot};
 }
-DEVICE void fetch16(void* to, const void* at, EMULATED_PLACE) { emulated_fetch(to, at, 16, file, line); }
+DEVICE void fetch16(void* to, const void* at, EMULATED_PLACE) { emulated_fetch(to, at, file, line); }
 DEVICE void fetch16_or_zeros(void* to, const void* at, bool is, EMULATED_PLACE) {
-    emulated_fetch(to, is ? at : nullptr, 16, file, line);
+    emulated_fetch(to, is ? at : nullptr, file, line);
 }
-template <int N>
-DEVICE void fetch(void* to, const void* at, EMULATED_PLACE) { emulated_fetch(to, at, N, file, line); }
 DEVICE void end_of_lot() { emulated_my_fetches().lot++; }
 template <int N>
 DEVICE void fetched() {
     EmulatedFetches& f = emulated_my_fetches();
-    for (; f.first < f.n && f.of[f.first].lot < f.lot - N; f.first++)
-        if (f.of[f.first].at) __builtin_memcpy(f.of[f.first].to, f.of[f.first].at, f.of[f.first].n);
-        else __builtin_memset(f.of[f.first].to, 0, f.of[f.first].n);
+    for (; f.first < f.n && f.of[f.first].lot < f.lot - N; f.first++) {
+        const EmulatedFetch& one = f.of[f.first];
+        if (one.at) __builtin_memcpy(one.to, one.at, 16);
+        else __builtin_memset(one.to, 0, 16);
+    }
 }
 
 // -- matrices -------------------------------------------------------------------------------------------------------
@@ -174,20 +174,4 @@ DEVICE void load_transposed(u32 (&v)[4], const void* row, EMULATED_PLACE) {
         emulated_fail("load_transposed of what is not shared memory", file, line);
     __builtin_memcpy(r.row, row, 16);
     emulated_meet_warp(0xffffffffu, &r, emulated_transpose, "load_transposed", file, line);
-}
-static void emulated_straight(void** brought, int) {
-    EMULATED_LANES(i) {
-        for (int m = 0; m < 4; m++) {
-            const EmulatedRows* row = (EmulatedRows*)brought[8 * m + i / 4];
-            ((EmulatedRows*)brought[i])->v[m] = pair(row->row[2 * (i % 4)], row->row[2 * (i % 4) + 1]);
-        }
-    }
-}
-DEVICE void load_matrices(u32 (&v)[4], const void* row, EMULATED_PLACE) {
-    EmulatedRows r = {{}, v};
-    if ((u64)row % 16) emulated_fail("load_matrices of an address that is no multiple of 16", file, line);
-    if ((const char*)row < __start_emulated_shared || (const char*)row + 16 > __stop_emulated_shared)
-        emulated_fail("load_matrices of what is not shared memory", file, line);
-    __builtin_memcpy(r.row, row, 16);
-    emulated_meet_warp(0xffffffffu, &r, emulated_straight, "load_matrices", file, line);
 }

@@ -9,7 +9,6 @@ import numpy as np
 from protocol.dtypes import TYPES, GGMLType
 from protocol.graph import Tensor
 from protocol.limits import MAX_ROPE_POSITION
-from protocol.ops import op_of
 from protocol.rules import PAGE_CELLS, ROPE_VISION
 from workers.devices.bindings import Bindings
 from workers.devices.cuda.binding import BF16, F16, F32, I32, Binder, ceil_div
@@ -107,7 +106,7 @@ MAX_ROW = 1024
 CHUNK_PAGES = 4
 """Pages whose sums are merged before they join those of all before them, as paged.cu has it."""
 FEW_PARTS = 16
-"""So many parts of a token are merged by one block, and a context of so few pages may be divided into pages."""
+"""A context of so few pages may be divided into pages."""
 NARROW, WIDE = 16, 64
 """Queries of a tile."""
 MAX_WIDE_D = 128
@@ -187,7 +186,7 @@ def paged_attn(b: Binder, n: Node) -> bool:
         n_parts = n_tokens * n_head * how.n_splits
         parts, sums = (b.at(b.scratch.shared((what, n_bytes), n_bytes)[0])
                        for what, n_bytes in (("parts", 4 * n_parts * d_v), ("sums", 8 * n_parts)))  # fmt: skip
-    given = _given(b, *src[3:6])
+    given = b.given(*src[3:6])
     attend = launches.PagedAttend(
         **cells, given=given, q=b.address(src[0]), q_row=q.nb[1], q_head=q.nb[2], k=b.address(src[1]), k_row=k.nb[1],
         k_head=k.nb[2], k_q8=k.type == Q8_0, v=b.address(src[2]), v_row=v.nb[1], v_head=v.nb[2], v_q8=v.type == Q8_0,
@@ -205,18 +204,10 @@ def paged_attn(b: Binder, n: Node) -> bool:
         merge = launches.Merge(
             given=given, n_seen=b.address(src[4]), window=n.params["window"], n_tokens=n_tokens, n_head=n_head, d_v=d_v,
             n_splits=how.n_splits, split_pages=how.split_pages, n_blocks=ceil_div(n_warps, 4), sinks=sinks_at, y=y,
-            parts=parts, sums=sums, meeting=b.constant(bytes(8 * n_tokens)),
+            parts=parts, sums=sums, meeting=b.zeros(8 * n_tokens),
         )  # fmt: skip
         b.add(n, merge, n_tokens * merge.n_blocks, 1, 32 * min(4, n_warps), **macros)
     return True
-
-
-def _given(b: Binder, *of: int) -> bool:
-    """Whether these are of inputs, which come before all launches and which none writes; -1 is nothing."""
-    graph = b.lowered.graph
-    written = {graph.root(t.view_src)[0] for t in b.tensors if t.view_src >= 0 and not op_of(t).view}
-    roots = {graph.root(i)[0] for i in of if i >= 0}
-    return roots <= set(graph.inputs) and not roots & written
 
 
 def _in_octets(b: Binder, i: int, t: Tensor) -> bool:

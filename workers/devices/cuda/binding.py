@@ -60,7 +60,8 @@ class Binder:
         base: address of the arena, which has the plan's scratch memory behind the status word.
         steps: launches and fallbacks, in order.
         kept: memory that kernels read and no node writes.
-        written: places in buffers that nodes write.
+        written: places in buffers that nodes write; untouched: inputs that none writes.
+        zeroed: memory that all launches leave as zeros, by its size.
         made: tensors whose columns a launch makes besides, and the step.
     """
 
@@ -76,12 +77,17 @@ class Binder:
     fallbacks: list[str] = field(default_factory=list)
     kept: list[Memory] = field(default_factory=list)
     written: list[Span] = field(init=False)
+    untouched: frozenset[int] = field(init=False)
+    zeroed: dict[int, int] = field(default_factory=dict)
     made: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.scratch = Scratch(self.lowered)
         results = (self.lowered.places[n.index] for n in self.lowered.nodes)
         self.written = [place for place in results if place.buffer != SCRATCH]
+        graph = self.lowered.graph
+        written = {graph.root(n.tensor.view_src)[0] for n in self.lowered.nodes if n.tensor.view_src >= 0}
+        self.untouched = frozenset(graph.inputs) - written
 
     def bind(self) -> None:
         """Every node, once."""
@@ -141,6 +147,12 @@ class Binder:
         self.kept.append(memory)
         return memory.address
 
+    def zeros(self, n_bytes: int) -> int:
+        """Address of zeros, which launches use one after the other and leave as they were."""
+        if n_bytes not in self.zeroed:
+            self.zeroed[n_bytes] = self.constant(bytes(n_bytes))
+        return self.zeroed[n_bytes]
+
     def makes_columns(self, i: int, at: int, row: int, scales: int, wide: bool) -> bool:
         """Whether the launch before this makes columns of tensor `i` besides; it does from now on."""
         last, t = self.last(MakesColumns), self.tensors[i]
@@ -179,18 +191,18 @@ class Binder:
         place = self.lowered.places[i]
         return place.buffer != SCRATCH and not any(place.meets(other) for other in self.written)
 
+    def given(self, *of: int) -> bool:
+        """Whether these are of inputs, which come before all launches and which none writes; -1 is nothing."""
+        return all(self.lowered.graph.root(i)[0] in self.untouched for i in of if i >= 0)
+
     def add(
         self, node: Node, argument: Launch, x: int, y: int = 1, threads: int = 256, shared: int = 0,
         about: Mapping[str, object] | None = None, **macros: object,
     ) -> None:  # fmt: skip
         """A kernel of so many blocks, compiled with these macros; `shared`: as `Grid` has it, `about`: as `Launched`."""
-        function = self.driver.function(self.kernel(argument, **macros), self.tick)
+        given = tuple(sorted((name, str(value)) for name, value in macros.items()))
+        function = self.driver.function(Kernel(argument.file, argument.function, given), self.tick)
         self.steps.append(Launched(function, Grid(x, y, threads, shared), argument, node.index, about))
-
-    @staticmethod
-    def kernel(argument: Launch, **macros: object) -> Kernel:
-        """What a launch runs."""
-        return Kernel(argument.file, argument.function, tuple(sorted((name, str(value)) for name, value in macros.items())))
 
 
 def ceil_div(n: int, size: int) -> int:

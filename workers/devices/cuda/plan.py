@@ -75,6 +75,11 @@ class Bound:
         self.captured: dict[int, Captured] = {}
         self.n_runs = 0
 
+    @property
+    def launches(self) -> list[Launched]:
+        """Those of all parts, in order."""
+        return [s for s in self.binder.steps if isinstance(s, Launched)]
+
 
 class CUDAPlan(Plan):
     """`bind` it, then run it; it binds itself again when weights or the arena have moved."""

@@ -11,13 +11,12 @@ from workers.devices.cuda.elements import arithmetic
 from workers.devices.cuda.moves import get_plain_rows
 from workers.devices.cuda.strided import four, operand, operands, row_threads, separate
 from workers.devices.lower import Node
-from workers.kernels.cuda.launches import Four
+from workers.kernels.cuda.launches import NOTHING
 from workers.kernels.cuda.row_launches import NORMS, AddId, Binary, CumSum, Norm, SoftMax, SumRows
 
 __all__ = ["BINDINGS", "get_plain_rows"]
 
 BINDINGS = Bindings({**elements.BINDINGS, **sorts.BINDINGS, **moves.BINDINGS})
-NOTHING: Four = (0, 0, 0, 0)
 
 
 def _norm(b: Binder, n: Node, result: Node, *factors: int) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from workers.kernels.cuda.launches import Four, Launch, MakesColumns, launch
+from workers.kernels.cuda.launches import NOTHING, Four, Launch, MakesColumns, launch
 from workers.kernels.records import Address, Bytes, Code, Count, Flag, Float32, NodeIndex
 
 # -- positions ---------------------------------------------------------------------------------------------------------
@@ -29,9 +29,6 @@ class RopeTable(Launch, frozen=True, kw_only=True):
     turned: Address
     status: Address
     node: NodeIndex
-
-
-NOTHING: Four = (0, 0, 0, 0)
 
 
 @launch("rope.rope", "ROPE")

@@ -21,6 +21,8 @@ import msgspec
 from workers.kernels.records import Address, Bytes, Code, Count, Flag, Float32, NodeIndex  # noqa: F401
 
 Four: TypeAlias = tuple[int, int, int, int]
+NOTHING: Four = (0, 0, 0, 0)
+"""Strides of what is not there, or is one number."""
 Parts: TypeAlias = tuple[int, int, int, int]
 """Of up to four parts of a launch, each its own."""
 FORMS = {"Address": "q", "Bytes": "q", "Count": "q", "NodeIndex": "q", "Code": "q", "Flag": "q", "Float32": "f4x",

@@ -136,13 +136,6 @@ DEVICE void fetch16_or_zeros(void* shared, const void* at, bool is) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(at), "r"(is ? 16 : 0) : "memory");
 }
 
-// `fetch16` of 8 or 4 bytes.
-template <int N>
-DEVICE void fetch(void* shared, const void* at) {
-    u32 to = (u32)__cvta_generic_to_shared(shared);
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(at), "n"(N) : "memory");
-}
-
 // What this thread has fetched since the last time is one lot.
 DEVICE void end_of_lot() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
@@ -174,12 +167,5 @@ DEVICE void mma_bf16s(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32
 DEVICE void load_transposed(u32 (&v)[4], const void* row) {
     u32 at = (u32)__cvta_generic_to_shared(row);
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(at) : "memory");
-}
-
-// The same, not transposed: of each matrix row l / 4, columns 2 (l % 4) and the one behind it.
-DEVICE void load_matrices(u32 (&v)[4], const void* row) {
-    u32 at = (u32)__cvta_generic_to_shared(row);
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(at) : "memory");
 }

@@ -6,7 +6,7 @@
 // whatever MT and NT are, and whoever its neighbours are. A block takes tiles of rows one after the other, and a warp has the weights
 // of its next groups on their way, also those of the next tile, and before the kernel in front is done.
 
-#define N_WARPS 8
+#define N_WARPS N_SLICES
 
 #ifdef MT
 constexpr int SCALE_WORDS = SUPER ? SCALE_BYTES / 4 : SCALE_BYTES;
@@ -162,8 +162,6 @@ DEVICE void multiply(
 
 // Columns that are brought to shared memory take so many bytes at most (`STAGED_BYTES` in products.py).
 #define STAGED_BYTES 32768
-
-DEVICE int part_of(const Product& a, i64 tile) { return (tile >= a.begin[1]) + (tile >= a.begin[2]) + (tile >= a.begin[3]); }
 
 KERNEL(256, BLOCKS) product(Product a) {
     ROOM(staged, STAGED_BYTES);

@@ -4,7 +4,6 @@
 // The sums are those of `product`, in the same order: group g belongs to slice g % 8, whose sum is a warp's there. The groups are
 // taken slice by slice, and the slices' sums are added in order.
 
-#define N_SLICES 8
 #define ROWS 128
 #define COLUMNS 128
 #define GROUP_BYTES (64 * GROUP)
@@ -31,7 +30,7 @@ KERNEL(256, 1) tile_product(TileProduct a) {
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
     i64 n_column_tiles = (a.n + COLUMNS - 1) / COLUMNS, tile = blockIdx.x / n_column_tiles;
     i64 column0 = blockIdx.x % n_column_tiles * COLUMNS;
-    int part = (tile >= a.begin[1]) + (tile >= a.begin[2]) + (tile >= a.begin[3]);
+    int part = part_of(a, tile);
     i64 row0 = (tile - a.begin[part]) * ROWS + warp % 4 * 32;
     int n_groups = (int)(a.k / (32 * GROUP));
     u32 n_chunks = (u32)a.k / 32, all = (u32)a.n_all[part] * n_chunks, before[2];

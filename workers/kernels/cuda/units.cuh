@@ -1,5 +1,12 @@
 // Packed weights as matrix instructions take them: a thread's units of a group of four chunks, and what they are as halves.
 
+// Groups of a row fall into slices, g into g % N_SLICES, which are summed by themselves and then added in order.
+#define N_SLICES 8
+
+// Which of a launch's tensors a tile of rows is of.
+template <class A>
+DEVICE int part_of(const A& a, i64 tile) { return (tile >= a.begin[1]) + (tile >= a.begin[2]) + (tile >= a.begin[3]); }
+
 #if IS(BF16)
 #define MULTIPLY mma_bf16s
 #else
