@@ -35,13 +35,14 @@ class Membership:
     cluster: the id of the cluster that this broker was started for.
     fail: ends a request that waited for a worker which is of no more use.
     notes: who came and went, and why.
+    changed: somebody did, since it was last set to False.
     """
 
     def __init__(
         self, traffic: Traffic, software: str, token: bytes, cluster: bytes, first_epoch: int, fail: Fail, notes: list[str]
     ) -> None:  # fmt: skip
         self.traffic, self.software, self.token, self.cluster = traffic, software, token, cluster
-        self.next_epoch, self.fail, self.notes = first_epoch, fail, notes
+        self.next_epoch, self.fail, self.notes, self.changed = first_epoch, fail, notes, False
 
     # -- HELLO ---------------------------------------------------------------------------------------------------------
 
@@ -170,6 +171,7 @@ class Membership:
         return out
 
     def _note(self, link: Link, what: str) -> None:
+        self.changed = True
         devices = ", ".join(f"{e.info.worker} {e.info.name}" for _, e in self.traffic.devices.of(link))
         self.notes.append(f"worker {devices} {what}" + (f" ({link})" if link.startswith("tcp://") else ""))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ggmq.archs.memory import PAGE
 from ggmq.model import MAX_TRIES, Model
 from ggmq.promptcache import CLOSE_S
 from ggmq.runner import ALL, ARGMAX, HIDDEN, MIN_PIECE, PIECE, Rows, UnderWay
@@ -62,7 +63,8 @@ class Engine:
         speculate: how drafts are made; the text is the same.
         draft: a small model that makes them.
         end_ids: tokens after which a sequence is over.
-        n_failed: steps in a row that a worker's silence ended.
+        n_failed: steps in a row that a lost worker ended.
+        told: is called with what happens to workers: a word, and its figures.
         cut: what ended the last text of `generate` before the model did: `limit` (n_predict), `context` (it is full), or
             nothing.
     Threads: use from one.
@@ -75,11 +77,13 @@ class Engine:
     draft: DraftModel | None = None
     timings: Timings = field(default_factory=Timings)
     n_failed: int = 0
+    told: Callable[..., None] = lambda event, **figures: None
     cut: Literal["", "limit", "context"] = ""
     scheduler: Scheduler = field(init=False)
     _under_way: deque[tuple[Step, UnderWay, float]] = field(default_factory=deque)
     _speculation: Speculation | None = None
     _read_s: float = 0.0
+    _empty: set[int] = field(default_factory=set)
     _conversation: Sequence | None = None
     _interrupted: bool = False
     _error: BaseException | None = None
@@ -183,6 +187,10 @@ class Engine:
 
     def _schedule(self) -> None:
         """Send batches until every stage has one and one is waiting behind it; then pages may move."""
+        if self.model.client.changed:
+            if self._under_way:  # nothing more is sent until layers can be moved
+                return
+            self.tend()
         self._send()
         if self.model.prompts is not None:
             self.model.prompts.advance()
@@ -323,11 +331,18 @@ class Engine:
             if self.model.held():
                 raise error
             error = Unavailable(str(error))
-        held = self.model.recover(error)
-        self._under_way.clear()
-        self._forget_moves()
-        self.scheduler.begin_again(held)
+        start = time.perf_counter()
+        self.told("worker lost", error=error)
+        for n_left in reversed(range(MAX_TRIES)):
+            try:
+                self._mended(error)
+                break
+            except (Unavailable, HandleError) as e:  # another one, or the same once more
+                if not n_left or error is e:
+                    raise
+                error = e if isinstance(e, Unavailable) else Unavailable(str(e))
         self._interrupted = False
+        self.told("recovered", seconds=time.perf_counter() - start)
 
     def abandon(self) -> None:
         """End what was interrupted on the workers, so that other texts can begin. Errors: Unavailable as the client's."""
@@ -337,6 +352,59 @@ class Engine:
         self._forget_moves()
         self.scheduler.begin_again(True)
         self._interrupted, self._error = False, None
+
+    def _mended(self, error: Unavailable) -> None:
+        """Have all layers on devices that are ready, and what they had read there."""
+        self._empty |= self.model.recover(error)
+        self._under_way.clear()
+        self._forget_moves()
+        self.scheduler.n_stages = len(self.model.stages)
+        whole = len(self._empty) < self.model.arch.hp.n_layer
+        self.scheduler.begin_again(whole)
+        if self._empty and whole:
+            self._read_again()
+        self._empty.clear()
+
+    def _read_again(self) -> None:
+        """Read what layers that were loaded again had read: through the stages up to theirs, into the cells where it lay.
+        The stages before them write what is there already. Errors: what the workers report."""
+        n_stages = 1 + max(i for i, s in enumerate(self.model.stages) if self._empty.intersection(s.assignment.layers))
+        sequences = [s for s in (*self.scheduler.running, *self.scheduler.waiting, self._conversation)
+                     if s is not None and s.held is not None]  # fmt: skip
+        whole = [s for s in dict.fromkeys(sequences) if s.held is not None and self.model.store.is_whole(s.held)]
+        self.model.store.forget(but=[s.held for s in whole if s.held is not None])
+        for s in sequences:
+            if s.held is not None:
+                s.n_read = min(s.n_read, s.held.n_past)
+        n_batch, sent = self.n_batch if n_stages == 1 else 2 * PIECE, deque[UnderWay]()
+        for rows in _batches([r for s in whole for r in _unread(s)], n_batch):
+            sent.append(self.model.runner.submit(rows, n_stages))
+            if len(sent) > n_stages:
+                self.model.runner.wait(sent.popleft())
+        while sent:
+            self.model.runner.wait(sent.popleft())
+
+    def tend(self, idle: bool = False) -> None:
+        """Look whether the bus has changed: devices that are to be left are left, between two batches.
+
+        idle: nothing runs, so layers may go to devices that are new. Errors: Unavailable.
+        """
+        client = self.model.client
+        if idle:
+            client.look()
+        if self._under_way or client.lost or not client.changed:
+            return
+        if self.model.prompts is not None:
+            client.settle()
+            self._forget_moves()
+        if self.draft is not None:
+            self.draft.model.tend()
+        lost = self.model.keeper.lost()
+        if idle and lost is not None:
+            self._recover(lost)
+        elif self.model.tend(idle):
+            self.scheduler.n_stages = len(self.model.stages)
+            self.told("moved")
 
     def _forget_moves(self) -> None:
         if self.model.prompts is not None:
@@ -421,6 +489,35 @@ class Engine:
             self.leave(s)
         assert s.rows is not None  # it was read to its end
         return s.rows
+
+
+def _unread(s: Sequence) -> list[Rows]:
+    """What a sequence has read, a page each."""
+    assert s.held is not None  # it is read where it lay
+    pages = {window: list(pages) for window, pages in s.held.pages.items()}
+    return [Rows(s.tokens[at : min(at + PAGE, s.n_read)], at, pages) for at in range(0, s.n_read, PAGE)]
+
+
+def _batches(rows: list[Rows], n_batch: int) -> Iterator[list[Rows]]:
+    """Rows in batches of so many tokens. Each page once, though several sequences have it; consecutive ones as one."""
+    longest: dict[tuple[int, ...], Rows] = {}
+    for r in rows:
+        page = tuple(pages[r.first // PAGE] for pages in r.pages.values())
+        if page not in longest or len(longest[page].tokens) < len(r.tokens):
+            longest[page] = r
+    batch, n = list[Rows](), 0
+    for r in longest.values():
+        if batch and n + len(r.tokens) > n_batch:
+            yield batch
+            batch, n = [], 0
+        n += len(r.tokens)
+        before = batch[-1] if batch else None
+        if before is not None and before.pages is r.pages and before.first + len(before.tokens) == r.first:
+            batch[-1] = Rows([*before.tokens, *r.tokens], before.first, r.pages)
+        else:
+            batch.append(r)
+    if batch:
+        yield batch
 
 
 def chosen_seed(seed: int) -> int | None:

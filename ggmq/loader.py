@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from msgspec import Struct, field
 
@@ -49,6 +49,7 @@ class Part(Struct):
         placed: its weights.
         n_bytes: of that buffer.
         memory: what a layer keeps of the sequences, in a buffer of its own.
+        loaded: the weights are there.
     """
 
     device: int
@@ -56,6 +57,7 @@ class Part(Struct):
     placed: list[Placed]
     n_bytes: int
     memory: LayerMemory | None = None
+    loaded: bool = False
 
     @property
     def buffers(self) -> list[int]:
@@ -66,7 +68,7 @@ class PlacedStage(Struct):
     """A stage and where everything of it lies.
 
     Attributes:
-        parts: by layer; -1 for what is not a layer's.
+        parts: by layer; below 0 for what is not a layer's: -1, and of a stage that grew what it lacked of it.
     """
 
     assignment: Assignment
@@ -96,14 +98,19 @@ class Loader:
         self.client, self.arch, self.room = client, arch, room
         self.report = LoadReport()
 
-    def place(self, assignment: Assignment) -> PlacedStage:
-        """Number the buffers of a stage, and say what lies where in them. Nothing is sent."""
-        placed = PlacedStage(assignment)
-        weights: dict[int, list[TensorInfo]] = {il: [] for il in (-1, *assignment.layers)}
+    def place(self, assignment: Assignment, parts: Mapping[int, Part] | None = None) -> PlacedStage:
+        """Number the buffers of a stage, and say what lies where in them. Nothing is sent.
+
+        parts: what is on its device already and stays as it is.
+        """
+        placed = PlacedStage(assignment, dict(parts or {}))
+        there, other = placed.placed, min([0, *placed.parts]) - 1
+        weights: dict[int, list[TensorInfo]] = {il: [] for il in (other, *assignment.layers)}
         for t in self.arch.stage_weights(placed.stage):
-            weights[int(t.name.split(".", 2)[1]) if t.name.startswith("blk.") else -1].append(t)
+            if t.name not in there:
+                weights[int(t.name.split(".", 2)[1]) if t.name.startswith("blk.") else other].append(t)
         for il, tensors in weights.items():
-            if il < 0 and not tensors:
+            if il in placed.parts or (il < 0 and not tensors):
                 continue
             part = Part(assignment.device, self.client.new_buffer(), [], 0)
             for t in tensors:
@@ -144,6 +151,8 @@ class Loader:
                 done += u.advance()
                 if progress is not None:
                     progress("loading", done, total)
+        for part in parts:
+            part.loaded = True
 
     def free(self, parts: Iterable[Part]) -> None:
         """Give back what parts hold, as far as it is there. Errors: Unavailable when a worker cannot be told."""

@@ -93,9 +93,12 @@ def serve_on(
 
     def place() -> Model:
         start = time.perf_counter()
+        if own.lost:
+            own.reopen(0.0)
         if bus.revive():
             _await_all(own, bus.order)
         model = place_model(config, arch, own, bus.order, bus.host, note)
+        model.keeper.revive = bus.revive
         with progress() as show:
             model.load(show)
         model.ready_s = time.perf_counter() - start

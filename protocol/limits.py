@@ -5,7 +5,7 @@ Units: `_bytes` and `_s` in the names; `n_*` are counts. A message over a bound 
 
 from __future__ import annotations
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 """Goes up when a header, a record or the op table changes; HELLO refuses another version."""
 
 MAX_HEADER_BYTES = 64 * 1024

@@ -40,6 +40,7 @@ class Command(IntEnum):
     RELEASE = 20
     STAGE_COMPUTE = 21
     TRACE = 22
+    RETIRE = 23
 
 
 REPLY = 0x80
@@ -103,13 +104,14 @@ class ListedDevice(DeviceInfo, frozen=True):
 
     `state`: ready; silent (its worker is there and answers nothing); lost (its worker's connection is closed); none (an
     index that no device has). `address`: where its worker listens, host:port. `n_sessions`: those that hold something
-    there. Of a device that was asked for its abilities: ops of the table and types of tensors that it runs fast, and
-    others that it runs at all.
+    there. `retired`: nothing new is to be placed there, and what lies there is to be moved. Of a device that was asked for
+    its abilities: ops of the table and types of tensors that it runs fast, and others that it runs at all.
     """
 
     state: Short = "ready"
     address: Short = ""
     n_sessions: U64 = 0
+    retired: bool = False
     fast_ops: Annotated[list[Short], Meta(max_length=1024)] = []
     slow_ops: Annotated[list[Short], Meta(max_length=1024)] = []
     fast_types: Annotated[list[U64], Meta(max_length=256)] = []
@@ -309,6 +311,12 @@ class Release(Header, frozen=True):
     """Free what ended sessions have left on a device. Found: whether there was anything."""
 
 
+class Retire(Header, frozen=True):
+    """A client tells the broker that all who hold something on a device are to leave it, or that it may be used again."""
+
+    retired: bool
+
+
 class StatsQuery(Header, frozen=True):
     pass
 
@@ -396,6 +404,7 @@ REQUEST: dict[Command, type[Header]] = {
     Command.GRAPH_COMPUTE: GraphCompute, Command.CANCEL: Cancel, Command.PING: Ping, Command.DRAIN: Drain,
     Command.STATS: StatsQuery, Command.LINK: Link, Command.PEER_LISTEN: PeerListen, Command.PEER_DIAL: PeerDial,
     Command.HAND_OVER: HandOver, Command.RELEASE: Release, Command.STAGE_COMPUTE: StageCompute, Command.TRACE: TraceQuery,
+    Command.RETIRE: Retire,
 }  # fmt: skip
 COMMAND_OF: dict[type[Header], Command] = {kind: command for command, kind in REQUEST.items()}
 ANSWER: dict[Command, type[Header]] = {
