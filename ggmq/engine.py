@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -12,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ggmq.archs.memory import PAGE
 from ggmq.model import MAX_TRIES, Model
 from ggmq.promptcache import CLOSE_S
+from ggmq.rereading import read_again
 from ggmq.runner import ALL, ARGMAX, HIDDEN, MIN_PIECE, PIECE, Rows, UnderWay
 from ggmq.sampling import Sampler, SamplingParams, log_probs
 from ggmq.scheduler import Piece, Scheduler, Sequence, Step
@@ -362,27 +363,9 @@ class Engine:
         whole = len(self._empty) < self.model.arch.hp.n_layer
         self.scheduler.begin_again(whole)
         if self._empty and whole:
-            self._read_again()
+            sequences = [*self.scheduler.running, *self.scheduler.waiting]
+            read_again(self.model, [*sequences, *([self._conversation] if self._conversation else [])], self._empty)
         self._empty.clear()
-
-    def _read_again(self) -> None:
-        """Read what layers that were loaded again had read: through the stages up to theirs, into the cells where it lay.
-        The stages before them write what is there already. Errors: what the workers report."""
-        n_stages = 1 + max(i for i, s in enumerate(self.model.stages) if self._empty.intersection(s.assignment.layers))
-        sequences = [s for s in (*self.scheduler.running, *self.scheduler.waiting, self._conversation)
-                     if s is not None and s.held is not None]  # fmt: skip
-        whole = [s for s in dict.fromkeys(sequences) if s.held is not None and self.model.store.is_whole(s.held)]
-        self.model.store.forget(but=[s.held for s in whole if s.held is not None])
-        for s in sequences:
-            if s.held is not None:
-                s.n_read = min(s.n_read, s.held.n_past)
-        n_batch, sent = self.n_batch if n_stages == 1 else 2 * PIECE, deque[UnderWay]()
-        for rows in _batches([r for s in whole for r in _unread(s)], n_batch):
-            sent.append(self.model.runner.submit(rows, n_stages))
-            if len(sent) > n_stages:
-                self.model.runner.wait(sent.popleft())
-        while sent:
-            self.model.runner.wait(sent.popleft())
 
     def tend(self, idle: bool = False) -> None:
         """Look whether the bus has changed: devices that are to be left are left, between two batches.
@@ -392,19 +375,26 @@ class Engine:
         client = self.model.client
         if idle:
             client.look()
-        if self._under_way or client.lost or not client.changed:
+        keeper = self.model.keeper
+        if self._under_way or client.lost or not (client.changed or (idle and keeper.is_crowded)):
             return
-        if self.model.prompts is not None:
-            client.settle()
-            self._forget_moves()
-        if self.draft is not None:
-            self.draft.model.tend()
-        lost = self.model.keeper.lost()
+        infos = keeper.look()
+        lost = keeper.lost(infos)
         if idle and lost is not None:
             self._recover(lost)
-        elif self.model.tend(idle):
+            return
+        with contextlib.suppress(OutOfMemory):
+            moved = self.model.tend(infos, idle, self._stop_moves)
             self.scheduler.n_stages = len(self.model.stages)
-            self.told("moved")
+            if self.draft is not None:
+                moved = self.draft.model.tend(infos, idle) or moved
+            if moved:
+                self.told("moved")
+
+    def _stop_moves(self) -> None:
+        if self.model.prompts is not None:
+            self.model.client.settle()
+            self._forget_moves()
 
     def _forget_moves(self) -> None:
         if self.model.prompts is not None:
@@ -489,35 +479,6 @@ class Engine:
             self.leave(s)
         assert s.rows is not None  # it was read to its end
         return s.rows
-
-
-def _unread(s: Sequence) -> list[Rows]:
-    """What a sequence has read, a page each."""
-    assert s.held is not None  # it is read where it lay
-    pages = {window: list(pages) for window, pages in s.held.pages.items()}
-    return [Rows(s.tokens[at : min(at + PAGE, s.n_read)], at, pages) for at in range(0, s.n_read, PAGE)]
-
-
-def _batches(rows: list[Rows], n_batch: int) -> Iterator[list[Rows]]:
-    """Rows in batches of so many tokens. Each page once, though several sequences have it; consecutive ones as one."""
-    longest: dict[tuple[int, ...], Rows] = {}
-    for r in rows:
-        page = tuple(pages[r.first // PAGE] for pages in r.pages.values())
-        if page not in longest or len(longest[page].tokens) < len(r.tokens):
-            longest[page] = r
-    batch, n = list[Rows](), 0
-    for r in longest.values():
-        if batch and n + len(r.tokens) > n_batch:
-            yield batch
-            batch, n = [], 0
-        n += len(r.tokens)
-        before = batch[-1] if batch else None
-        if before is not None and before.pages is r.pages and before.first + len(before.tokens) == r.first:
-            batch[-1] = Rows([*before.tokens, *r.tokens], before.first, r.pages)
-        else:
-            batch.append(r)
-    if batch:
-        yield batch
 
 
 def chosen_seed(seed: int) -> int | None:

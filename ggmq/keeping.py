@@ -263,56 +263,58 @@ class Keeper:
                 with contextlib.suppress(GgmqError):
                     self.client.wait(seq)
 
-    def lost(self) -> WorkerLost | None:
-        """Whether a device of the stages is gone. Errors: Unavailable."""
+    # -- when a device is to be left, or more of them are there ---------------------------------------------------------
+
+    def look(self) -> list[m.ListedDevice]:
+        """The devices as they are now; what was left behind on one that is there again is freed. Errors: Unavailable."""
         infos = self._devices()
+        if self._left:
+            self.free_left()
+        return infos
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether devices have taken over layers of others, and could give them to a new one."""
+        return bool(self._squeezed) and not self._rounded
+
+    def lost(self, infos: Sequence[m.ListedDevice]) -> WorkerLost | None:
+        """Whether a device of the stages is gone."""
         for s in self.stages:
             if self._state(infos, s.assignment.device) in ("lost", "none"):
                 return WorkerLost("its connection was closed").at(*self._name(self.infos, s.assignment.device))
         return None
 
-    # -- when a device is to be left, or more of them are there ---------------------------------------------------------
+    def wanted(self, infos: Sequence[m.ListedDevice], idle: bool = False) -> list[Assignment] | None:
+        """Where the layers should go instead: away from devices that are to be left; None: they lie well.
 
-    def tend(self, idle: bool = False) -> bool:
-        """Leave devices that are to be left, with all that was read; nothing may be under way.
-
-        idle: a device that came back, or is new, gets what others had taken over.
-        Returns: whether layers lie elsewhere now. Errors: Unavailable.
+        idle: to one that came back, or is new, too, which gets what others had taken over.
+        Errors: Unavailable.
         """
-        infos = self._devices()
-        if self._left:
-            self.free_left()
         retired = {s.assignment.device for s in self.stages if self._state(infos, s.assignment.device) == "ready"
                    and infos[s.assignment.device].retired}  # fmt: skip
         self._stuck &= retired
         if retired - self._stuck:
             try:
-                self._move(self._without(retired, infos))
-                self.infos = infos
-                return True
+                return self._without(retired, infos)
             except (OutOfMemory, ConfigError) as e:
                 self._stuck |= retired
                 self.note(f"worker {', '.join(infos[d].worker for d in sorted(retired))} is to be left, and its layers "
                           f"stay: {e}")  # fmt: skip
-        if idle and self._squeezed and not self._rounded:
-            return self._regrow(infos)
-        return False
+        return self._regrown(infos) if idle and self.is_crowded else None
 
-    def _regrow(self, infos: Sequence[m.ListedDevice]) -> bool:
+    def _regrown(self, infos: Sequence[m.ListedDevice]) -> list[Assignment] | None:
         used = {s.assignment.device for s in self.stages}
         unused = [d for d in device_memory(self._with_room(infos)) if d.index not in used]
         for device in sorted(unused, key=lambda d: -d.free_bytes):
             with contextlib.suppress(OutOfMemory):
-                layers = self._squeezed[-1]
-                self._move(regrown(self._sizes, [s.assignment for s in self.stages], layers, device))
-                if layers in self._squeezed:
-                    self._squeezed.remove(layers)
-                self.infos = list(infos)
-                return True
-        return False
+                return regrown(self._sizes, [s.assignment for s in self.stages], self._squeezed[-1], device)
+        return None
 
-    def _move(self, assignments: Sequence[Assignment]) -> None:
-        """Have these stages, with what was read. Errors: OutOfMemory and Unavailable, and all is as it was."""
+    def move(self, assignments: Sequence[Assignment], infos: Sequence[m.ListedDevice]) -> None:
+        """Have these stages, with what was read; nothing may be under way.
+
+        Errors: OutOfMemory and Unavailable, and all is as it was.
+        """
         old = {il: part for s in self.stages for il, part in s.parts.items() if il >= 0}
         before = list(self.stages)
         try:
@@ -326,6 +328,9 @@ class Keeper:
         except GgmqError:
             self._have(before)
             raise
+        taken = {s.assignment.layers for s in self.stages}
+        self._squeezed = [layers for layers in self._squeezed if layers not in taken]
+        self.infos = list(infos)
         self.free_left()
 
     def _carry(self, old: Part, new: Part) -> None:

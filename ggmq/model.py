@@ -276,15 +276,18 @@ class Model:
                     raise
         return empty
 
-    def tend(self, idle: bool = False) -> bool:
-        """Leave devices that are to be left, when the bus has changed; nothing may be under way. idle: take new ones too.
+    def tend(self, infos: Sequence[m.ListedDevice], idle: bool, stop: Callable[[], None] = lambda: None) -> bool:
+        """Leave devices that are to be left, with all that was read; no batch may be under way. idle: take new ones too.
 
-        Returns: whether layers lie elsewhere now. Errors: Unavailable.
+        stop: ends what else is under way, before something moves.
+        Returns: whether layers lie elsewhere now. Errors: Unavailable; OutOfMemory, and all is as it was.
         """
-        moved = self.keeper.tend(idle)
-        if moved:
+        wanted = self.keeper.wanted(infos, idle)
+        if wanted is not None:
+            stop()
+            self.keeper.move(wanted, infos)
             self._linked()
-        return moved
+        return wanted is not None
 
     def _linked(self) -> None:
         self.runner.forget_graphs()
