@@ -79,6 +79,9 @@ PEER_KEPT_S = 300.0
 """A worker frees what such a peer holds after this long in any case: it was suspended, or its host is gone."""
 PEER_CLOSED_S = 5.0
 """The same for a peer whose connection is closed: in this time a broken network may heal."""
+ORPHANED_S = 60.0
+"""Weights that a broker which has gone held are kept for this long at least, while nothing else needs the memory: it may be
+started again, and its clients be back."""
 PROBE_S = 1.0
 """A connection over which nothing came for this long is tried."""
 

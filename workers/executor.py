@@ -279,8 +279,11 @@ class Executor:
         for k in used:
             del self.plans[k]
 
-    def free_session(self, key: Key, tick: Tick = nothing) -> None:
-        """Give back everything of a session, to the last byte, save weights that are kept for the next."""
+    def free_session(self, key: Key, tick: Tick = nothing, keep_s: float = 0.0) -> None:
+        """Give back everything of a session, to the last byte, save weights that are kept for the next.
+
+        keep_s: for so long at least.
+        """
         for k in [k for k in self.plans if k[0] == key]:
             del self.plans[k]
         self.traces.drop(key)
@@ -291,7 +294,7 @@ class Executor:
             for number, buffer in buffers.items():
                 content = self.contents.pop((key, number), None)
                 if content is not None and content.complete:
-                    self.leases.leave(content.name, buffer, steady)
+                    self.leases.leave(content.name, buffer, steady, keep_s)
                 else:
                     self.device.free(buffer, steady)
             self.device.trim(steady)

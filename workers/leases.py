@@ -96,14 +96,15 @@ class Leases:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def leave(self, name: bytes, buffer: Buffer, tick: Tick = nothing) -> None:
-        """A session that had this buffer has ended."""
-        if self.keep_s <= 0:
+    def leave(self, name: bytes, buffer: Buffer, tick: Tick = nothing, at_least_s: float = 0.0) -> None:
+        """A session that had this buffer has ended. at_least_s: whoever had it may come back within so long."""
+        keep_s = max(self.keep_s, at_least_s)
+        if keep_s <= 0:
             self.device.free(buffer, tick)
             return
         if len(self._kept) >= MAX_KEPT:
             self.give_up(tick)
-        self._kept.append(Lease(name, buffer, self._now_s() + self.keep_s))
+        self._kept.append(Lease(name, buffer, self._now_s() + keep_s))
 
     def take(self, name: bytes, n_bytes: int) -> Buffer | None:
         """A buffer of this content, which is the caller's from now on; the one that was left last."""

@@ -237,7 +237,8 @@ class WorkerLoop:
         return len(self.state.sessions) < before
 
     def _free(self, key: tuple[bytes, int]) -> None:
-        self.executor.free_session(key)
+        """Nobody can ask for a session any more: its broker has gone. Whoever used it may come through another one."""
+        self.executor.free_session(key, keep_s=limits.ORPHANED_S)
         self.state.drop(key)
 
     def _receive(self, timeout_ms: int) -> None:
