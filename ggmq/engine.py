@@ -335,13 +335,22 @@ class Engine:
         start = time.perf_counter()
         self.told("worker lost", error=error)
         for n_left in reversed(range(MAX_TRIES)):
+            self._empty |= self.model.recover(error)
+            self._under_way.clear()
+            self._forget_moves()
+            self.scheduler.n_stages = len(self.model.stages)
+            whole = len(self._empty) < self.model.arch.hp.n_layer
+            self.scheduler.begin_again(whole)
             try:
-                self._mended(error)
+                if self._empty and whole:
+                    sequences = [*self.scheduler.running, *self.scheduler.waiting]
+                    read_again(self.model, [*sequences, *([self._conversation] if self._conversation else [])], self._empty)
                 break
             except (Unavailable, HandleError) as e:  # another one, or the same once more
-                if not n_left or error is e:
+                if not n_left:
                     raise
                 error = e if isinstance(e, Unavailable) else Unavailable(str(e))
+        self._empty.clear()
         self._interrupted = False
         self.told("recovered", seconds=time.perf_counter() - start)
 
@@ -353,19 +362,6 @@ class Engine:
         self._forget_moves()
         self.scheduler.begin_again(True)
         self._interrupted, self._error = False, None
-
-    def _mended(self, error: Unavailable) -> None:
-        """Have all layers on devices that are ready, and what they had read there."""
-        self._empty |= self.model.recover(error)
-        self._under_way.clear()
-        self._forget_moves()
-        self.scheduler.n_stages = len(self.model.stages)
-        whole = len(self._empty) < self.model.arch.hp.n_layer
-        self.scheduler.begin_again(whole)
-        if self._empty and whole:
-            sequences = [*self.scheduler.running, *self.scheduler.waiting]
-            read_again(self.model, [*sequences, *([self._conversation] if self._conversation else [])], self._empty)
-        self._empty.clear()
 
     def tend(self, idle: bool = False) -> None:
         """Look whether the bus has changed: devices that are to be left are left, between two batches.
