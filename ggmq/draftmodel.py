@@ -93,11 +93,13 @@ class DraftModel:
         if any(infos[s.assignment.device].state == "silent" for s in self.model.stages):
             return
         try:
-            empty = set() if self.model.held() else self.model.recover(Unavailable(self.error))
+            if not self.model.held():
+                self.model.recover(Unavailable(self.error))
         except GgmqError:
             return
         self.error = ""
-        if empty:
+        if self.model.keeper.empty:
+            self.model.keeper.empty.clear()
             for drafter in self._drafters:
                 drafter.lose()
 

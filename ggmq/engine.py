@@ -84,7 +84,6 @@ class Engine:
     _under_way: deque[tuple[Step, UnderWay, float]] = field(default_factory=deque)
     _speculation: Speculation | None = None
     _read_s: float = 0.0
-    _empty: set[int] = field(default_factory=set)
     _conversation: Sequence | None = None
     _interrupted: bool = False
     _error: BaseException | None = None
@@ -335,22 +334,23 @@ class Engine:
         start = time.perf_counter()
         self.told("worker lost", error=error)
         for n_left in reversed(range(MAX_TRIES)):
-            self._empty |= self.model.recover(error)
+            self.model.recover(error)
+            empty = self.model.keeper.empty
             self._under_way.clear()
             self._forget_moves()
             self.scheduler.n_stages = len(self.model.stages)
-            whole = len(self._empty) < self.model.arch.hp.n_layer
+            whole = len(empty) < self.model.arch.hp.n_layer
             self.scheduler.begin_again(whole)
             try:
-                if self._empty and whole:
+                if empty and whole:
                     sequences = [*self.scheduler.running, *self.scheduler.waiting]
-                    read_again(self.model, [*sequences, *([self._conversation] if self._conversation else [])], self._empty)
+                    read_again(self.model, [*sequences, *([self._conversation] if self._conversation else [])], empty)
                 break
             except (Unavailable, HandleError) as e:  # another one, or the same once more
                 if not n_left:
                     raise
                 error = e if isinstance(e, Unavailable) else Unavailable(str(e))
-        self._empty.clear()
+        empty.clear()
         self._interrupted = False
         self.told("recovered", seconds=time.perf_counter() - start)
 
@@ -360,7 +360,8 @@ class Engine:
         self.model.client.settle()
         self._under_way.clear()
         self._forget_moves()
-        self.scheduler.begin_again(True)
+        self.scheduler.begin_again(not self.model.keeper.empty)  # of a recovery that failed
+        self.model.keeper.empty.clear()
         self._interrupted, self._error = False, None
 
     def tend(self, idle: bool = False) -> None:

@@ -49,6 +49,7 @@ Plan = Callable[[Sequence[m.ListedDevice]], list[Assignment]]
 class Keeper:
     """Attributes:
     stages: what lies where; the list is the model's, and stays the same object.
+    empty: layers that were loaded again, and hold nothing of what was read; who has read it again empties this.
     infos: the devices as they were when something was last placed.
     plan: where a whole model goes.
     hashes: BLAKE3 of each tensor.
@@ -64,6 +65,7 @@ class Keeper:
         self.client, self.stages, self.store = client, stages, store
         self._loader, self._sizes = loader, model_sizes(arch, room)
         self._rounded = activations != GGMLType.F32
+        self.empty: set[int] = set()
         self.infos: list[m.ListedDevice] = []
         self.plan: Plan = lambda infos: refill(self._sizes, (), device_memory(infos))
         self.hashes: dict[str, bytes] = {}
@@ -77,15 +79,14 @@ class Keeper:
 
     # -- when something is gone ----------------------------------------------------------------------------------------
 
-    def restore(self, error: Unavailable) -> set[int]:
+    def restore(self, error: Unavailable) -> None:
         """Have all layers on devices that are ready; what cannot be had elsewhere is waited for.
 
-        Returns: the layers whose memory is empty now.
         Errors: Unavailable when the wait was in vain; `error` where waiting is of no use.
         """
         if isinstance(error, (Overloaded, DeadlineExceeded)):
             raise error
-        clock, empty, said, patience_s = LivedClock(), set[int](), "", self.patience_s
+        clock, said, patience_s = LivedClock(), "", self.patience_s
         since_s = clock.now_s()
         while True:
             if self.client.lost:
@@ -100,9 +101,9 @@ class Keeper:
                 self.client.settle()
                 why, limit_s = self._place(waited_s)
                 if not why:
-                    empty |= self._fill()
+                    self._fill()
                     self.revive()
-                    return empty
+                    return
             except OutOfMemory as e:  # some other worker of its host may keep what nobody uses
                 why, limit_s = str(e), patience_s
                 with contextlib.suppress(Unavailable):
@@ -243,12 +244,12 @@ class Keeper:
         loaded = bool(self.stages) and all(s.parts and all(p.loaded for p in s.parts.values()) for s in self.stages)
         return loaded and {s.assignment.device for s in self.stages} <= self._holding()
 
-    def _fill(self) -> set[int]:
-        """Load what is not there. Returns: the layers that were loaded."""
+    def _fill(self) -> None:
+        """Load what is not there. Errors: Unavailable, OutOfMemory."""
         todo = [(il, part) for s in self.stages for il, part in s.parts.items() if not part.loaded]
         self.free_left()
+        self.empty.update(il for il, _ in todo if il >= 0)
         self._loader.load([part for _, part in todo], self.hashes)
-        return {il for il, _ in todo if il >= 0}
 
     def free_left(self) -> None:
         """Free what was left behind on devices that are there again. Errors: Unavailable."""

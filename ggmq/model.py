@@ -210,6 +210,7 @@ class Model:
                 if not n_left:
                     raise
                 self.recover(e)
+                self.keeper.empty.clear()
                 break
         if self.keep_prompts is not None and self.prompts is None:
             self.prompts = self._prompt_cache(*self.keep_prompts)
@@ -258,23 +259,21 @@ class Model:
 
     # -- when a worker is silent, lost or to be left ---------------------------------------------------------------------
 
-    def recover(self, error: Unavailable) -> set[int]:
-        """Have all layers on devices that are ready again: where they were, or elsewhere. Their weights are there then.
+    def recover(self, error: Unavailable) -> None:
+        """Have all layers on devices that are ready again: where they were, or elsewhere. Their weights are there then; what
+        they had read is not, of those that `keeper.empty` has.
 
-        Returns: the layers that hold nothing of what was read.
         Errors: `error`, or what came after it, when a worker or the broker is waited for in vain.
         """
-        empty = set[int]()
         for n_left in reversed(range(MAX_TRIES)):
-            empty |= self.keeper.restore(error)
+            self.keeper.restore(error)
             try:
                 self._linked()
-                break
+                return
             except Unavailable as e:
                 error = e
                 if not n_left:
                     raise
-        return empty
 
     def tend(self, infos: Sequence[m.ListedDevice], idle: bool, stop: Callable[[], None] = lambda: None) -> bool:
         """Leave devices that are to be left, with all that was read; no batch may be under way. idle: take new ones too.
