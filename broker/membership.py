@@ -17,6 +17,8 @@ from protocol.errors import ForeignCluster, GgmqError, Overloaded
 from protocol.frames import Message
 from protocol.messages import Command
 
+MAX_NAMED = 8
+"""Sessions that a line for an operator names."""
 NO_HELLO = f"no HELLO within {limits.RECONNECT_S:.0f} s; is a ggmq worker listening there?"
 
 Fail = Callable[[Pending, GgmqError], list[Instruction]]
@@ -109,7 +111,7 @@ class Membership:
         worker.ready, worker.silent, worker.lost, worker.hello, worker.instance = True, "", "", None, h.token
         worker.pinged_s, worker.heard_s = 0.0, now_s
         self.traffic.devices.register(link, h)
-        self._note(link, "is ready")
+        self._note(link, "is ready", worker)
         out: list[Instruction] = []
         for index, entry in self.traffic.devices.of(link):
             ended, entry.ended = entry.ended, set()
@@ -139,9 +141,10 @@ class Membership:
         worker = self.traffic.workers.get(link)
         if worker is None:
             return []
-        if worker.ready or worker.silent:
-            self._note(link, f"was lost: {reason}")
+        was_there = worker.ready or worker.silent
         worker.ready, worker.silent, worker.lost = False, "", reason
+        if was_there:
+            self._note(link, f"was lost: {reason}", worker)
         out = self._fail_all(link, reason)
         for index, entry in self.traffic.devices.of(link):
             entry.lost = reason
@@ -153,10 +156,10 @@ class Membership:
 
     def _fall_silent(self, link: Link, worker: Worker, now_s: float) -> list[Instruction]:
         """Nothing of this epoch counts any more; when the worker answers again it is under the next one."""
-        worker.silent = f"no answer to PING for {now_s - worker.pinged_s:.1f} s"
-        self._note(link, f"is silent: {worker.silent}")
+        worker.silent, worker.ready = f"no answer to PING for {now_s - worker.pinged_s:.1f} s", False
+        self._note(link, f"is silent: {worker.silent}", worker)
         out = self._fail_all(link, worker.silent)
-        worker.ready, worker.epoch = False, self._epoch()
+        worker.epoch = self._epoch()
         return [*out, self._say_hello(link, worker)]
 
     def _fail_all(self, link: Link, reason: str) -> list[Instruction]:
@@ -170,10 +173,19 @@ class Membership:
             out += self.fail(pending, self.traffic.lost(pending.device, reason))
         return out
 
-    def _note(self, link: Link, what: str) -> None:
+    def _note(self, link: Link, what: str, worker: Worker) -> None:
+        """One line, with what an operator looks for in the lines of other processes."""
         self.changed = True
-        devices = ", ".join(f"{e.info.worker} {e.info.name}" for _, e in self.traffic.devices.of(link))
-        self.notes.append(f"worker {devices} {what}" + (f" ({link})" if link.startswith("tcp://") else ""))
+        entries = [e for _, e in self.traffic.devices.of(link)]
+        devices = ", ".join(f"{e.info.worker} {e.info.name}" for e in entries)
+        sessions = sorted({session for e in entries for session in e.holders})
+        facts = [link] if link.startswith("tcp://") else []
+        facts.append(f"epoch {worker.epoch}")
+        if not worker.ready:
+            facts.append(f"after {max(0.0, self.traffic.now_s - worker.opened_s):.1f} s")
+        if sessions:
+            facts.append(f"sessions {', '.join(map(str, sessions[:MAX_NAMED]))}" + ", ..." * (len(sessions) > MAX_NAMED))
+        self.notes.append(f"worker {devices} {what} ({'; '.join(facts)})")
 
     # -- time ----------------------------------------------------------------------------------------------------------
 

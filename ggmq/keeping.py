@@ -34,6 +34,10 @@ from protocol.errors import (
     WorkerLost,
 )
 
+PATIENCE_S = 8.0
+"""For so long a lost worker, or a broker that has gone, is waited for where nobody takes its place, if nothing is said."""
+HUNG_S = 90.0
+"""For so long a worker that answers nothing is waited for where nobody takes its place."""
 SILENT_S = 3.0
 """A worker that answers nothing for longer is done without, if others have room for what it holds. A worker that dialled a
 broker which was started again has as long to come back."""
@@ -69,7 +73,7 @@ class Keeper:
         self.infos: list[m.ListedDevice] = []
         self.plan: Plan = lambda infos: refill(self._sizes, (), device_memory(infos))
         self.hashes: dict[str, bytes] = {}
-        self.patience_s = 30.0
+        self.patience_s = PATIENCE_S
         self.revive: Callable[[], bool] = lambda: False
         self.note: Callable[[str], None] = lambda text: None
         self._n_stages, self._session = len(stages), client.session
@@ -163,7 +167,7 @@ class Keeper:
         silent = [d for d, state in states.items() if state == "silent"]
         names = ", ".join(f"{infos[d].worker} ({infos[d].name})" for d in silent)
         if silent and waited_s < SILENT_S:
-            return f"worker {names} answers nothing", limits.RETURN_S
+            return f"worker {names} answers nothing", HUNG_S
         gone = {d for d, state in states.items() if state != "ready"}
         if not gone:
             self._lay([s.assignment for s in self.stages])
@@ -171,7 +175,7 @@ class Keeper:
         try:
             self._lay(self._without(gone, infos))
         except (OutOfMemory, ConfigError) as e:
-            return (f"worker {names} answers nothing", limits.RETURN_S) if silent else (str(e), self.patience_s)
+            return (f"worker {names} answers nothing", HUNG_S) if silent else (str(e), self.patience_s)
         self.infos = infos
         return "", 0.0
 

@@ -24,7 +24,7 @@ from ggmq.archs.memory import Room
 from ggmq.bus import BusConfig, open_bus, settled
 from ggmq.cluster import Client
 from ggmq.gguf import GGUF
-from ggmq.keeping import Keeper
+from ggmq.keeping import PATIENCE_S, Keeper
 from ggmq.loader import Loader, LoadReport, PlacedStage, Progress
 from ggmq.manifest import tensor_hashes
 from ggmq.pagefiles import PageFiles
@@ -56,6 +56,8 @@ class ModelConfig:
         ngl: layers on the lent devices, the first others stay on this host; None: all.
         activations: what crosses from stage to stage, F32 or F16.
         cache_type_k, cache_type_v: type of the KV cache, F16 or Q8_0.
+        patience_s: for so long lost workers, or a broker that has gone, are waited for where nobody takes their place;
+            None: PATIENCE_S, and a minute where requests of many wait.
         prompt_cache: folder in which what was read of prompts stays over a restart; None: it does not.
         prompt_cache_bytes: what the folder may hold, with what other models have there.
         bus: the devices.
@@ -71,6 +73,7 @@ class ModelConfig:
     activations: GGMLType = GGMLType.F32
     cache_type_k: GGMLType = GGMLType.F16
     cache_type_v: GGMLType = GGMLType.F16
+    patience_s: float | None = None
     prompt_cache: Path | None = None
     prompt_cache_bytes: int = DEFAULT_BYTES
     bus: BusConfig = field(default_factory=BusConfig)
@@ -130,7 +133,7 @@ def place_model(
         assignments = placed(infos)
     model = Model(client, arch, n_ctx, room, assignments, config.activations, config.n_batch, config.n_seq)
     keeper = model.keeper
-    keeper.infos, keeper.plan, keeper.note = infos, placed, note
+    keeper.infos, keeper.plan, keeper.note, keeper.patience_s = infos, placed, note, config.patience_s or PATIENCE_S
     if config.prompt_cache is not None and room.has_states:
         note(f"--prompt-cache: {arch.gguf.path.name} keeps states, of which no part can be kept; prompts are read anew")
     elif config.prompt_cache is not None:

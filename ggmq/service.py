@@ -202,6 +202,7 @@ class Service:
     engine: makes an engine for a model, with whatever options it has.
     place: places the model on the devices that are there now, and loads it; for when a worker is lost.
     n_queue: requests that may wait.
+    patience_s: for so long they wait for workers; None: MEND_S.
     told: is called with what happens, in the engine's thread: a word, and its figures.
     Threads: any; events are emitted in the engine's thread, so an emit hands over and returns.
     """
@@ -209,10 +210,11 @@ class Service:
     def __init__(
         self, model: Model, vocabulary: Vocabulary, name: str, place: Callable[[], Model], *,
         engine: Callable[[Model], Engine] | None = None, n_slots: int = 1, n_queue: int = 256,
+        patience_s: float | None = None,
         told: Callable[..., None] = lambda event, **figures: None,
     ) -> None:  # fmt: skip
         self.vocabulary, self.name, self.n_slots = vocabulary, name, n_slots
-        self._place, self._told = place, told
+        self._place, self._told, self._patience_s = place, told, patience_s
         self._engine_of = engine or (lambda model: Engine(model, vocabulary.end_ids))
         self._engine = self._engine_on(model)
         self._queue: FairQueue[Job] = FairQueue(n_queue)
@@ -229,7 +231,8 @@ class Service:
 
     def _engine_on(self, model: Model) -> Engine:
         engine = self._engine_of(model)
-        engine.told, model.keeper.patience_s, model.client.on_wait = self._told, MEND_S, self._look
+        engine.told, model.client.on_wait = self._told, self._look
+        model.keeper.patience_s = self._patience_s or MEND_S
         return engine
 
     @property

@@ -105,7 +105,7 @@ def serve_on(
         return model
 
     return Service(place(), vocabulary, name, place, engine=lambda model: engine(model, vocabulary), n_slots=config.n_seq,
-                   n_queue=n_queue, told=told)  # fmt: skip
+                   n_queue=n_queue, patience_s=config.patience_s, told=told)  # fmt: skip
 
 
 def _await_all(client: Client, names: Sequence[str]) -> None:
