@@ -245,6 +245,7 @@ class Model:
 
         def note(text: str) -> None:
             self.note(text)
+
         return PromptCache(self.client, self.store, self.stages, PageFiles(folder, name, n_bytes, note), note)
 
     def free(self) -> None:

@@ -347,7 +347,7 @@ def test_the_brokers_log_says_who_came_who_went_and_why(user: Callable[..., User
     said = [line.split(" ", 2)[2] for line in log.read_text().splitlines()]
     for words in (r"worker left reference is ready \(epoch \d+\)", r"worker right reference is ready \(epoch \d+\)",
                   r"client \d+ is here \(ggmq .*\)", r"client \d+ has gone",
-                  r"worker right reference was lost: the connection was closed; .* \(epoch \d+; after \d+\.\d s\)"):  # fmt: skip
+                  r"worker right reference was lost: the connection was closed; .* \(epoch \d+; after \d+\.\d s\)"):
         assert [x for x in said if re.fullmatch("ggmq broker: " + words, x)], said
 
 

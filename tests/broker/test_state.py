@@ -501,3 +501,25 @@ class Bus(RuleBasedStateMachine):
 
 TestBus = pytest.mark.filterwarnings("default")(Bus.TestCase)
 TestBus.settings = settings(stateful_step_count=40)
+
+
+def test_a_device_that_is_to_be_left_is_told_of_and_its_session_ends_with_its_last_buffer() -> None:
+    state = BrokerState("t", 10)
+    hello(state, A)
+    hello(state, B)
+    session = client(state)
+    state.handle(Tick(0.9))
+    (alloc,) = ask(state, m.AllocBuffer(session, 1, 64), 2, device=1)
+    state.handle(FromWorker(B, alloc.message.answer(m.Found(False)), 1.0))
+    (answer,) = ask(state, m.Retire(True), 3, device=1)
+    assert answer.message.header == m.Ok() and state.devices[1].retired
+    out = state.handle(Tick(1.1))
+    assert [(i.rid, i.message.header) for i in out if isinstance(i, ToClient)] == [(CLIENT, m.DeviceQuery())]
+    assert not [i for i in state.handle(Tick(1.2)) if isinstance(i, ToClient)], "it is told once"
+    (free,) = ask(state, m.FreeBuffer(session, 1), 4, device=1)
+    ok, drain = state.handle(FromWorker(B, free.message.answer(m.Ok()), 1.3))
+    assert ok.message.header == m.Ok() and drain.message.header == m.Drain(session) and drain.link == B
+    assert not state.devices[1].holders
+    assert ask(state, m.Retire(False), 5, device=1) and not state.devices[1].retired
+    (refused,) = ask(state, m.Retire(True), 6, device=9)
+    assert refused.message.header.code == "handle"
