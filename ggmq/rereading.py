@@ -1,16 +1,17 @@
 """Reads again what layers had read that were loaded anew, for every sequence, into the cells where it lay.
 
 A token's keys and values have the same bits whenever they are computed and with whom, so the stages before a lost one write
-what is there already, and those behind it are not asked.
+what is there already, and those behind it are not asked. Pages that are in files need not be computed.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from ggmq.archs.memory import PAGE
 from ggmq.model import Model
+from ggmq.names import ROOT, Content, as_bytes
 from ggmq.pages import Held
 from ggmq.runner import PIECE, Rows, UnderWay
 from ggmq.scheduler import Sequence as Text
@@ -29,9 +30,13 @@ def read_again(model: Model, texts: Iterable[Text], empty: set[int]) -> None:
     store.forget(but=list(whole.values()))
     for text, h in held.items():
         text.n_read = min(text.n_read, h.n_past)
+    filled = set[tuple[int, int]]()
+    if model.prompts is not None:
+        named = {(window, page): content for text, h in whole.items() for window, page, content in _named(text, h)}
+        filled = model.prompts.refill([(*at, content) for at, content in named.items()], empty)
     # several pieces under way keep several stages busy
     n_batch, sent = model.n_batch if n_stages == 1 else 2 * PIECE, deque[UnderWay]()
-    for rows in _batches([r for text, h in whole.items() for r in _pages(text, h)], n_batch):
+    for rows in _batches([r for text, h in whole.items() for r in _pages(text, h, filled)], n_batch):
         sent.append(model.runner.submit(rows, n_stages))
         if len(sent) > n_stages:
             model.runner.wait(sent.popleft())
@@ -39,10 +44,19 @@ def read_again(model: Model, texts: Iterable[Text], empty: set[int]) -> None:
         model.runner.wait(under_way)
 
 
-def _pages(text: Text, held: Held) -> list[Rows]:
-    """What was read of a text, a page each."""
+def _named(text: Text, held: Held) -> Iterator[tuple[int, int, Content]]:
+    """The full pages of a text, with what they hold, in each window."""
+    for i, before in enumerate([ROOT, *held.keys][: len(held.keys)]):
+        content = Content(before, as_bytes(text.tokens[PAGE * i : PAGE * (i + 1)]))
+        for window, pages in held.pages.items():
+            yield window, pages[i], content
+
+
+def _pages(text: Text, held: Held, filled: Collection[tuple[int, int]]) -> list[Rows]:
+    """What was read of a text, a page each, save those that are filled."""
     pages = {window: list(pages) for window, pages in held.pages.items()}
-    return [Rows(text.tokens[at : min(at + PAGE, text.n_read)], at, pages) for at in range(0, text.n_read, PAGE)]
+    return [Rows(text.tokens[at : min(at + PAGE, text.n_read)], at, pages) for at in range(0, text.n_read, PAGE)
+            if not all((window, mine[at // PAGE]) in filled for window, mine in pages.items())]  # fmt: skip
 
 
 def _batches(rows: Sequence[Rows], n_batch: int) -> Iterator[list[Rows]]:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -241,3 +242,25 @@ def test_run_goes_on_when_its_workers_are_killed_one_after_the_other(n_workers: 
             got += read_some(p, 200)
         out, err = p.communicate(timeout=60)
     assert p.returncode == 0 and got + out == alone, err.decode()
+
+
+def test_pages_that_are_in_files_are_not_computed_again(tmp_path: Path) -> None:
+    with local(2) as (bus, client):
+        model = loaded(client, BUNDLED, N_CTX, [1, 1], prompt_cache=tmp_path)
+        rng = random.Random(3)
+        prompts = [[rng.randrange(3, 500) for _ in range(300)]]
+        alone = texts(Engine(model), prompts)
+        client.drain()
+        model = loaded(client, BUNDLED, N_CTX, [1, 1], prompt_cache=tmp_path)
+        engine, pid = Engine(model), worker_of(bus, model, 1)
+        computed: list[int] = []
+        submit = model.runner.submit
+
+        def noted(rows: Any, n_stages: int = 0) -> Any:
+            computed.append(sum(len(r.tokens) for r in rows))
+            return submit(rows, n_stages)
+
+        model.runner.submit = noted  # type: ignore[method-assign]
+        assert texts(engine, prompts, at={9: lambda: os.kill(pid, signal.SIGKILL)}) == alone
+        assert sum(computed) < 250, "the prompt came from files, before and after the worker was lost"
+        engine.close()

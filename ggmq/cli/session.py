@@ -21,7 +21,7 @@ from ggmq.placement import Assignment
 from ggmq.tokenizer import Vocabulary
 from protocol import messages as m
 from protocol.dtypes import GGMLType
-from protocol.errors import ConfigError
+from protocol.errors import ConfigError, WorkerLost
 
 MIB = 1 << 20
 
@@ -71,7 +71,8 @@ def _tell(event: str, **figures: Any) -> None:
     """What becomes of workers meanwhile."""
     match event:
         case "worker lost":
-            note(f"{figures['error']}; others take its place")
+            if isinstance(figures["error"], WorkerLost):
+                note(f"{figures['error']}; others take its place")
         case "recovered":
             note(f"all layers are there again, after {figures['seconds']:.1f} s")
         case "moved":
