@@ -52,6 +52,14 @@ class Unreached:
 
 
 @dataclass(frozen=True, slots=True)
+class LinkStuck:
+    """A worker that is silent takes new connections: the one that there is will not carry anything for a while."""
+
+    link: Link
+    now_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerEnded:
     """A process that was started here is no more."""
 
@@ -71,7 +79,7 @@ class Tick:
     now_s: float
 
 
-Event = FromClient | FromWorker | LinkOpened | LinkLost | Unreached | WorkerEnded | ClientLost | Tick
+Event = FromClient | FromWorker | LinkOpened | LinkLost | LinkStuck | Unreached | WorkerEnded | ClientLost | Tick
 
 
 @dataclass(frozen=True, slots=True)

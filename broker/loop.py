@@ -21,6 +21,7 @@ from broker.events import (
     Link,
     LinkLost,
     LinkOpened,
+    LinkStuck,
     Redial,
     Tick,
     ToClient,
@@ -34,6 +35,7 @@ from config.auth import Listener, close_monitored, happening, monitor_of, new_so
 from config.clock import LivedClock
 from config.keys import KeyPair
 from config.reaching import Happening, Reaching
+from config.stuck import Stuck, Way
 from config.terminal import print_line
 from protocol import limits
 from protocol import messages as m
@@ -77,6 +79,7 @@ class BrokerLoop:
         self._dialled: dict[tuple[int, bytes], tuple[Link, bool]] = {}
         self._rids: dict[tuple[Link, bool], tuple[int, bytes]] = {}
         self._tokens: dict[bytes, Link] = {}
+        self._stuck: dict[Link, Stuck] = {}
         self._early: dict[bytes, tuple[tuple[int, bytes], Message, float]] = {}
         self._traces = Traces()
         self._auth: Any = None
@@ -148,6 +151,7 @@ class BrokerLoop:
                 del self.children[name]
                 self._handle(WorkerEnded(name, GONE, now))
         self._look_at_unreached(now)
+        self._look_at_silent(now)
         self._handle(Tick(now))
         if now - self._noted_s > NOTED_S:
             if self._n_noted > MAX_NOTES:
@@ -169,6 +173,17 @@ class BrokerLoop:
                 if reason != self.state.workers[link].lost:
                     self.note(f"{link.removeprefix('tcp://')}: {reason}; dialling on")
                 self._handle(Unreached(link, reason, now))
+
+    def _look_at_silent(self, now: float) -> None:
+        """A worker that listens and is silent may only have a connection over which nothing comes any more."""
+        silent = {link for link in self._dealers if self.state.workers[link].silent}
+        self._stuck = {link: self._stuck.get(link) or Stuck(link, self.keys, now) for link in silent}
+        for link, stuck in self._stuck.items():
+            match stuck.look(now):
+                case Way.OPEN:
+                    self._handle(LinkStuck(link, now))
+                case Way.REFUSED:
+                    self._handle(LinkLost(link, GONE, now))
 
     def _handle(self, event: Event) -> None:
         if self._traces or (isinstance(event, FromClient) and isinstance(event.message.header, m.TraceQuery)):

@@ -51,7 +51,9 @@ class Membership:
     def open(self, link: Link, now_s: float) -> list[Instruction]:
         """Say HELLO to a worker that listens; both channels, one token."""
         before = self.traffic.workers.get(link)
-        worker = Worker(self._epoch(), now_s, heard_s=now_s, lost=before.lost if before else "")
+        worker = Worker(self._epoch(), now_s, heard_s=now_s)
+        if before is not None:
+            worker.lost, worker.silent = before.lost, before.silent
         self.traffic.workers[link] = worker
         return [self._say_hello(link, worker)]
 
@@ -153,6 +155,11 @@ class Membership:
             return [*out, Redial(link)]
         del self.traffic.workers[link]
         return [*out, CloseLink(link)]
+
+    def stuck(self, link: Link) -> list[Instruction]:
+        """A silent worker is said HELLO to over a new connection."""
+        worker = self.traffic.workers.get(link)
+        return [Redial(link)] if worker is not None and worker.silent else []
 
     def _fall_silent(self, link: Link, worker: Worker, now_s: float) -> list[Instruction]:
         """Nothing of this epoch counts any more; when the worker answers again it is under the next one."""

@@ -15,6 +15,7 @@ from broker.events import (
     Instruction,
     LinkLost,
     LinkOpened,
+    LinkStuck,
     Tick,
     ToClient,
     Unreached,
@@ -70,6 +71,8 @@ class BrokerState:
                 return self.membership.open(event.link, event.now_s)
             case LinkLost():
                 return self.membership.closed(event.link, event.reason)
+            case LinkStuck():
+                return self.membership.stuck(event.link)
             case Unreached():
                 self.membership.unreached(event)
                 return []

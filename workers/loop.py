@@ -209,6 +209,9 @@ class WorkerLoop:
         self._forget(self.state.gone(now))
         self.executor.leases.expire(self._tick)
         if self.uplink is not None:
+            broker = self.state.peers.get(self.uplink.token)
+            if broker is not None:
+                self.uplink.quiet(now - broker.seen_s, now)
             self.uplink.look(now)
         self._carry_out(self.links.tick(now))
         self.turns.keep(self.state.sessions)
