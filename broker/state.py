@@ -263,7 +263,7 @@ class BrokerState:
 
     def _tick(self, now_s: float) -> list[Instruction]:
         self.traffic.now_s = now_s
-        out = self.membership.tick(now_s)
+        out = self.membership.tick(now_s) + self.stages.tick(now_s)
         for key in [k for k, p in self.pending.items() if now_s > p.deadline_s]:
             pending = self.pending.pop(key)
             late = DeadlineExceeded(f"{pending.request.command.name}: no reply within {self.traffic.deadline_s:.0f} s")
