@@ -32,12 +32,13 @@ from broker.events import (
 from broker.state import BrokerState
 from broker.tracing import Traces
 from config.allowed import Allowed, list_beside
-from config.auth import Listener, close_monitored, happening, monitor_of, new_socket, require_curve
+from config.auth import Listener, close_monitored, happening, monitor_of, new_socket
 from config.clock import LivedClock
 from config.keys import KeyPair, require
 from config.reaching import Happening, Reaching
 from config.roles import Caller, Callers, Role
 from config.terminal import print_line
+from config.zap import Authenticator
 from protocol import limits
 from protocol import messages as m
 from protocol.errors import GgmqError, ProtocolError, VersionError
@@ -88,7 +89,7 @@ class BrokerLoop:
         self._owners: dict[bytes, Caller] = {}
         self._trouble = ""
         self._traces = Traces()
-        self._auth: Any = None
+        self._auth: Authenticator | None = None
         self._stopping = False
         self._poller = zmq.Poller()
         self._thread: threading.Thread | None = None
@@ -103,7 +104,7 @@ class BrokerLoop:
             require(self.keys, Role.CLUSTER, "a broker", "run it where the cluster's key is")
             listed = list_beside(Path(self.keys.path)) if self.keys.path else None
             self._allowed = Allowed(self.keys, listed)
-            self._auth = require_curve(self.context, self._allowed)
+            self._auth = Authenticator(self.context, self._allowed)
         listener = Listener(self.context, endpoint, self._allowed if tcp else None, "is another broker there?",
                             limits.MAX_MESSAGE_BYTES, "ggmq broker")  # fmt: skip
         self._listeners.append(listener)

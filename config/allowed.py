@@ -144,7 +144,7 @@ class Allowed:
     """Attributes:
     keys: the pair of the side that listens.
     trouble: why the list cannot be read, if so: nobody but the cluster's key is let in meanwhile.
-    Threads: `callback` may run in one of its own.
+    Threads: `lets_in` may run in one of its own.
     Errors: ConfigError when the list cannot be read at the start.
     """
 
@@ -160,13 +160,10 @@ class Allowed:
         if self.trouble:
             raise ConfigError(self.trouble)
 
-    def callback(self, domain: str, key: bytes) -> bool:
-        """Whether a handshake may end well: ZAP's question. Never raises: that would end the thread that asks."""
-        try:
-            self.refresh()
-            return self.caller(bytes(key).decode("ascii")) is not None
-        except Exception:
-            return False
+    def lets_in(self, key: str) -> bool:
+        """Whether a handshake may end well."""
+        self.refresh()
+        return self.caller(key) is not None
 
     def caller(self, key: str) -> Caller | None:
         """Who has a public key; None: nobody that may speak."""

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import zmq
-import zmq.auth.thread
 
 from config.allowed import Allowed
 from config.keys import KeyPair, default_key_file, read_keys
@@ -123,14 +122,6 @@ def local_address(endpoint: str) -> str:
     return f"tcp://[{address}]" if ":" in address else f"tcp://{address}"
 
 
-def require_curve(context: zmq.Context[Any], allowed: Allowed) -> zmq.auth.thread.ThreadAuthenticator:
-    """Start the handler that lets in who is allowed and nobody else. Call before any CURVE socket is bound."""
-    auth = zmq.auth.thread.ThreadAuthenticator(context)
-    auth.start()
-    auth.configure_curve_callback(domain=limits.ZAP_DOMAIN, credentials_provider=allowed)
-    return auth
-
-
 def prove_refusal(context: zmq.Context[Any], endpoint: str, keys: KeyPair) -> None:
     """Knock at a socket that was just bound, with a fresh key. ZeroMQ alone lets in anyone who knows the public key when
     one option is forgotten.
@@ -138,7 +129,7 @@ def prove_refusal(context: zmq.Context[Any], endpoint: str, keys: KeyPair) -> No
     Errors: ConfigError when the key is let in, or nobody refuses it; Unavailable when no socket can be opened.
     """
     public, secret = zmq.curve_keypair()
-    s = new_socket(context, zmq.DEALER, KeyPair(public, secret, cluster=keys.server), server=False)
+    s = new_socket(context, zmq.DEALER, KeyPair(public, secret), server=False, other=keys.public)
     try:
         monitor = monitor_of(s)
     except zmq.ZMQError as e:
@@ -182,7 +173,7 @@ class Listener:
         self, context: zmq.Context[Any], endpoint: str, allowed: Allowed | None, advice: str,
         max_bytes: int = limits.MAX_REQUEST_BYTES, who: str = "worker",
     ) -> None:  # fmt: skip
-        """allowed: who may speak, as `require_curve` was told; None: anybody."""
+        """allowed: who may speak, as the context's Authenticator knows it; None: anybody."""
         keys = allowed.keys if allowed is not None else None
         self._allowed = allowed
         self.socket = new_socket(context, zmq.ROUTER, keys, server=True)

@@ -68,7 +68,7 @@ def write_keys(path: Path, keys: KeyPair) -> None:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
-        raise ConfigError(f"{path}: exists; a cluster key is never overwritten. Move it away first") from None
+        raise ConfigError(f"{path}: exists; a key is never overwritten. Move it away first") from None
     except (OSError, ValueError) as e:
         raise ConfigError(f"{path}: cannot write the cluster key: {_reason(e)}; name another file with --keys") from None
     with open(fd, "w", encoding="ascii") as f:

@@ -18,10 +18,11 @@ import msgspec
 import zmq
 
 from config.allowed import Allowed
-from config.auth import Listener, new_socket, raise_descriptor_limit, require_curve, socket_folder
+from config.auth import Listener, new_socket, raise_descriptor_limit, socket_folder
 from config.installed import module_environment
 from config.keys import KeyPair
 from config.roles import Caller, Callers, Role
+from config.zap import Authenticator
 from protocol import messages as m
 from protocol.errors import GgmqError, ProtocolError, WorkerLost
 from protocol.frames import Frame, Message, decode, encode, prefix_of, refusal_of
@@ -45,9 +46,15 @@ class Front:
     def __init__(self, endpoint: str, keys: KeyPair | None) -> None:
         self.context: zmq.Context[Any] = zmq.Context()
         self.allowed = Allowed(keys) if keys is not None else None
-        self.auth = require_curve(self.context, self.allowed) if self.allowed is not None else None
+        self.auth = Authenticator(self.context, self.allowed) if self.allowed is not None else None
         self.callers: Callers[bytes] = Callers()
-        self.listener = Listener(self.context, endpoint, self.allowed, "choose another port with -p")
+        try:
+            self.listener = Listener(self.context, endpoint, self.allowed, "choose another port with -p")
+        except GgmqError:
+            if self.auth is not None:
+                self.auth.stop()
+            self.context.destroy(linger=0)
+            raise
         self.public, self.endpoint = self.listener.socket, self.listener.endpoint
         self.folder = socket_folder()
         self.inner = new_socket(self.context, zmq.ROUTER, None, server=True)

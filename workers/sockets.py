@@ -8,8 +8,9 @@ from typing import Any
 import zmq
 
 from config.allowed import Allowed
-from config.auth import Listener, new_socket, require_curve
+from config.auth import Listener, new_socket
 from config.keys import KeyPair
+from config.zap import Authenticator
 
 GUARD_S = 0.05
 """So often listeners look at who is connected to them."""
@@ -29,7 +30,7 @@ class Sockets:
         self.poller = zmq.Poller()
         self.listeners: dict[zmq.Socket[Any], Listener] = {}
         self._open: list[zmq.Socket[Any]] = []
-        self._auth: Any = None
+        self._auth: Authenticator | None = None
         self._guarded_s = 0.0
 
     def keys_for(self, endpoint: str) -> KeyPair | None:
@@ -40,7 +41,7 @@ class Sockets:
         """Listen. Errors: ConfigError when the endpoint cannot be bound, or a wrong key is not refused there."""
         allowed = self.allowed if self.keys_for(endpoint) is not None else None
         if allowed is not None and self._auth is None:
-            self._auth = require_curve(self.context, allowed)
+            self._auth = Authenticator(self.context, allowed)
         advice = "is another worker on this port? Choose another with -p"
         listener = Listener(self.context, endpoint, allowed, advice, who="" if self.quiet else "worker")
         self.listeners[listener.socket] = listener

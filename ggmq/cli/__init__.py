@@ -84,7 +84,7 @@ def _terminated(signum: int, frame: FrameType | None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from ggmq.cli import bench, clusters, inspect, logits, models, run, serve, top, trace
+    from ggmq.cli import bench, clusters, inspect, keys, logits, models, run, serve, top, trace
 
     p = Parser(
         prog="ggmq",
@@ -101,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     models.add(commands)
     clusters.add(commands)
     inspect.add(commands)
+    keys.add(commands)
     logits.add(commands)
     bench.add(commands)
     trace.add(commands)
