@@ -328,7 +328,7 @@ class _Door:
     def _reason(self, event: int, value: int) -> str:
         """Why a handshake failed. That a peer only went away is not told: scanners, and those who look who is there, do."""
         if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-            return "its key is none that this cluster lets in, or was removed; `ggmq keys list` tells which are let in"
+            return "its key is none that this cluster lets in, or was removed; see `ggmq keys list` on the main host"
         if value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
             if self.keys is not None:
                 return "it uses no cluster key; copy the key file to it, and leave --insecure out there"
