@@ -270,9 +270,7 @@ def test_no_byte_of_a_stranger_reaches_the_decoder(
 
 
 @pytest.mark.parametrize("case", ["dead", "raising", "mute"])
-def test_an_authenticator_that_fails_lets_in_nobody(
-    case: str, keys: KeyPair, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_authenticator_that_fails_lets_in_nobody(case: str, keys: KeyPair, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ggmq.cluster.CONNECT_S", 1.0)
     monkeypatch.setattr("protocol.limits.RETURN_S", 2.0)
     may_end = threading.Event()
@@ -313,9 +311,7 @@ def lax_socket(*args: Any, **more: Any) -> zmq.Socket[Any]:
     ("any key is let in", "it was let in"),
     ("nobody answers, and that is no refusal", "it was let in"),
 ])  # fmt: skip
-def test_who_cannot_protect_does_not_start(
-    case: str, said: str, keys: KeyPair, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_who_cannot_protect_does_not_start(case: str, said: str, keys: KeyPair, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config.auth, "PROOF_S", 0.5)
     if case != "nobody answers" and case != "any key is let in":
         monkeypatch.setattr(config.auth, "new_socket", lax_socket)
