@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Generic, TypeVar
 
+from protocol import limits
 from protocol.errors import ProtocolError
 
 
@@ -22,6 +23,7 @@ class Role(StrEnum):
 
 SAYS = {Role.WORKER: ("worker", "worker-bulk", "peer"), Role.CLIENT: ("client",)}
 """As what HELLO may present the holder of a key of its own."""
+MAX_CALLERS = 3 * limits.MAX_CLIENTS
 DOES = {Role.WORKER: "lends devices", Role.CLIENT: "uses devices"}
 
 
@@ -64,7 +66,11 @@ class Callers(Generic[Where]):
             raise ProtocolError(f"HELLO: the key {caller.name or caller.key[:8]} is a {caller.role}'s: it "
                                 f"{DOES[caller.role]}, and may not be a {role} here; use a key for that "
                                 "(`ggmq keys new NAME --role ...` on the main host)")  # fmt: skip
+        self._known.pop(where, None)
         self._known[where] = caller
+        if len(self._known) > MAX_CALLERS:  # of workers, which may come under as many routing ids as they like
+            oldest = next((w for w, c in self._known.items() if c.role is Role.WORKER), where)
+            self.forget(oldest)
 
     def all(self) -> dict[Where, Caller]:
         return dict(self._known)
