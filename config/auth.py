@@ -355,7 +355,7 @@ def give_back_free_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-PROOF_S = 3.0
+PROOF_S = 10.0
 """Within this time a wrong key is refused, or nothing listens. It takes some milliseconds."""
 N_EVENTS = 20_000
 """What ZeroMQ may have to tell of connections before it waits for the thread that listens."""
