@@ -19,10 +19,13 @@ class FromClient:
 
 @dataclass(frozen=True, slots=True)
 class FromWorker:
+    """`key`: the public key of a worker that dialled in with one of its own."""
+
     link: Link
     message: Message
     now_s: float
     bulk: bool = False
+    key: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

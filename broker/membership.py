@@ -98,7 +98,7 @@ class Membership:
             for before in {e.link for e in known if e.link != link}:
                 out += self.closed(before, "it dialled in again")
             out += self._fail_all(link, "it dialled in again")
-            worker = Worker(self._epoch(), now_s, heard_s=now_s, hello=h, instance=h.token)
+            worker = Worker(self._epoch(), now_s, heard_s=now_s, hello=h, instance=h.token, key=event.key)
             self.traffic.workers[link] = worker
         elif worker is None:
             return []

@@ -297,7 +297,7 @@ class BrokerState:
         if self.membership.changed:  # a client that waits for nothing else learns it so, and asks for the list
             self.membership.changed = False
             out += [ToClient(rid, Message(Command.DEVICE_INFO, m.DeviceQuery())) for rid in self.clients]
-        out += self.membership.tick(now_s)
+        out += self.membership.tick(now_s) + self.stages.tick(now_s)
         for key in [k for k, p in self.pending.items() if now_s > p.deadline_s]:
             pending = self.pending.pop(key)
             late = DeadlineExceeded(f"{pending.request.command.name}: no reply within {self.traffic.deadline_s:.0f} s")

@@ -190,6 +190,9 @@ class Reaching:
         return f"the {self.what} there begins the handshake and does not end it; it may have no room for more connections"
 
     def _another_key(self) -> str:
+        if self.keys is not None and self.keys.cluster:
+            return (f"the {self.what} there does not let in the key of this side ({self._key()}): it was removed, or the "
+                    "cluster has another key now; ask for a new one (`ggmq keys new NAME` on the main host)")  # fmt: skip
         return (f"the {self.what} there has another cluster key than this side ({self._key()}); "
                 "copy one key file to both hosts")  # fmt: skip
 

@@ -22,8 +22,9 @@ from broker.loop import BrokerLoop
 from config.auth import close_monitored, happening, monitor_of, new_socket, socket_folder
 from config.clock import LivedClock
 from config.installed import module_command, module_environment
-from config.keys import KeyPair
+from config.keys import KeyPair, require
 from config.reaching import Happening, Reaching
+from config.roles import Role
 from config.terminal import print_line
 from ggmq.version import __version__
 from protocol import PROTOCOL_VERSION, limits, tokens
@@ -345,7 +346,9 @@ class LocalBus:
         name = f"local{self._n_spawned}"
         self._n_spawned += 1
         # the bus is a path of this host, but other workers that this one connects to may be anywhere
-        security = ["--keys", self.keys.path] if self.keys is not None and self.keys.path else ["--insecure"]
+        # with a key of its own nobody is a broker for workers elsewhere
+        cluster = self.keys is not None and self.keys.role is Role.CLUSTER
+        security = ["--keys", self.keys.path] if self.keys is not None and cluster and self.keys.path else ["--insecure"]
         command = [*module_command("workers"), "--quiet", "-d", device, "-t", str(threads), *security,
                    "--broker", self.local_endpoint, "--parent-pid", str(os.getpid()), "--name", name, *extra]  # fmt: skip
         # a session of its own: Ctrl-C in the terminal reaches this process, which ends its workers itself
@@ -428,9 +431,11 @@ def connect(
 ) -> Client:
     """A session with a broker elsewhere; `cluster`: the id of the cluster that it must belong to.
 
-    Errors: DeadlineExceeded when nothing answers there, ForeignCluster when another cluster's broker does.
+    Errors: ConfigError for a worker's key, DeadlineExceeded when nothing answers there, ForeignCluster when another
+    cluster's broker does.
     """
     context: zmq.Context[Any] = zmq.Context.instance()
+    require(keys, Role.CLIENT, "a session with a broker", "make one with `ggmq keys new NAME --role client`")
     try:
         return Client(context, endpoint, keys, note, cluster)
     except ForeignCluster as e:

@@ -263,8 +263,14 @@ class Link(Header, frozen=True):
     devices: Annotated[list[Annotated[int, Meta(ge=0, lt=1 << 16)]], Meta(max_length=limits.MAX_ROUTE_STEPS + 1)]
 
 
-class PeerListen(Header, frozen=True):
-    """The broker asks a worker to be reachable for others."""
+Key = Annotated[bytes, Meta(max_length=40)]
+
+
+class PeerListen(Header, frozen=True, omit_defaults=True):
+    """The broker asks a worker to be reachable for others. `keys`: the public keys of those that have keys of their own;
+    whose key is not named again is cut off."""
+
+    keys: Annotated[list[Key], Meta(max_length=1024)] = []
 
 
 class PeerAddress(Header, frozen=True):
@@ -274,13 +280,17 @@ class PeerAddress(Header, frozen=True):
     instance: Annotated[bytes, Meta(max_length=32)]
 
 
-class PeerDial(Header, frozen=True):
-    """The broker asks a worker to connect to another, and names the link. Found: it is that instance, and answers."""
+class PeerDial(Header, frozen=True, omit_defaults=True):
+    """The broker asks a worker to connect to another, and names the link. Found: it is that instance, and answers.
+
+    `key`: the other's public key, if it has one of its own.
+    """
 
     link: Handle
     endpoint: Short
     instance: Annotated[bytes, Meta(max_length=32)]
     device: Annotated[int, Meta(ge=0, lt=1 << 16)]
+    key: Key = b""
 
 
 class HandOver(Header, frozen=True):

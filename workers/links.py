@@ -25,10 +25,11 @@ EPOCH = 1
 
 @dataclass(frozen=True, slots=True)
 class Dial:
-    """Connect to a worker."""
+    """Connect to a worker. `key`: its public key, if that is not the cluster's."""
 
     name: Name
     endpoint: str
+    key: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +104,7 @@ class Links:
             raise Overloaded(f"PEER_DIAL: this worker has {limits.MAX_LINKS} links")
         out = self._break(name, "it was dialled again") if known is not None else []
         self.links[name] = _Link(h, [(rid, message)], now_s + limits.DIAL_S)
-        return [*out, Dial(name, h.endpoint), self._send(name, m.Hello(PROTOCOL_VERSION, "peer", token, EPOCH))]
+        return [*out, Dial(name, h.endpoint, h.key), self._send(name, m.Hello(PROTOCOL_VERSION, "peer", token, EPOCH))]
 
     def _send(self, name: Name, header: m.Header, payload: tuple[Frame, ...] = ()) -> ToPeer:
         link = self.links[name]

@@ -25,6 +25,7 @@ from config.auth import (
 )
 from config.clock import LivedClock
 from config.keys import KeyPair
+from config.roles import ANYBODY, Caller, Callers
 from config.terminal import print_line
 from protocol import PROTOCOL_VERSION, limits, tokens
 from protocol import messages as m
@@ -75,6 +76,7 @@ class WorkerLoop:
         self.running: tuple[bytes, int, int] | None = None
         self.stopping = False
         self.route: dict[bytes, zmq.Socket[Any]] = {}
+        self.callers: Callers[bytes] = Callers()
         self.clock = LivedClock()
         self.kept_s = self.probed_s = 0.0
         self.instance, self.cluster = tokens.token(instance or secrets.token_bytes(16), "worker", cluster), cluster
@@ -217,6 +219,7 @@ class WorkerLoop:
         self.turns.keep(self.state.sessions)
         waiting = {rid for rid, _ in self.queue}
         self.route = {rid: s for rid, s in self.route.items() if rid in self.state.routes or rid in waiting}
+        self.callers.keep(self.route.keys())
 
     def _probe(self, now: float, at_once: bool = False) -> None:
         """Send something to brokers that say nothing: where a connection is closed, that is when it shows."""
@@ -232,6 +235,8 @@ class WorkerLoop:
             self._free(key)
         for token in tokens:
             self._carry_out(self.links.drop(token))
+        if self.sockets.allowed is not None and tokens:
+            self.sockets.allowed.forget(tokens)
 
     def _make_room(self) -> bool:
         """Free what belongs to brokers that are asleep. Returns: whether there was any."""
@@ -253,14 +258,14 @@ class WorkerLoop:
                 if uplink is not None and s is uplink.monitor:
                     uplink.monitored(happening([f.bytes for f in raw]), self.clock.now_s())
                     continue
-                if s in listeners:
-                    listeners[s].heard(raw[-1])
-                self._arrived(s, [f.buffer if len(f) > 4096 else f.bytes for f in raw], raw[-1])
+                caller = listeners[s].heard(raw[-1]) if s in listeners else ANYBODY
+                if caller is not None:
+                    self._arrived(s, [f.buffer if len(f) > 4096 else f.bytes for f in raw], raw[-1], caller)
                 if len(self.queue) >= limits.MAX_INFLIGHT_PER_CLIENT:
                     break
         self.sockets.guard()
 
-    def _arrived(self, s: zmq.Socket[Any], frames: list[Frame], frame: zmq.Frame) -> None:
+    def _arrived(self, s: zmq.Socket[Any], frames: list[Frame], frame: zmq.Frame, caller: Caller) -> None:
         self.state.wire_in_bytes += sum(len(f) for f in frames)
         name = next((n for n, linked in self.linked.items() if linked is s), None)
         if name is not None:
@@ -271,6 +276,9 @@ class WorkerLoop:
         if not frames:  # our front: this peer is no longer connected to it
             self.state.closed(self.state.routes.get(rid, b""), self.clock.now_s())
             return
+        if self.callers.is_another(rid, caller):
+            self.state.closed(self.state.routes.pop(rid, b""), self.clock.now_s())
+            self.callers.forget(rid)
         self.route[rid] = s
         try:
             message = decode(frames)
@@ -290,6 +298,12 @@ class WorkerLoop:
             return
         if not self.state.admit(rid, message, self.clock.now_s()):
             return
+        if isinstance(message.header, m.Hello) and s in self.sockets.listeners:
+            try:
+                self.callers.greet(rid, caller, message.header.role)
+            except ProtocolError as e:
+                self._carry_out([self.state.refuse(rid, message, e)])
+                return
         if self.executor.traces:
             key = self.state.routes.get(rid, b""), getattr(message.header, "session", 0)
             self.executor.traces.arrived(key, message, time.monotonic_ns())
@@ -344,7 +358,9 @@ class WorkerLoop:
             if isinstance(h, m.PeerDial):
                 return self._dial_peer(rid, message, h, now)
             if isinstance(h, m.PeerListen):
-                self.state.broker_of(rid, "PEER_LISTEN")
+                broker = self.state.broker_of(rid, "PEER_LISTEN")
+                if self.sockets.allowed is not None:
+                    self.sockets.allowed.name(broker, h.keys)
                 return [Send(rid, message.answer(m.PeerAddress(self._listen_for_peers(), self.instance)))]
             if not isinstance(h, m.Hello):
                 return self.state.handle(rid, message)
@@ -370,6 +386,8 @@ class WorkerLoop:
         if self.cluster and not tokens.belongs(h.token, "broker", self.cluster):
             uplink.hang_up("the broker that answers there is not that of this worker's cluster", now)
             return []
+        if self.sockets.allowed is not None and rid == uplink.control:
+            self.sockets.allowed.forget({h.token})  # it names anew whose links it wants
         before = uplink.answered(h.token)
         if before:  # it was another one: nobody can ask any more for what that held
             self._forget({before})
@@ -407,7 +425,7 @@ class WorkerLoop:
         s = self.linked.get(name)
         if isinstance(instruction, Dial):
             try:
-                s = self.linked[name] = self.sockets.dealer(instruction.endpoint)
+                s = self.linked[name] = self.sockets.dealer(instruction.endpoint, instruction.key)
                 self.sockets.add(s)
                 s.connect(instruction.endpoint)
             except (Unavailable, zmq.ZMQError) as e:

@@ -111,6 +111,8 @@ class WorkerState:
         the peer says that it knows some. Returns: sessions that must be freed."""
         stale: list[Key] = []
         peer = self.peers.get(header.token)
+        if peer is not None and peer.hands != (header.role == "peer"):
+            raise ProtocolError("HELLO: this token is that of a peer in another role")
         if header.role.endswith("-bulk"):
             if peer is None or peer.epoch != header.epoch:
                 raise ProtocolError("HELLO: a bulk channel follows its control channel, with the same token and epoch")

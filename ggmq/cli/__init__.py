@@ -84,7 +84,7 @@ def _terminated(signum: int, frame: FrameType | None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from ggmq.cli import bench, clusters, drain, inspect, logits, models, run, serve, top, trace
+    from ggmq.cli import bench, clusters, drain, inspect, keys, logits, models, run, serve, top, trace
 
     p = Parser(
         prog="ggmq",
@@ -102,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     clusters.add(commands)
     drain.add(commands)
     inspect.add(commands)
+    keys.add(commands)
     logits.add(commands)
     bench.add(commands)
     trace.add(commands)
