@@ -86,7 +86,8 @@ class BrokerLoop:
         self._rids: dict[tuple[Link, bool], Where] = {}
         self._tokens: dict[bytes, Link] = {}
         self._stuck: dict[Link, Stuck] = {}
-        self._early: dict[tuple[bytes, str], tuple[Where, Message, float]] = {}
+        self._early: dict[tuple[bytes, str, int], tuple[Where, Message, float]] = {}
+        self._dials: dict[Link, int] = {}
         self._allowed: Allowed | None = None
         self._callers: Callers[Where] = Callers()
         self._owners: dict[bytes, Caller] = {}
@@ -355,15 +356,15 @@ class BrokerLoop:
         if taken or (owner is not None and owner.key != caller.key):
             raise ProtocolError("HELLO: this token is that of a worker with another key")
         link = self._tokens.get(h.token) if bulk else f"dial/{where[0]}.{where[1].hex()}"
-        if link is None or (bulk and (link, True) in self._rids):  # it comes before, or again before, its control channel
+        if link is None or (bulk and self._dials.get(link) != h.session):  # it comes before its control channel
             if len(self._early) < limits.MAX_SESSIONS:
-                self._early[(h.token, caller.key)] = (where, message, now)
+                self._early[(h.token, caller.key, h.session)] = (where, message, now)
             return
-        self._tokens[h.token], self._owners[h.token] = link, caller
+        self._tokens[h.token], self._owners[h.token], self._dials[link] = link, caller, h.session
         self._dialled[where] = (link, bulk)
         self._rids[(link, bulk)] = where
         self._handle(FromWorker(link, message, now, bulk, _own_key(caller)))
-        early = self._early.pop((h.token, caller.key), None)
+        early = self._early.pop((h.token, caller.key, h.session), None)
         if early is not None and not bulk and isinstance(early[1].header, m.Hello):
             self._dialled_in(early[0], early[1].header, early[1], caller, now)
 
@@ -409,6 +410,7 @@ class BrokerLoop:
 
     def _close(self, link: Link) -> None:
         self._reaching.pop(link, None)
+        self._dials.pop(link, None)
         for monitor in [k for k, v in self._monitors.items() if v == link]:
             self._poller.unregister(monitor)
             self._monitors.pop(monitor)

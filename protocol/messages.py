@@ -77,6 +77,9 @@ class DeviceInfo(Header, frozen=True):
 class Hello(Header, frozen=True):
     """First message of every connection, both ways.
 
+    `session`: a broker's to a client has its number; one to a worker says that some of its sessions go on there. A worker
+    that dials in numbers its tries, so that the two channels of one are not taken for those of another.
+
     `role` is broker, worker, client, or the first two with `-bulk` for the second channel of the same `token`; peer is
     another worker, which hands over activations. A `token` names a process: a broker that says HELLO again under a new
     epoch finds its sessions as they were.

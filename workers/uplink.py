@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import zmq
+from msgspec import structs
 
 from config.auth import close_monitored, monitor_of
 from config.reaching import Happening, Reaching
@@ -49,7 +50,7 @@ class Uplink:
         self.reaching: Reaching | None = None
         self.redial_s = 0.0
         self.said = ""
-        self._n_channels = 0
+        self._n_channels = self._n_dials = 0
         self._stuck: Stuck | None = None
 
     def dial(self, now_s: float) -> None:
@@ -57,6 +58,7 @@ class Uplink:
 
         Errors: ConfigError for an endpoint that is none, Unavailable when no socket can be opened.
         """
+        self._n_dials += 1
         self.control = self._channel("worker")
         self.bulk = self._channel("worker-bulk")
         keys = self._sockets.keys_for(self.endpoint)
@@ -76,7 +78,8 @@ class Uplink:
         self._n_channels += 1
         rid = self.channels[s] = b"dial" + self._n_channels.to_bytes(8)
         with contextlib.suppress(zmq.Again):  # ZeroMQ has given the connection up already: that is found out beside
-            s.send_multipart(encode(Message(Command.HELLO, self._hello(role))), zmq.DONTWAIT)
+            hello = structs.replace(self._hello(role), session=self._n_dials)
+            s.send_multipart(encode(Message(Command.HELLO, hello)), zmq.DONTWAIT)
         return rid
 
     def answered(self, token: bytes) -> bytes:
