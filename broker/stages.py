@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 from itertools import pairwise
 
+from msgspec import structs
+
 from broker.events import Instruction, ToClient, ToWorker
 from broker.records import Client, Linking, LinkStep, Pair, PassedCompute, Pending, Relay, RelayedCompute
 from broker.traffic import Traffic
@@ -113,6 +115,14 @@ class Stages:
         client.n_inflight += 1
         due_s = now_s + self.traffic.deadline_s
         return [self.traffic.forward(LinkStep(rid, request, pair[1], due_s, pair), m.PeerListen()) for pair in todo]
+
+    def fetch(self, device: int, h: m.FetchTensor) -> m.FetchTensor:
+        """FETCH_TENSOR of a client, for its device's worker: over the link that a LINK of the two devices made, if one did.
+
+        Errors: HandleError.
+        """
+        self.traffic.devices[h.source]  # one that is not there is nobody's
+        return structs.replace(h, link=_link_number((device, h.source)))
 
     def link_step(self, pending: LinkStep, reply: Message, now_s: float) -> list[Instruction]:
         """A worker has said where it is reached, or whether it reached the other."""

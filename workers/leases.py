@@ -46,6 +46,16 @@ class Content:
         self._parts[part.offset] = part
         self._spoilt |= len(self._parts) > MAX_PARTS
 
+    def holds(self, part: Part) -> bool:
+        """Whether this tensor has been verified here, and nothing came into it since."""
+        return not self._spoilt and self._parts.get(part.offset) == part
+
+    def part_of(self, digest: bytes, n_bytes: int) -> Part | None:
+        """A tensor of this hash that has been verified here, and that nothing came into since."""
+        if self._spoilt:
+            return None
+        return next((p for p in self._parts.values() if p.hash == digest and p.n_bytes == n_bytes), None)
+
     def changed(self, part: range) -> None:
         """Something else has come into these bytes, or will."""
         self._whole = False

@@ -34,12 +34,12 @@ from protocol.messages import Command
 from workers.cache import Cache, ModelFolder
 from workers.devices.base import Device
 from workers.executor import Executor
-from workers.links import Dial, HangUp, LinkInstruction, Links, Name, ToPeer
+from workers.links import Links
 from workers.sockets import GUARD_S, Sockets
 from workers.state import WorkerState
 from workers.turns import Turns
 from workers.uplink import Uplink
-from workers.work import Compute, Key, Send, Work
+from workers.work import Compute, Dial, HangUp, Key, Later, LinkInstruction, Name, Send, ToPeer, Work
 
 HOUSEKEEPING_S = 0.1
 LAST_WORDS_MS = 1000
@@ -342,6 +342,10 @@ class WorkerLoop:
             if isinstance(h, m.PeerListen):
                 self.state.broker_of(rid, "PEER_LISTEN")
                 return [Send(rid, message.answer(m.PeerAddress(self._listen_for_peers(), self.instance)))]
+            if isinstance(h, m.FetchTensor):
+                return self.links.fetches.begin(rid, message, now)
+            if message.reply and message.command == Command.READ_WEIGHT:
+                return self.links.fetches.take(rid, message)
             if not isinstance(h, m.Hello):
                 return self.state.handle(rid, message)
             if self.route.get(rid) is self.peers_only and self.peers_only is not None and h.role != "peer":
@@ -395,6 +399,8 @@ class WorkerLoop:
                     self.executor.traces.sent(instruction.key, instruction.request.seq, time.monotonic_ns())
             elif isinstance(instruction, Send):
                 self._send(instruction)
+            elif isinstance(instruction, Later):
+                self.queue.append((instruction.rid, instruction.message))
             else:
                 self._link(instruction)
 
@@ -436,7 +442,9 @@ class WorkerLoop:
         if s is None or s.closed:
             return
         frames = encode(instruction.message)
-        self.state.wire_out_bytes += sum(len(f) for f in frames)
+        n = sum(len(f) for f in frames)
+        self.state.wire_out_bytes += n
+        self.state.handed_out_bytes += n if instruction.message.command == Command.READ_WEIGHT else 0
         if self.uplink is None or s not in self.uplink.channels:
             frames.insert(0, instruction.rid)
         try:
