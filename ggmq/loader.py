@@ -23,7 +23,7 @@ from ggmq.sources import Sources
 from protocol import limits
 from protocol import messages as m
 from protocol.content import content_name
-from protocol.errors import DeadlineExceeded, HandleError, ProtocolError, WorkerLost
+from protocol.errors import DeadlineExceeded, GgmqError, HandleError, ProtocolError, WorkerLost
 
 HASH_WINDOW = 64
 """Questions for hashes that are under way at once."""
@@ -144,7 +144,6 @@ class Loader:
     def _back(self, devices: set[int]) -> bool:
         """Whether workers are there again that were lost just now; one that is silent is waited for by others, longer."""
         due = time.monotonic() + AGAIN_S
-        self.client.settle()
         while time.monotonic() < due:
             infos = self.client.devices()
             states = {infos[d].state if d < len(infos) else "none" for d in devices}
@@ -156,20 +155,36 @@ class Loader:
         return False
 
     def _load(self, parts: Sequence[Part], hashes: dict[str, bytes], progress: Progress | None) -> None:
-        client, asked, pending = self.client, [], []
+        client, under_way = self.client, deque[int]()
+        uploads: list[Upload] = []
+        try:
+            self._fill(parts, hashes, progress, under_way, uploads)
+        except WorkerLost:
+            for seq in [*under_way, *(seq for u in uploads for seq in u.under_way)]:
+                with contextlib.suppress(GgmqError):
+                    client.wait(seq)
+            raise
+
+    def _fill(
+        self, parts: Sequence[Part], hashes: dict[str, bytes], progress: Progress | None, under_way: deque[int],
+        uploads: list[Upload],
+    ) -> None:  # fmt: skip
+        """`under_way` and `uploads`: where it can be seen what has not been answered yet, when an error comes."""
+        client = self.client
         for part in parts:
             name = content_name(max(part.n_bytes, 1), (p.part(hashes[p.info.name]) for p in part.placed))
             alloc = m.AllocBuffer(client.session, part.buffer, max(part.n_bytes, 1), name)
-            asked.append(client.submit(alloc, device=part.device))
+            under_way.append(client.submit(alloc, device=part.device))
+        for part in parts:
             if part.memory is not None and part.memory.n_bytes:
                 alloc = m.AllocBuffer(client.session, part.memory.buffer, part.memory.n_bytes)
-                pending.append(client.submit(alloc, device=part.device))
-        for part, seq in zip(parts, asked, strict=True):
+                under_way.append(client.submit(alloc, device=part.device))
+        for part in parts:
             with contextlib.suppress(HandleError):  # it is there since the connection was there before: as it was
-                part.kept = client.found(seq)
-        for seq in pending:
+                part.kept = client.found(under_way.popleft())
+        while under_way:
             with contextlib.suppress(HandleError):
-                client.wait(seq)
+                client.wait(under_way.popleft())
         sizes = [sum(p.info.n_bytes for p in part.placed) for part in parts]
         kept = sum(n for n, part in zip(sizes, parts, strict=True) if part.kept)
         self.report.kept_bytes = kept
@@ -177,7 +192,7 @@ class Loader:
         for part in parts:
             if not part.kept:
                 by_device.setdefault(part.device, []).extend(part.placed)
-        uploads = [Upload(self, device, weights, hashes) for device, weights in by_device.items()]
+        uploads += [Upload(self, device, weights, hashes) for device, weights in by_device.items()]
         done, total = kept, sum(sizes)
         while any(u.busy for u in uploads):
             for u in uploads:
@@ -213,6 +228,7 @@ class Upload:
 
     Attributes:
         at: of the first weight to send, so many bytes are on their way or there.
+        fetching: questions under way: seq, weight, the device that has it, and when it was asked, by the monotonic clock.
         sent: chunks under way: seq, weight, bytes.
     """
 
@@ -224,13 +240,18 @@ class Upload:
         self.asked: deque[tuple[int, Placed]] = deque()
         self.missing: list[Missing] = []
         self.to_fetch: deque[tuple[Missing, int]] = deque()
-        self.fetching: deque[tuple[int, Missing, int]] = deque()
+        self.fetching: deque[tuple[int, Missing, int, float]] = deque()
         self.to_send: deque[Missing] = deque()
         self.sent: deque[tuple[int, Missing, int]] = deque()
 
     @property
     def busy(self) -> bool:
         return bool(self.to_ask or self.asked or self.missing or self.to_fetch or self.fetching or self.to_send or self.sent)
+
+    @property
+    def under_way(self) -> list[int]:
+        """Requests that have not been waited for."""
+        return [*(of[0] for of in self.asked), *(of[0] for of in self.fetching), *(of[0] for of in self.sent)]
 
     def advance(self) -> int:
         """Keep the windows full, then wait for one reply. Returns: bytes that are now in place."""
@@ -288,9 +309,9 @@ class Upload:
     def _fetch(self, missing: Missing, source: int) -> None:
         p = missing.placed
         fetch = m.FetchTensor(self.client.session, p.buffer, p.offset, int(p.info.type), p.info.ne, self._weight(p), source)
-        self.fetching.append((self.client.submit(fetch, device=self.device), missing, source))
+        self.fetching.append((self.client.submit(fetch, device=self.device), missing, source, time.monotonic()))
 
-    def _came(self, seq: int, missing: Missing, source: int) -> int:
+    def _came(self, seq: int, missing: Missing, source: int, since_s: float) -> int:
         """What became of a weight that another worker was to send."""
         header = self.client.wait(seq).header
         assert isinstance(header, m.Found)  # the decoder gives this command's reply this type
@@ -298,7 +319,7 @@ class Upload:
         missing.at = p.info.n_bytes if header.found else _begun(header, p)
         came = missing.at - before
         self.report.fetched_bytes += max(0, came)
-        if not header.found and came > 0:
+        if not header.found and came > 0 and time.monotonic() - since_s >= limits.FETCH_S:  # it takes long, and goes on
             self.to_fetch.appendleft((missing, source))
         elif not header.found:
             missing.resumed = missing.at > 0

@@ -37,7 +37,7 @@ MAX_WEIGHTS_ASKED = 128
 """In one question whether they are there: with the names of their files they fit a header."""
 FETCH_S = 30.0
 """A worker fetches a weight from another for so long, then says how far it is."""
-FETCH_STALL_S = 5.0
+FETCH_STALL_S = 3.0
 """It gives up on one that sends nothing for so long."""
 
 SCRATCH_BYTES = 32 << 20

@@ -249,10 +249,7 @@ class Cache:
 
     def open(self, digest: bytes, n_bytes: int, tick: Tick = nothing) -> Reader | None:
         """The entry of this hash; None when it is not there. One that turns out to be damaged is removed."""
-        kept = self._kept.get(digest)
-        if kept is not None:  # it is still being written
-            with contextlib.suppress(TimeoutError):
-                self._writing.wait(kept[0], tick)
+        self._settled(digest, tick)
         path = self.path(digest)
         found = _opened(self._reading, path, 0, False, tick)
         if found is None:
@@ -273,13 +270,24 @@ class Cache:
         # an entry that is too long is as wrong as one that is cut: its size is part of what is read
         return Reader(self._reading, found[0], 0, n_bytes, digest, done, fits=found[1] == n_bytes)
 
+    def _settled(self, digest: bytes, tick: Tick) -> None:
+        """Wait for an entry that is still being written."""
+        kept = self._kept.get(digest)
+        if kept is not None:
+            with contextlib.suppress(TimeoutError):
+                self._writing.wait(kept[0], tick)
+
     def has(self, digest: bytes, n_bytes: int, tick: Tick = nothing) -> bool:
         """Whether there is an entry of this hash and size; its bytes are not looked at."""
+        kept = self._kept.get(digest)
+        if kept is not None and not kept[0].finished:
+            return True
         known = _asked(self._reading, partial(_known, self.path(digest), n_bytes, False), tick)
         return known is not None and known.st_size == n_bytes
 
     def chunk(self, digest: bytes, n_bytes: int, at: int, n: int, tick: Tick = nothing) -> bytes | None:
         """Bytes of an entry that has `n_bytes`. They are not verified: whoever has them all can."""
+        self._settled(digest, tick)
         return _asked(self._reading, partial(_chunk, self.path(digest), at, n, n_bytes, False), tick)
 
     # -- writing -------------------------------------------------------------------------------------------------------
