@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from config.terminal import print_line
+from protocol import limits
 from protocol import messages as m
 from protocol.content import Part
 from protocol.errors import Cancelled, GgmqError, InternalError, OutOfMemory
@@ -53,7 +55,7 @@ MAX_PLANS = 64
 class Executor:
     """Attributes:
     buffers: by session, then by the client's id.
-    plans: by (session, graph digest); the oldest is recompiled when it comes again.
+    plans: by (session, graph digest); one that had to go is compiled again when it comes again.
     make_room: frees what is kept for peers that are asleep; whether there was any.
     uploads: weights on their way into them.
     sources: what other workers may read of what is here.
@@ -177,11 +179,25 @@ class Executor:
     def _alloc(self, key: Key, h: m.AllocBuffer, tick: Tick) -> bool:
         """Returns: whether the buffer holds already what it is to hold."""
         kept = self.leases.take(h.content, h.n_bytes) if h.content else None
-        buffer = kept or self._with_room(partial(self.device.alloc, h.n_bytes), tick, self.make_room)
+        buffer = kept or self._with_room(partial(self._alloc_new, key, h.n_bytes), tick, self.make_room)
         self.buffers.setdefault(key, {})[h.buffer] = buffer
         if h.content:
             self.contents[key, h.buffer] = Content(h.content, h.n_bytes, whole=kept is not None)
         return kept is not None
+
+    def _alloc_new(self, key: Key, n_bytes: int) -> Buffer:
+        """Whoever comes first has the memory, but what the graphs of others need in passing is left to them.
+
+        Errors: OutOfMemory.
+        """
+        if any(mine for other, mine in self.buffers.items() if other != key):
+            info = self.device.info()
+            spared = min(limits.SCRATCH_BYTES, info.total_bytes // 8)
+            free = max(0, info.free_bytes - spared)
+            if n_bytes > free:
+                raise OutOfMemory(f"a buffer needs {n_bytes} bytes, {free} are free; {spared} more are for graphs of others",
+                                  n_bytes, free)  # fmt: skip
+        return self.device.alloc(n_bytes)
 
     def _verified(self, key: Key, h: m.SetTensor | m.SetTensorHash) -> None:
         content = self.contents.get((key, h.buffer))
@@ -253,8 +269,10 @@ class Executor:
             self._warned.add(op)
             print_line(f"worker: {self.device.name}: no kernel of its own for {op} with such types and strides; "
                        "it runs in NumPy", file=sys.stderr)  # fmt: skip
-        while len(self.plans) >= MAX_PLANS:
-            del self.plans[next(iter(self.plans))]
+        while len(self.plans) >= MAX_PLANS:  # who has most gives the oldest: those of others stay
+            n_of = Counter(key for key, _ in self.plans)
+            most = max(n_of, key=n_of.__getitem__)
+            del self.plans[next(at for at in self.plans if at[0] == most)]
         self.plans[(work.key, work.h.digest)] = plan
         return plan
 

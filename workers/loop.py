@@ -166,15 +166,13 @@ class WorkerLoop:
             self._receive(int(1000 * GUARD_S))
 
     def _work(self) -> None:
-        """Carry out what comes next: in the order in which it came, but computes of several sessions, and the graphs for
-        them, take turns. Within a session nothing overtakes anything."""
+        """Carry out what comes next: sessions take turns, and within a session nothing overtakes anything. What concerns a
+        device or a peer as a whole counts as a session of its own, but HELLO keeps its place."""
         waiting: dict[Key, int] = {}
-        for i, (rid, message) in enumerate(self.queue if self._turn(self.queue[0]) else ()):
-            session = getattr(message.header, "session", None)
-            if session is None:
-                break  # what concerns a peer as a whole keeps its place
-            waiting.setdefault((self.state.routes.get(rid, b""), session), i)
-        waiting = {key: i for key, i in waiting.items() if self._turn(self.queue[i])}
+        for i, (rid, message) in enumerate(self.queue):
+            if message.command == Command.HELLO:
+                break
+            waiting.setdefault((self.state.routes.get(rid, b""), getattr(message.header, "session", 0)), i)
         if not waiting:
             rid, message = self.queue.popleft()
             self._carry_out(self._handle(rid, message))
@@ -188,11 +186,7 @@ class WorkerLoop:
         start = time.monotonic()
         self._carry_out(self._handle(rid, message))
         end = time.monotonic()
-        self.turns.ran(chosen, end - start, end)
-
-    @staticmethod
-    def _turn(waiting: tuple[bytes, Message]) -> bool:
-        return isinstance(waiting[1].header, (m.StageCompute, m.GraphPut))
+        self.turns.ran(chosen, end - start, end, isinstance(message.header, (m.StageCompute, m.GraphPut)))
 
     def stop(self) -> None:
         self.stopping = True
@@ -252,7 +246,7 @@ class WorkerLoop:
                 if s in listeners:
                     listeners[s].heard(raw[-1])
                 self._arrived(s, [f.buffer if len(f) > 4096 else f.bytes for f in raw], raw[-1])
-                if len(self.queue) >= limits.MAX_INFLIGHT_PER_CLIENT:
+                if len(self.queue) >= limits.MAX_INFLIGHT_PER_CLIENT * max(1, len(self.state.sessions)):
                     break
         self.sockets.guard()
 

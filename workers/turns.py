@@ -1,6 +1,6 @@
-"""Who computes next where several sessions use one worker: no clock, no socket.
+"""Whose request comes next where several sessions use one worker: no clock, no socket.
 
-Start-time fair queueing by the time that computes took (Goyal, Vin and Cheng, 1996): who has had less comes first, and who
+Start-time fair queueing by the time that requests took (Goyal, Vin and Cheng, 1996): who has had less comes first, and who
 was away gains nothing by it. With a short wait for who is about to ask again, as disks have it (Iyer and Druschel, 2001):
 a client's tokens are asked for one after the other, and without the wait a piece of another's long prompt would go between
 any two of them.
@@ -40,10 +40,10 @@ class Turns:
         self._virtual_s = self._start_s(chosen)
         return chosen
 
-    def ran(self, key: Key, took_s: float, now_s: float) -> None:
-        """What was chosen is done."""
+    def ran(self, key: Key, took_s: float, now_s: float, goes_on: bool = True) -> None:
+        """What was chosen is done. goes_on: its session is about to ask again, if it does as it did."""
         self._used_s[key] = self._start_s(key) + took_s
-        if now_s >= self._away_until_s.get(key, 0.0):
+        if goes_on and now_s >= self._away_until_s.get(key, 0.0):
             self._due_s[key] = now_s + WAIT_S
 
     def keep(self, living: Collection[Key]) -> None:

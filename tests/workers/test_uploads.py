@@ -19,20 +19,15 @@ from hypothesis import strategies as st
 from protocol import messages as m
 from protocol.dtypes import GGMLType
 from protocol.errors import GgmqError
-from protocol.frames import Message
 from protocol.limits import MAX_CHUNK_BYTES
 from tests.support.attacker import SESSION, Attacker, listening_worker
 from tests.support.fixtures import content_hash, free_port
+from tests.support.one_worker import OneWorker
 from tests.support.processes import WORKER, started
 from workers import growing
 from workers.cache import Cache
-from workers.devices import open_device
-from workers.executor import Executor
 from workers.growing import left_behind
-from workers.links import Links
-from workers.state import WorkerState
 from workers.ticks import PIECE_BYTES, nothing
-from workers.work import Send, Work
 
 MIB = 1 << 20
 DATA = random.Random(1).randbytes(5 * MIB + 1024)
@@ -42,32 +37,8 @@ NE = (N // 4, 1, 1, 1)
 BUFFER = 1
 
 
-class Worker:
-    """A worker without sockets: the reference device, its state machine, and a cache if it has a folder."""
-
-    def __init__(self, folder: Path | None = None, quota_bytes: int = 1 << 30) -> None:
-        self.cache = Cache(folder, quota_bytes) if folder is not None else None
-        self.state = WorkerState("t")
-        self.executor = Executor(open_device("reference", 1), self.state, Links(self.state), self.cache)
-        self.seq = 0
-        self.greet()
-
-    def greet(self, epoch: int = 1, token: bytes = b"broker", goes_on: bool = True) -> None:
-        self.epoch, self.rid = epoch, token + bytes([epoch])
-        self.state.hello(self.rid, m.Hello(6, "broker", token, epoch, int(goes_on)), 0.0)
-
-    def ask(self, header: m.Header, *payload: bytes) -> Message:
-        """The answer. Errors: those that it carries."""
-        self.seq += 1
-        request = Message(m.COMMAND_OF[type(header)], header, payload, False, 0, self.epoch, self.seq)
-        answers: list[Any] = []
-        for i in self.state.handle(self.rid, request):
-            answers += self.executor.execute(i, nothing) if isinstance(i, Work) else [i]
-        (answer,) = answers
-        assert isinstance(answer, Send)
-        if isinstance(answer.message.header, m.Error):
-            raise answer.message.header.error()
-        return answer.message
+class Worker(OneWorker):
+    """With one upload."""
 
     def alloc(self) -> None:
         self.ask(m.AllocBuffer(SESSION, BUFFER, N, bytes(32)))
@@ -94,17 +65,6 @@ class Worker:
             at += MIB
         assert self.bytes() == DATA
         return sent
-
-    def flush(self) -> None:
-        if self.cache is not None:
-            self.cache._writing.wait(self.cache.later(lambda: None), nothing)
-
-    def close(self) -> None:
-        """The process ends."""
-        self.executor.close()
-        if self.cache is not None:
-            for entry in list(self.cache.growing):
-                os.close(entry._fd)  # as the system does
 
 
 @pytest.fixture
