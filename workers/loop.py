@@ -10,7 +10,6 @@ import os
 import secrets
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -37,7 +36,7 @@ from workers.executor import Executor
 from workers.links import Links
 from workers.sockets import GUARD_S, Sockets
 from workers.state import WorkerState
-from workers.turns import Turns
+from workers.turns import FLOOD_SHARE, Turns, Waiting
 from workers.uplink import Uplink
 from workers.work import Compute, Dial, HangUp, Key, Later, LinkInstruction, Name, Send, ToPeer, Work
 
@@ -70,7 +69,7 @@ class WorkerLoop:
         self.executor = Executor(device, self.state, self.links, cache, models, keep_s)
         self.sockets = Sockets(keys, quiet)
         self.debug = bool(os.environ.get("GGMQ_DEBUG") or os.environ.get("GGML_RPC_DEBUG"))
-        self.queue: deque[tuple[bytes, Message]] = deque()
+        self.queue = Waiting()
         self.turns = Turns()
         self.running: tuple[bytes, int, int] | None = None
         self.stopping = False
@@ -144,9 +143,6 @@ class WorkerLoop:
                 self._await()
                 while self.queue and not self.stopping:
                     self._work()
-                    if self.executor.broke is not None:
-                        raise DeviceError(f"{self.device.name}: {self.executor.broke.message}")
-                    self._tick()
                     self._housekeeping()
                 self._housekeeping()
         finally:
@@ -166,27 +162,25 @@ class WorkerLoop:
             self._receive(int(1000 * GUARD_S))
 
     def _work(self) -> None:
-        """Carry out what comes next: sessions take turns, and within a session nothing overtakes anything. What concerns a
-        device or a peer as a whole counts as a session of its own, but HELLO keeps its place."""
+        """Carry out what comes next, and take in what came meanwhile: sessions take turns, and within a session nothing
+        overtakes anything."""
+        start = time.monotonic()
         waiting: dict[Key, int] = {}
-        for i, (rid, message) in enumerate(self.queue):
-            if message.command == Command.HELLO:
-                break
-            waiting.setdefault((self.state.routes.get(rid, b""), getattr(message.header, "session", 0)), i)
-        if not waiting:
-            rid, message = self.queue.popleft()
-            self._carry_out(self._handle(rid, message))
-            return
-        chosen = self.turns.choose(waiting, time.monotonic())
-        if chosen is None:
+        for rid, session, i in self.queue.firsts():
+            waiting.setdefault((self.state.routes.get(rid, b""), session), i)
+        chosen = self.turns.choose(waiting, start) if waiting else None
+        if waiting and chosen is None:
             self._receive(1)
             return
-        rid, message = self.queue[waiting[chosen]]
-        del self.queue[waiting[chosen]]
-        start = time.monotonic()
+        rid, message = self.queue.take(waiting[chosen] if chosen is not None else 0)
         self._carry_out(self._handle(rid, message))
-        end = time.monotonic()
-        self.turns.ran(chosen, end - start, end, isinstance(message.header, (m.StageCompute, m.GraphPut)))
+        if self.executor.broke is not None:
+            raise DeviceError(f"{self.device.name}: {self.executor.broke.message}")
+        done = time.monotonic()
+        self._tick()
+        if chosen is not None:  # to have taken in what one sends costs time too
+            took_s = (time.monotonic() - start) / (FLOOD_SHARE if self.queue.flood(rid, message) else 1.0)
+            self.turns.ran(chosen, took_s, done, isinstance(message.header, (m.StageCompute, m.GraphPut)))
 
     def stop(self) -> None:
         self.stopping = True
@@ -290,15 +284,10 @@ class WorkerLoop:
         elif isinstance(message.header, m.HandOver):
             answer, ready = self.state.handed(rid, message, self.clock.now_s())
             for waited in ready:
-                self._insert(*waited)
+                self.queue.insert(*waited)
             self._carry_out([answer])
         else:
-            self.queue.append((rid, message))
-
-    def _insert(self, rid: bytes, message: Message) -> None:
-        """What waited for activations runs before all that its peer sent after it."""
-        at = (i for i, (r, q) in enumerate(self.queue) if r == rid and q.seq > message.seq)
-        self.queue.insert(next(at, len(self.queue)), (rid, message))
+            self.queue.append(rid, message)
 
     def _over_link(self, name: Name, frames: list[Frame]) -> None:
         try:
@@ -316,11 +305,8 @@ class WorkerLoop:
             self._send(Send(rid, refusal))
 
     def _cancel(self, rid: bytes, message: Message, h: m.Cancel) -> None:
-        kept = deque((r, q) for r, q in self.queue if (r, q.seq) != (rid, h.seq))
-        for r, q in self.queue:
-            if (r, q.seq) == (rid, h.seq):
-                self._carry_out([self.state.refuse(r, q, Cancelled(f"{q.command.name} was cancelled"))])
-        self.queue = kept
+        for r, q in self.queue.remove(lambda r, q: (r, q.seq) == (rid, h.seq)):
+            self._carry_out([self.state.refuse(r, q, Cancelled(f"{q.command.name} was cancelled"))])
         self._carry_out(self.state.unpark(rid, h.session, h.seq))
         self._carry_out(self.state.handle(rid, message))
         if self.running == (rid, h.session, h.seq):
@@ -394,7 +380,7 @@ class WorkerLoop:
             elif isinstance(instruction, Send):
                 self._send(instruction)
             elif isinstance(instruction, Later):
-                self.queue.append((instruction.rid, instruction.message))
+                self.queue.append(instruction.rid, instruction.message)
             else:
                 self._link(instruction)
 
