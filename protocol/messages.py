@@ -341,7 +341,7 @@ class Had(Header, frozen=True):
     """The indices of those that are there, or seem to be."""
 
     which: Annotated[list[Annotated[int, Meta(ge=0, lt=limits.MAX_WEIGHTS_ASKED)]],
-                     Meta(max_length=limits.MAX_WEIGHTS_ASKED)]  # fmt: skip
+                     Meta(max_length=limits.MAX_WEIGHTS_ASKED)] = []  # fmt: skip
 
 
 class Cancel(Header, frozen=True):

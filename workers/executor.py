@@ -179,10 +179,10 @@ class Executor:
     def _alloc(self, key: Key, h: m.AllocBuffer, tick: Tick) -> bool:
         """Returns: whether the buffer holds already what it is to hold."""
         kept = self.leases.take(h.content, h.n_bytes) if h.content else None
-        buffer = kept or self._with_room(partial(self._alloc_new, key, h.n_bytes), tick, self.make_room)
+        buffer = kept.buffer if kept else self._with_room(partial(self._alloc_new, key, h.n_bytes), tick, self.make_room)
         self.buffers.setdefault(key, {})[h.buffer] = buffer
         if h.content:
-            self.contents[key, h.buffer] = Content(h.content, h.n_bytes, whole=kept is not None)
+            self.contents[key, h.buffer] = Content(h.content, h.n_bytes, kept.parts if kept else ())
         return kept is not None
 
     def _alloc_new(self, key: Key, n_bytes: int) -> Buffer:
@@ -224,7 +224,7 @@ class Executor:
             part = content.part_of(weight.hash, weight.n_bytes)
             if part is not None:
                 return self.buffers[key][number], part.offset
-        return None
+        return self.leases.holder(weight.hash, weight.n_bytes)
 
     def _find(self, buffer: Buffer, h: m.SetTensorHash, tick: Tick) -> bool:
         """Fill a weight from what is here already."""
@@ -292,7 +292,7 @@ class Executor:
             for number, buffer in buffers.items():
                 content = self.contents.pop((key, number), None)
                 if content is not None and content.complete:
-                    self.leases.leave(content.name, buffer, steady)
+                    self.leases.leave(content.name, buffer, steady, content.parts)
                 else:
                     self.device.free(buffer, steady)
             self.device.trim(steady)

@@ -90,23 +90,27 @@ def weight_bytes(model: Model) -> int:
 # -- from other workers ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("where", ["buffers", "cache", "file"])
+@pytest.mark.parametrize("where", ["buffers", "cache", "file", "lease"])
 def test_a_worker_takes_what_it_lacks_from_one_that_has_it(
     model: GGUF, expected: np.ndarray, tmp_path: Path, where: str
 ) -> None:
     local = LocalBus()
     try:
-        local.spawn("CPU", 1, {"buffers": [], "cache": ["--cache-dir", str(tmp_path / "a")],
+        local.spawn("CPU", 1, {"buffers": [], "cache": ["--cache-dir", str(tmp_path / "a")], "lease": ["--keep", "60"],
                                "file": ["--model-dir", str(model.path.parent)]}[where])  # fmt: skip
         local.spawn("CPU", 1)
         client = local.start()
         names = [d.worker for d in client.devices()]
         a, b = names.index("local0"), names.index("local1")
         if where != "file":
-            first = on(client, model, a)
+            own = client.another()
+            first = on(own, model, a)
             assert (first.report.fetched_bytes, first.report.sent_bytes) == (0, weight_bytes(first))
             if where == "cache":
                 first.free()
+            if where == "lease":
+                own.drain()
+                assert client.stats(a).kept_bytes
         before = client.stats(a).handed_out_bytes
         second = on(client.another(), model, b)
         r = second.report
@@ -115,6 +119,9 @@ def test_a_worker_takes_what_it_lacks_from_one_that_has_it(
         assert np.array_equal(logits(second), expected)
         if where == "buffers":
             assert np.array_equal(logits(first), expected)
+        if where != "file":
+            own.close()
+        second.client.close()
     finally:
         local.close()
 
