@@ -172,6 +172,7 @@ class Model:
         self.keep_prompts: tuple[Path, int] | None = None
         self.prompts: PromptCache | None = None
         self._own: Held | None = None
+        self._whole = False
 
     @property
     def report(self) -> LoadReport:
@@ -205,7 +206,7 @@ class Model:
         return self.report
 
     def _load(self, progress: Progress | None) -> None:
-        self._loader.report = LoadReport()
+        self._loader.report, self._whole = LoadReport(), False
         self.runner.forget_graphs()
         hashed, total = 0, self.arch.gguf.n_bytes
 
@@ -221,6 +222,7 @@ class Model:
         link = self._ask_links()
         self._loader.load([part for stage in self.stages for part in stage.parts.values()], hashes, progress)
         self._learn_links(link)
+        self._whole = True
 
     def _prompt_cache(self, folder: Path, n_bytes: int) -> PromptCache:
         """Errors: ConfigError for a folder that cannot be one."""
@@ -256,7 +258,7 @@ class Model:
         for _ in range(MAX_TRIES):
             self._await(error)
             try:
-                if not self.held():
+                if not self._whole or not self.held():
                     self.free()
                     self._load(None)
                     return False

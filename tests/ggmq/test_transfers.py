@@ -314,6 +314,24 @@ def test_a_rest_of_other_bytes_in_a_cache_is_found_out_and_sent_again(
         assert np.array_equal(logits(there), expected)
 
 
+def test_a_worker_that_falls_silent_while_it_is_loaded_again_is_not_taken_for_whole(
+    model: GGUF, expected: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with bus(1) as (client, _, _):
+        there, real, calls = on(client, model, 0), Loader.load, []
+
+        def load(self: Loader, parts: Any, *more: Any) -> None:
+            calls.append(len(parts))
+            real(self, parts if len(calls) > 1 else parts[-1:], *more)
+            if len(calls) == 1:
+                raise WorkerLost("silent for a while")
+
+        monkeypatch.setattr(Loader, "load", load)
+        client.drain()  # as if it had come back empty
+        assert not there.recover(WorkerLost("silent"))
+        assert len(calls) == 2 and np.array_equal(logits(there), expected)
+
+
 def test_a_loader_may_be_asked_again_for_what_is_there(model: GGUF) -> None:
     with bus(1) as (client, _, _):
         there = on(client, model, 0)

@@ -222,20 +222,28 @@ def test_what_is_wrong_ends_it_and_says_how_far_it_came(answer: str) -> None:
     assert w.verified and w.bytes() == DATA
 
 
-def test_one_that_says_nothing_is_given_up_and_one_that_takes_long_is_asked_for_again() -> None:
+def test_one_that_says_nothing_is_given_up_and_one_that_takes_long_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     w = Fetching()
     w.fetch()
     w.carry_out(w.links.tick(limits.FETCH_STALL_S + 0.1))
     assert [a.header for a in w.answers] == [m.Found(False, 0)]
     w.answers.clear()
     w.asked.clear()
+    monkeypatch.setattr(limits, "CREDIT_CHUNKS", 1)
     w.fetch()
-    w.carry_out(w.links.tick(w.links.now_s + 1))
-    w.links.fetches.now_s = w.links.now_s = 100.0
+    for waits_s in (1.0, limits.FETCH_S):
+        assert len(w.asked) == 1
+        w.reply(w.right())
+        w.carry_out(w.links.fetches.tick(w.links.fetches.now_s + waits_s))
+        assert not w.answers, "what came waits for its turn, however long that takes"
+        w.turn()
+    assert [a.header for a in w.answers] == [m.Found(False, 2 * MIB)] and not w.asked
+    w.links.now_s = w.links.fetches.now_s
+    w.fetch()
     while w.asked:
         w.reply(w.right())
-    w.turn()
-    assert w.answers[-1].header == m.Found(True)
+        w.turn()
+    assert w.answers[-1].header == m.Found(True) and w.bytes() == DATA
 
 
 def test_a_link_that_breaks_and_an_epoch_that_ends() -> None:
