@@ -192,7 +192,7 @@ class Executor:
         """
         if any(mine for other, mine in self.buffers.items() if other != key):
             info = self.device.info()
-            spared = min(limits.SCRATCH_BYTES, info.total_bytes // 8)
+            spared = max(0, min(limits.SCRATCH_BYTES, info.total_bytes // 8) - self.device.scratch_bytes())
             free = max(0, info.free_bytes - spared)
             if n_bytes > free:
                 raise OutOfMemory(f"a buffer needs {n_bytes} bytes, {free} are free; {spared} more are for graphs of others",

@@ -41,8 +41,10 @@ class Sources:
 
     def have(self, weight: m.Weight, tick: Tick) -> bool:
         """Whether it could be read here; its bytes are not looked at."""
+        if self._holder(weight) is not None:
+            return True
         kept = self.cache is not None and self.cache.has(weight.hash, weight.n_bytes, tick)
-        return kept or self._holder(weight) is not None or self._stamp(weight, tick) is not None
+        return kept or self._stamp(weight, tick) is not None
 
     def read(self, weight: m.Weight, at: int, tick: Tick) -> bytes | memoryview | None:
         """Its bytes from `at` on, a chunk at most. None: it is not here, or what is here is something else."""
