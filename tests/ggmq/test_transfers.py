@@ -68,8 +68,6 @@ def bus(n: int, *options: str, folders: tuple[Path, ...] = ()) -> Iterator[tuple
             b.__exit__(None, None, None)
 
 
-
-
 def on(client: Client, model: GGUF, *devices: int) -> Model:
     """Loaded on these devices."""
     there = place_model(ModelConfig(model.path, 64, tensor_split=[1] * len(devices)), open_arch(model), client,

@@ -93,9 +93,7 @@ def test_a_buffer_gives_what_was_verified_in_it(worker: tuple[Attacker, Attacker
     assert had(broker, WEIGHT) == [0]
 
 
-def test_what_is_written_to_while_it_is_read_is_not_given(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_written_to_while_it_is_read_is_not_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between its being looked at and its being read."""
     (tmp_path / "m.gguf").write_bytes(DATA)
     folder = ModelFolder(tmp_path)
