@@ -182,12 +182,12 @@ class Loader:
         for part in parts:
             with contextlib.suppress(HandleError):  # it is there since the connection was there before: as it was
                 part.kept = client.found(under_way.popleft())
+                self.report.kept_bytes += sum(p.info.n_bytes for p in part.placed) if part.kept else 0
         while under_way:
             with contextlib.suppress(HandleError):
                 client.wait(under_way.popleft())
         sizes = [sum(p.info.n_bytes for p in part.placed) for part in parts]
         kept = sum(n for n, part in zip(sizes, parts, strict=True) if part.kept)
-        self.report.kept_bytes = kept
         by_device: dict[int, list[Placed]] = {}
         for part in parts:
             if not part.kept:
