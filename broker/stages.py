@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 from itertools import pairwise
 
+from msgspec import structs
+
 from broker.events import Instruction, ToClient, ToWorker
 from broker.records import Client, Forwarded, Linking, LinkStep, Pair, PassedCompute, Pending, Relay, RelayedCompute
 from broker.traffic import Traffic
@@ -139,6 +141,14 @@ class Stages:
                 pending = Forwarded(b"", request, index, now_s + self.traffic.deadline_s)
                 out.append(self._name_keys(pending, worker.named & there))
         return out
+
+    def fetch(self, device: int, h: m.FetchTensor) -> m.FetchTensor:
+        """FETCH_TENSOR of a client, for its device's worker: over the link that a LINK of the two devices made, if one did.
+
+        Errors: HandleError.
+        """
+        self.traffic.devices[h.source]  # one that is not there is nobody's
+        return structs.replace(h, link=_link_number((device, h.source)))
 
     def link_step(self, pending: LinkStep, reply: Message, now_s: float) -> list[Instruction]:
         """A worker has said where it is reached, or whether it reached the other."""

@@ -124,6 +124,8 @@ class BrokerState:
                 return self.stages.link(client, rid, message, h, now_s)
             case m.GraphCompute():
                 return [*self.stages.compute(client, rid, message, h, now_s)]
+            case m.FetchTensor():
+                h = self.stages.fetch(message.device, h)
         pending = Forwarded(rid, message, message.device, now_s + self.traffic.deadline_s)
         out = self.traffic.forward(pending, h, message.payload)
         client.n_inflight += 1

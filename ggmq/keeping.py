@@ -207,14 +207,13 @@ class Keeper:
         new = []
         for a in assignments:
             parts: dict[int, Part] = {}
-            for s in self.stages:
-                if s.assignment.device != a.device or a.device not in holding:
-                    continue
-                for il, part in s.parts.items():
-                    if il >= 0 and il in a.layers and part.loaded:
-                        parts[il] = part
-                    elif il < 0 and part.loaded:
-                        parts[min([0, *parts]) - 1] = part
+            for il, part in [x for s in self.stages if s.assignment.device == a.device for x in s.parts.items()]:
+                if part.loaded and a.device not in holding:
+                    continue  # one that is not loaded goes on where it was
+                if il >= 0 and il in a.layers:
+                    parts[il] = part
+                elif il < 0:
+                    parts[min([0, *parts]) - 1] = part
             new.append(self._loader.place(a, parts))
         if len(new) >= self._n_stages:
             self._squeezed.clear()

@@ -194,8 +194,8 @@ class Model:
     # -- loading -------------------------------------------------------------------------------------------------------
 
     def load(self, progress: Progress | None = None) -> LoadReport:
-        """Allocate on every stage's device and fill: what a worker has by hash is not sent. Begins again when a worker was
-        silent for a while.
+        """Allocate on every stage's device and fill: what a worker has by hash is not sent. Goes on when a worker was silent
+        for a while.
 
         Errors: what the workers report.
         """
@@ -233,7 +233,7 @@ class Model:
 
         hashes = self.keeper.hashes = tensor_hashes(self.arch.gguf, on_hash)
         for stage in self.stages:
-            stage.parts = self._loader.place(stage.assignment).parts
+            stage.parts = stage.parts or self._loader.place(stage.assignment).parts
         link = self._ask_links()
         self._loader.load([part for stage in self.stages for part in stage.parts.values()], hashes, progress)
         self._learn_links(link)

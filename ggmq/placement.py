@@ -11,11 +11,11 @@ from ggmq.archs.base import Arch
 from ggmq.archs.memory import LayerMemory, Room, aligned
 from ggmq.archs.stage import Stage
 from ggmq.gguf import TensorInfo
+from protocol import limits
 from protocol import messages as m
 from protocol.errors import ConfigError, GgmqError, OutOfMemory
 
-SCRATCH_BYTES = 32 << 20
-"""Room kept on each device for a graph's intermediate results."""
+SCRATCH_BYTES = limits.SCRATCH_BYTES
 
 
 class DeviceMemory(Struct, frozen=True):

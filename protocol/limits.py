@@ -33,6 +33,16 @@ MAX_SESSIONS = 256
 MAX_ROUTE_STEPS = 64
 MAX_ROPE_POSITION = 1 << 30
 
+MAX_WEIGHTS_ASKED = 128
+"""In one question whether they are there: with the names of their files they fit a header."""
+FETCH_S = 30.0
+"""A worker fetches a weight from another for so long, then says how far it is."""
+FETCH_STALL_S = 3.0
+"""It gives up on one that sends nothing for so long."""
+
+SCRATCH_BYTES = 32 << 20
+"""Memory that is left on each device for the intermediate results of graphs."""
+
 CREDIT_CHUNKS = 8
 """Chunks of one upload that may be in flight to one device."""
 MAX_INFLIGHT_PER_CLIENT = 1024

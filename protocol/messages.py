@@ -41,6 +41,9 @@ class Command(IntEnum):
     STAGE_COMPUTE = 21
     TRACE = 22
     RETIRE = 23
+    FETCH_TENSOR = 24
+    READ_WEIGHT = 25
+    HAVE_WEIGHTS = 26
 
 
 REPLY = 0x80
@@ -54,6 +57,7 @@ Hash = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Ticket = Annotated[bytes, Meta(max_length=16)]
 Dim = Annotated[int, Meta(ge=0, le=limits.MAX_TENSOR_BYTES)]
 Ne = tuple[Dim, Dim, Dim, Dim]
+FileOffset = Annotated[int, Meta(ge=0, lt=1 << 62)]
 
 
 class Header(Struct, forbid_unknown_fields=True, frozen=True):
@@ -176,11 +180,14 @@ class SetTensorHash(Header, frozen=True):
     type: U64
     ne: Ne
     file: Short = ""
-    file_offset: Annotated[int, Meta(ge=0, lt=1 << 62)] = 0
+    file_offset: FileOffset = 0
 
 
 class Found(Header, frozen=True):
+    """`at`, of a weight that is not there: so many of its first bytes are, and chunks may go on behind them."""
+
     found: bool
+    at: Size = 0
 
 
 class GetTensor(Header, frozen=True):
@@ -305,6 +312,53 @@ class HandOver(Header, frozen=True):
     spent_nodes: U64 = 0
 
 
+class Weight(Header, frozen=True):
+    """A weight by its hash, and where it lies in a GGUF file that a worker may have in its model folder; `file` may be
+    empty."""
+
+    hash: Hash
+    n_bytes: Size
+    file: Short = ""
+    file_offset: FileOffset = 0
+
+
+class FetchTensor(Header, frozen=True):
+    """Fill the tensor from another worker, that of device `source`; what came of it before is not asked for again.
+
+    `link`: what the worker calls its link to that one; a broker says it, whatever a client said. Found: it is there, and has
+    the hash; otherwise `at` says how far it came, and whoever asked may ask again or send the rest.
+    """
+
+    session: U64
+    buffer: Handle
+    offset: Size
+    type: U64
+    ne: Ne
+    weight: Weight
+    source: Annotated[int, Meta(ge=0, lt=1 << 16)]
+    link: U64 = 0
+
+
+class ReadWeight(Header, frozen=True):
+    """Another worker asks for the bytes of a weight from `at` on, a chunk at most. Found: the payload holds them."""
+
+    weight: Weight
+    at: Size
+
+
+class HaveWeights(Header, frozen=True):
+    """Which of these weights could be read from this device's worker? Nothing is read for the answer."""
+
+    weights: Annotated[list[Weight], Meta(max_length=limits.MAX_WEIGHTS_ASKED)]
+
+
+class Had(Header, frozen=True):
+    """The indices of those that are there, or seem to be."""
+
+    which: Annotated[list[Annotated[int, Meta(ge=0, lt=limits.MAX_WEIGHTS_ASKED)]],
+                     Meta(max_length=limits.MAX_WEIGHTS_ASKED)] = []  # fmt: skip
+
+
 class Cancel(Header, frozen=True):
     session: U64
     seq: U64
@@ -418,6 +472,7 @@ REQUEST: dict[Command, type[Header]] = {
     Command.STATS: StatsQuery, Command.LINK: Link, Command.PEER_LISTEN: PeerListen, Command.PEER_DIAL: PeerDial,
     Command.HAND_OVER: HandOver, Command.RELEASE: Release, Command.STAGE_COMPUTE: StageCompute, Command.TRACE: TraceQuery,
     Command.RETIRE: Retire,
+    Command.FETCH_TENSOR: FetchTensor, Command.READ_WEIGHT: ReadWeight, Command.HAVE_WEIGHTS: HaveWeights,
 }  # fmt: skip
 COMMAND_OF: dict[type[Header], Command] = {kind: command for command, kind in REQUEST.items()}
 ANSWER: dict[Command, type[Header]] = {
@@ -425,11 +480,13 @@ ANSWER: dict[Command, type[Header]] = {
     Command.SET_TENSOR_HASH: Found, Command.GRAPH_COMPUTE: ComputeDone, Command.PING: Ping, Command.STATS: Stats,
     Command.ERROR: Error, Command.LINK: Found, Command.PEER_LISTEN: PeerAddress, Command.PEER_DIAL: Found,
     Command.RELEASE: Found, Command.STAGE_COMPUTE: ComputeDone, Command.TRACE: Traced,
+    Command.FETCH_TENSOR: Found, Command.READ_WEIGHT: Found, Command.HAVE_WEIGHTS: Had,
 }  # fmt: skip
 PAYLOAD_FRAMES: dict[Command, int] = {Command.SET_TENSOR: 1, Command.GRAPH_PUT: 1}
 """Payload frames that a request carries; computes and HAND_OVER say it in their headers, every other has none."""
-BULK = frozenset({Command.SET_TENSOR, Command.SET_TENSOR_HASH})
+BULK = frozenset({Command.SET_TENSOR, Command.SET_TENSOR_HASH, Command.FETCH_TENSOR})
 """Commands that travel on the bulk channel."""
-NOT_CLIENTS = frozenset({Command.PEER_LISTEN, Command.PEER_DIAL, Command.HAND_OVER, Command.STAGE_COMPUTE})
+NOT_CLIENTS = frozenset({Command.PEER_LISTEN, Command.PEER_DIAL, Command.HAND_OVER, Command.STAGE_COMPUTE,
+                         Command.READ_WEIGHT})  # fmt: skip
 """Requests between a broker and workers only: a client could have a worker connect anywhere, or take what
 is another's."""

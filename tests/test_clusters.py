@@ -228,15 +228,18 @@ def test_status_as_json(user: Callable[..., User]) -> None:
     assert r.returncode == 1 and dead["error"] and dead["devices"] == []
 
 
-LOADED = r"load +[\d.]+ s  ([\d.]+) MiB sent, ([\d.]+) MiB from caches or files(?:, ([\d.]+) MiB there from a run before)?"
+LOADED = (
+    r"load +[\d.]+ s  ([\d.]+) MiB sent, ([\d.]+) MiB from caches or files(?:, ([\d.]+) MiB from other workers)?"
+    r"(?:, ([\d.]+) MiB there from a run before)?"
+)
 
 
 def loaded(run: subprocess.CompletedProcess[str]) -> tuple[float, float, float]:
-    """MiB that were sent, were in caches or files, and were in the workers' memory."""
+    """MiB that were sent, from here or by another worker, were in caches or files, and were in the workers' memory."""
     assert run.returncode == 0, run.stderr
     found = re.search(LOADED, run.stderr)
     assert found is not None, run.stderr
-    return float(found[1]), float(found[2]), float(found[3] or 0)
+    return float(found[1]) + float(found[3] or 0), float(found[2]), float(found[4] or 0)
 
 
 def test_a_cluster_keeps_its_model_between_runs(user: Callable[..., User]) -> None:

@@ -10,7 +10,6 @@ import os
 import secrets
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -35,12 +34,12 @@ from protocol.messages import Command
 from workers.cache import Cache, ModelFolder
 from workers.devices.base import Device
 from workers.executor import Executor
-from workers.links import Dial, HangUp, LinkInstruction, Links, Name, ToPeer
+from workers.links import Links
 from workers.sockets import GUARD_S, Sockets
 from workers.state import WorkerState
-from workers.turns import Turns
+from workers.turns import FLOOD_SHARE, Turns, Waiting
 from workers.uplink import Uplink
-from workers.work import Compute, Key, Send, Work
+from workers.work import Compute, Dial, HangUp, Key, Later, LinkInstruction, Name, Send, ToPeer, Work
 
 HOUSEKEEPING_S = 0.1
 LAST_WORDS_MS = 1000
@@ -71,7 +70,7 @@ class WorkerLoop:
         self.executor = Executor(device, self.state, self.links, cache, models, keep_s)
         self.sockets = Sockets(keys, quiet)
         self.debug = bool(os.environ.get("GGMQ_DEBUG") or os.environ.get("GGML_RPC_DEBUG"))
-        self.queue: deque[tuple[bytes, Message]] = deque()
+        self.queue = Waiting()
         self.turns = Turns()
         self.running: tuple[bytes, int, int] | None = None
         self.stopping = False
@@ -146,9 +145,6 @@ class WorkerLoop:
                 self._await()
                 while self.queue and not self.stopping:
                     self._work()
-                    if self.executor.broke is not None:
-                        raise DeviceError(f"{self.device.name}: {self.executor.broke.message}")
-                    self._tick()
                     self._housekeeping()
                 self._housekeeping()
         finally:
@@ -168,33 +164,25 @@ class WorkerLoop:
             self._receive(int(1000 * GUARD_S))
 
     def _work(self) -> None:
-        """Carry out what comes next: in the order in which it came, but computes of several sessions, and the graphs for
-        them, take turns. Within a session nothing overtakes anything."""
+        """Carry out what comes next, and take in what came meanwhile: sessions take turns, and within a session nothing
+        overtakes anything."""
+        start = time.monotonic()
         waiting: dict[Key, int] = {}
-        for i, (rid, message) in enumerate(self.queue if self._turn(self.queue[0]) else ()):
-            session = getattr(message.header, "session", None)
-            if session is None:
-                break  # what concerns a peer as a whole keeps its place
+        for rid, session, i in self.queue.firsts():
             waiting.setdefault((self.state.routes.get(rid, b""), session), i)
-        waiting = {key: i for key, i in waiting.items() if self._turn(self.queue[i])}
-        if not waiting:
-            rid, message = self.queue.popleft()
-            self._carry_out(self._handle(rid, message))
-            return
-        chosen = self.turns.choose(waiting, time.monotonic())
-        if chosen is None:
+        chosen = self.turns.choose(waiting, start) if waiting else None
+        if waiting and chosen is None:
             self._receive(1)
             return
-        rid, message = self.queue[waiting[chosen]]
-        del self.queue[waiting[chosen]]
-        start = time.monotonic()
+        rid, message = self.queue.take(waiting[chosen] if chosen is not None else 0)
         self._carry_out(self._handle(rid, message))
-        end = time.monotonic()
-        self.turns.ran(chosen, end - start, end)
-
-    @staticmethod
-    def _turn(waiting: tuple[bytes, Message]) -> bool:
-        return isinstance(waiting[1].header, (m.StageCompute, m.GraphPut))
+        if self.executor.broke is not None:
+            raise DeviceError(f"{self.device.name}: {self.executor.broke.message}")
+        done = time.monotonic()
+        self._tick()
+        if chosen is not None:  # to have taken in what one sends costs time too
+            took_s = (time.monotonic() - start) / (FLOOD_SHARE if self.queue.flood(rid, message) else 1.0)
+            self.turns.ran(chosen, took_s, done, isinstance(message.header, (m.StageCompute, m.GraphPut)))
 
     def stop(self) -> None:
         self.stopping = True
@@ -261,7 +249,7 @@ class WorkerLoop:
                 caller = listeners[s].heard(raw[-1]) if s in listeners else ANYBODY
                 if caller is not None:
                     self._arrived(s, [f.buffer if len(f) > 4096 else f.bytes for f in raw], raw[-1], caller)
-                if len(self.queue) >= limits.MAX_INFLIGHT_PER_CLIENT:
+                if len(self.queue) >= limits.MAX_INFLIGHT_PER_CLIENT * max(1, len(self.state.sessions)):
                     break
         self.sockets.guard()
 
@@ -314,15 +302,10 @@ class WorkerLoop:
         elif isinstance(message.header, m.HandOver):
             answer, ready = self.state.handed(rid, message, self.clock.now_s())
             for waited in ready:
-                self._insert(*waited)
+                self.queue.insert(*waited)
             self._carry_out([answer])
         else:
-            self.queue.append((rid, message))
-
-    def _insert(self, rid: bytes, message: Message) -> None:
-        """What waited for activations runs before all that its peer sent after it."""
-        at = (i for i, (r, q) in enumerate(self.queue) if r == rid and q.seq > message.seq)
-        self.queue.insert(next(at, len(self.queue)), (rid, message))
+            self.queue.append(rid, message)
 
     def _over_link(self, name: Name, frames: list[Frame]) -> None:
         try:
@@ -340,11 +323,8 @@ class WorkerLoop:
             self._send(Send(rid, refusal))
 
     def _cancel(self, rid: bytes, message: Message, h: m.Cancel) -> None:
-        kept = deque((r, q) for r, q in self.queue if (r, q.seq) != (rid, h.seq))
-        for r, q in self.queue:
-            if (r, q.seq) == (rid, h.seq):
-                self._carry_out([self.state.refuse(r, q, Cancelled(f"{q.command.name} was cancelled"))])
-        self.queue = kept
+        for r, q in self.queue.remove(lambda r, q: (r, q.seq) == (rid, h.seq)):
+            self._carry_out([self.state.refuse(r, q, Cancelled(f"{q.command.name} was cancelled"))])
         self._carry_out(self.state.unpark(rid, h.session, h.seq))
         self._carry_out(self.state.handle(rid, message))
         if self.running == (rid, h.session, h.seq):
@@ -362,6 +342,10 @@ class WorkerLoop:
                 if self.sockets.allowed is not None:
                     self.sockets.allowed.name(broker, h.keys)
                 return [Send(rid, message.answer(m.PeerAddress(self._listen_for_peers(), self.instance)))]
+            if isinstance(h, m.FetchTensor):
+                return self.links.fetches.begin(rid, message, now)
+            if message.reply and message.command == Command.READ_WEIGHT:
+                return self.links.fetches.take(rid, message)
             if not isinstance(h, m.Hello):
                 return self.state.handle(rid, message)
             if self.route.get(rid) is self.peers_only and self.peers_only is not None and h.role != "peer":
@@ -417,6 +401,8 @@ class WorkerLoop:
                     self.executor.traces.sent(instruction.key, instruction.request.seq, time.monotonic_ns())
             elif isinstance(instruction, Send):
                 self._send(instruction)
+            elif isinstance(instruction, Later):
+                self.queue.append(instruction.rid, instruction.message)
             else:
                 self._link(instruction)
 
@@ -458,7 +444,9 @@ class WorkerLoop:
         if s is None or s.closed:
             return
         frames = encode(instruction.message)
-        self.state.wire_out_bytes += sum(len(f) for f in frames)
+        n = sum(len(f) for f in frames)
+        self.state.wire_out_bytes += n
+        self.state.handed_out_bytes += n if instruction.message.command == Command.READ_WEIGHT else 0
         if self.uplink is None or s not in self.uplink.channels:
             frames.insert(0, instruction.rid)
         try:

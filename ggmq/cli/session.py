@@ -96,6 +96,8 @@ def print_summary(model: Model) -> None:
     """One line for the load, one for each stage."""
     r = model.report
     sent, found = f"{r.sent_bytes / MIB:.1f} MiB sent", f"{r.cached_bytes / MIB:.1f} MiB from caches or files"
+    if r.fetched_bytes:
+        found += f", {r.fetched_bytes / MIB:.1f} MiB from other workers"
     kept = f", {r.kept_bytes / MIB:.1f} MiB there from a run before" if r.kept_bytes else ""
     print(f"load    {model.ready_s:8.2f} s  {sent}, {found}{kept}", file=sys.stderr)
     if len(model.stages) > 1 and not model.direct:

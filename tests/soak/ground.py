@@ -180,7 +180,7 @@ class Ground:
         """End everything. Returns: what lies where nothing should, then removes it."""
         self.end_all()
         left = [f"in the temporary folder: {p.name}" for p in (self.folder / "tmp").iterdir()]
-        left += [f"in the cache: {p.name}" for p in (self.folder / "cache").rglob(".part-*")]
+        left += [f"in the cache: {p.name}" for p in (self.folder / "cache").rglob(".part-locked-*")]
         shutil.rmtree(self.folder, ignore_errors=True)
         return left
 
