@@ -1,0 +1,1 @@
+"""Faults in numbers: real processes that are killed, stopped, cut off and slowed down. `python -m tests.faults --help`."""
