@@ -45,6 +45,8 @@ SOFTWARE = f"ggmq {__version__}"
 CONNECT_S = 10.0
 START_S = 600.0
 END_S = 3.0
+MAX_KILLED = 8
+"""So many local workers may be killed, by whomever, before all are ready for the first time."""
 REOPEN_S = 0.1
 """Between two tries to reach a broker that has gone."""
 NOTED_S = 2.5
@@ -382,9 +384,10 @@ class LocalBus:
             missing = [name for name in self.names if name not in there]
             if not missing:
                 return client
-            for p in self.workers:
-                if p.poll() is not None:
-                    raise WorkerLost(f"a local worker ended with code {p.returncode} before it was ready")
+            ended = [p.returncode for p in self.workers if p.poll() is not None]
+            if any(code >= 0 for code in ended) or self._n_spawned - len(self.workers) + len(ended) > MAX_KILLED:
+                raise WorkerLost(f"a local worker ended with code {ended[0]} before it was ready")
+            self.replace_ended()  # somebody has killed it
             for link, worker in list(self.broker.state.workers.items()):
                 if worker.lost and link in self.remote:
                     raise Unavailable(f"{link.removeprefix('tcp://')}: {worker.lost}")
