@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tests.faults import resume
+from tests.faults import brokers, partitions, resume, slow, stops
 from tests.faults.ground import Ground
 from tests.faults.report import Report, Run
 
@@ -34,6 +34,17 @@ SCENARIOS: dict[str, Scenario] = {
     "resume-serve": Scenario(resume.resume_serve, 60),
     "resume-cluster": Scenario(resume.resume_cluster, 20),
     "resume-twice": Scenario(resume.resume_twice, 20),
+    "resume-upload": Scenario(resume.resume_upload, 20),
+    "resume-cache": Scenario(resume.resume_cache, 20),
+    "resume-end": Scenario(resume.resume_end, 20),
+    "stop": Scenario(stops.stop, 30),
+    "hang": Scenario(stops.hang, 20),
+    "slow-link": Scenario(slow.thin_link, 6),
+    "slow-way": Scenario(slow.long_way, 6),
+    "slow-compute": Scenario(slow.long_compute, 3),
+    "partition-hole": Scenario(partitions.black_hole, 30),
+    "partition-cut": Scenario(partitions.cut, 30),
+    "broker": Scenario(brokers.killed_broker, 40),
 }
 
 

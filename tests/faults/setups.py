@@ -29,6 +29,7 @@ from tests.support.supervised import until
 WATCH_S = 0.02
 LOST = re.compile(r"was lost|take its place|takes its place|worker lost|closed the connection|answers nothing")
 """How clients say that something has gone."""
+GIVEN_UP = re.compile(r"was lost|take its place|takes its place|worker lost")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,7 @@ class Setup:
     listens: workers of a broker listen and it connects to them; else they dial in.
     cache: folder of weights that the workers of a bus share, by name; empty: none.
     proxied: a bad network lies between the broker and each worker.
+    n_tokens: made of each prompt; 0: as many as the ground's sizes say.
     """
 
     how: Literal["local", "bus", "cluster"] = "local"
@@ -53,6 +55,12 @@ class Setup:
     cache: str = ""
     proxied: bool = False
     device: str = "CPU"
+    n_tokens: int = 0
+
+    @property
+    def prefix(self) -> str:
+        """What names of workers begin with."""
+        return "local" if self.how == "local" else "w"
 
     def words(self) -> str:
         parts = ["serve" if self.serves else "run", self.how, f"{self.n_workers} workers"]
@@ -88,7 +96,9 @@ class Live:
         self.workers: dict[str, Talker] = {}
         self.networks: dict[str, BadNetwork] = {}
         self.states: list[tuple[float, str, str]] = []
+        self.streams: list[Stream] = []
         self.endpoint = self.url = ""
+        self._found: dict[str, int] = {}
         self._names: list[str] = []
         self._ports: dict[str, int] = {}
         self._file = self.folder / "cluster.yaml"
@@ -103,10 +113,7 @@ class Live:
         """Everything that is there before something is asked. Errors: RuntimeError when it does not come."""
         s = self.setup
         n = s.n_workers + s.spare
-        if s.how == "local":
-            self._names = [f"local{i}" for i in range(n)]
-        else:
-            self._names = [f"w{i}" for i in range(n)]
+        self._names = [f"{s.prefix}{i}" for i in range(n)]
         if s.how == "bus":
             self._start_bus()
         elif s.how == "cluster":
@@ -190,8 +197,7 @@ class Live:
             return ["--cluster", str(self._file)]
         if s.how == "bus":
             where = ["--broker", self.endpoint]
-            with_layers = set(self._names[: s.n_workers])
-            shares = [str(int(name in with_layers)) for name in self._order()]
+            shares = [str(int(name in self._names[: s.n_workers])) for name in self._order()]
         else:
             where = ["--workers", str(n), "-dev", s.device, "-t", str(n)]
         return [*where, "--insecure", *(["-ts", ",".join(shares)] if s.spare else [])]
@@ -210,19 +216,32 @@ class Live:
 
     def begin(self, prompts: Sequence[str]) -> list[Stream]:
         """Ask for the texts behind the prompts."""
-        n = self.ground.sizes.n_tokens
+        n = self.n_tokens
         if self.setup.serves:
-            return [ask(self.url, p, n) for p in prompts]
+            self.streams = [ask(self.url, p, n) for p in prompts]
+            return self.streams
         (prompt,) = prompts
         self.client = Talker([*GGMQ, *self.ground.run_options(prompt, n), *self._bus_options()], self.env, shown=prompt)
-        return [self.client.stream]
+        self.streams = [self.client.stream]
+        return self.streams
+
+    @property
+    def n_tokens(self) -> int:
+        return self.setup.n_tokens or self.ground.sizes.n_tokens
 
     # -- who is there --------------------------------------------------------------------------------------------------
+
+    def find(self) -> None:
+        """Look for the processes of all workers, so that a signal reaches them at once; a client that has just begun may
+        have none yet."""
+        for name in self._names:
+            if name not in self._found and (pid := self.pid(name)) is not None:
+                self._found[name] = pid
 
     def pid(self, name: str) -> int | None:
         """The process of a worker; None: it is not there."""
         if self.setup.how == "cluster":
-            return self._pids[name]
+            return self._pids[f"{name}/{self.setup.device}"]
         if self.setup.how == "bus":
             return self.workers[name].pid
         assert self.client is not None  # its children are the workers
@@ -235,23 +254,21 @@ class Live:
 
     def signal(self, name: str, number: int) -> bool:
         """Send a worker a signal, once it is there. Returns: whether it was."""
-        found: list[int] = []
 
         def there() -> bool:
-            pid = self.pid(name)
-            found.extend([pid] if pid is not None else [])
-            return bool(found) or (self.client is not None and self.client.process.poll() is not None)
+            self.find()
+            return name in self._found or (self.client is not None and self.client.process.poll() is not None)
 
         until(there, READY_S, 0.002)
-        if found:
+        if name in self._found:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(found[0], number)
-        return bool(found)
+                os.kill(self._found[name], number)
+        return name in self._found
 
     @property
-    def with_layers(self) -> list[str]:
-        """Workers that the model lies on, at first."""
-        return self._names[: self.setup.n_workers]
+    def names(self) -> list[str]:
+        """Of all workers, the spare one among them."""
+        return list(self._names)
 
     def _order(self) -> list[str]:
         client = connect(self.endpoint)
@@ -304,8 +321,11 @@ class Live:
         moments = [t for t in (said, told) if t is not None]
         return min(moments) if moments else None
 
-    def is_said(self, words: str) -> bool:
-        return self.client is not None and words in self.client.err.text()
+    def evicted(self, since_s: float) -> list[str]:
+        """Who was given up from a moment on, as the broker and the client have it. A silent worker is not."""
+        lost = [name for t, name, state in list(self.states) if t >= since_s and state in ("lost", "gone")]
+        lines = [line for t, line in list(self.client.err.lines) if t >= since_s] if self.client is not None else []
+        return lost + [line for line in lines if GIVEN_UP.search(line)]
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
@@ -368,7 +388,7 @@ _calms: dict[tuple[Path, Setup], Calm] = {}
 
 def calm(ground: Ground, setup: Setup) -> Calm:
     """How long it takes undisturbed, measured once. Errors: RuntimeError when even that does not end well."""
-    plain = dataclasses.replace(setup, spare=False, proxied=False, listens=False)
+    plain = dataclasses.replace(setup, spare=False, proxied=False, listens=False, cache="warm" if setup.cache else "")
     key = (ground.folder, plain)
     if key not in _calms:
         with living(ground, plain) as live:
@@ -376,13 +396,13 @@ def calm(ground: Ground, setup: Setup) -> Calm:
             prompts = ground.prompts(plain.n_seqs, plain.is_long)
             streams = live.begin(prompts)
             problems = live.wait(streams)
-            expected = [ground.text(p, ground.sizes.n_tokens) for p in prompts]
+            expected = [ground.text(p, live.n_tokens) for p in prompts]
             if problems or [made(s) for s in streams] != expected:
                 raise RuntimeError(f"{plain.words()}, undisturbed: {problems or 'another text'}")
             shown = start if plain.serves else streams[0].pieces[0][0]
             first = min(s.made_times()[0] for s in streams)
             last = max(s.pieces[-1][0] for s in streams)
-            n = max(1, ground.sizes.n_tokens - 1)
+            n = max(1, live.n_tokens - 1)
             _calms[key] = Calm(shown - start, first - shown, (last - first) / n, last - start)
     return _calms[key]
 

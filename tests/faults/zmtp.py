@@ -4,6 +4,7 @@ from __future__ import annotations
 
 GREETING_BYTES = 64
 MORE, LONG, COMMAND = 1, 2, 4
+NULL = b"NULL".ljust(20, b"\0")
 
 
 class Splitter:
@@ -15,28 +16,27 @@ class Splitter:
 
     def __init__(self) -> None:
         self.opaque = False
-        self._greeted = False
+        self._greeting = b""
         self._rest = bytearray()
         self._parts = bytearray()
 
     def feed(self, data: bytes) -> list[tuple[bytes, bool]]:
         """What is complete now, in order: bytes, and whether they are a whole message (all its frames)."""
-        if self.opaque:
-            return [(data, False)]
-        self._rest += data
         out: list[tuple[bytes, bool]] = []
-        if not self._greeted:
-            if self._rest[:1] not in (b"", b"\xff") or (len(self._rest) >= GREETING_BYTES and not self._is_null()):
-                self.opaque = True
-                return [(bytes(self._rest), False)]
-            if len(self._rest) < GREETING_BYTES:
-                # the first ten bytes are answered before the others are sent
-                return []
-            self._greeted = True
-            out.append((self._take(GREETING_BYTES), False))
-        while (n := self._frame_bytes()) is not None and len(self._rest) >= n:
+        n = GREETING_BYTES - len(self._greeting)
+        if n and not self.opaque:
+            # passed on as it comes: its first bytes are answered before the others are sent
+            self._greeting += data[:n]
+            out.append((data[:n], False))
+            data = data[n:]
+            self.opaque = not self._is_null()
+        if self.opaque:
+            return [*out, (data, False)] if data else out
+        self._rest += data
+        while (n_bytes := self._frame_bytes()) is not None and len(self._rest) >= n_bytes:
             flags = self._rest[0]
-            frame = self._take(n)
+            frame = bytes(self._rest[:n_bytes])
+            del self._rest[:n_bytes]
             if flags & COMMAND:
                 out.append((frame, False))
                 continue
@@ -47,7 +47,9 @@ class Splitter:
         return out
 
     def _is_null(self) -> bool:
-        return self._rest[10] == 3 and bytes(self._rest[12:32]).rstrip(b"\0") == b"NULL"
+        """Whether the greeting, as far as it has come, may be of that mechanism."""
+        g = self._greeting
+        return g[:1] == b"\xff" and g[10:11] in (b"", b"\x03") and NULL.startswith(g[12:32])
 
     def _frame_bytes(self) -> int | None:
         """How long the frame is that the rest begins with, with its header; None when that is not known yet."""
@@ -56,8 +58,3 @@ class Splitter:
         if not self._rest[0] & LONG:
             return 2 + self._rest[1] if len(self._rest) >= 2 else None
         return 9 + int.from_bytes(self._rest[1:9], "big") if len(self._rest) >= 9 else None
-
-    def _take(self, n: int) -> bytes:
-        taken = bytes(self._rest[:n])
-        del self._rest[:n]
-        return taken
