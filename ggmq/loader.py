@@ -23,17 +23,13 @@ from ggmq.sources import Sources
 from protocol import limits
 from protocol import messages as m
 from protocol.content import content_name
-from protocol.errors import DeadlineExceeded, GgmqError, HandleError, ProtocolError, WorkerLost
+from protocol.errors import DeadlineExceeded, HandleError, ProtocolError
 
 HASH_WINDOW = 64
 """Questions for hashes that are under way at once."""
 FETCH_WINDOW = 2
 """Weights that one worker fetches from others at once."""
 POLL_S = 0.02
-AGAIN_S = 3.0
-"""A worker whose connection broke while weights were sent may be there again within this long."""
-MAX_BREAKS = 8
-"""So often in a row, at most."""
 
 Progress = Callable[[str, int, int], None]
 """Called with a phase, units done and units in all."""
@@ -140,44 +136,7 @@ class Loader:
 
         Errors: what the workers report.
         """
-        for n_left in reversed(range(MAX_BREAKS)):
-            try:
-                self._load(parts, hashes, progress)
-                return
-            except WorkerLost:
-                if not n_left or not self._back({part.device for part in parts}):
-                    raise
-
-    def _back(self, devices: set[int]) -> bool:
-        """Whether workers are there again that were lost just now; one that is silent is waited for by others, longer."""
-        due = time.monotonic() + AGAIN_S
-        while time.monotonic() < due:
-            infos = self.client.devices()
-            states = {infos[d].state if d < len(infos) else "none" for d in devices}
-            if states == {"ready"}:
-                return True
-            if not states <= {"ready", "lost"}:
-                return False
-            time.sleep(0.05)
-        return False
-
-    def _load(self, parts: Sequence[Part], hashes: dict[str, bytes], progress: Progress | None) -> None:
         client, under_way = self.client, deque[int]()
-        uploads: list[Upload] = []
-        try:
-            self._fill(parts, hashes, progress, under_way, uploads)
-        except WorkerLost:
-            for seq in [*under_way, *(seq for u in uploads for seq in u.under_way)]:
-                with contextlib.suppress(GgmqError):
-                    client.wait(seq)
-            raise
-
-    def _fill(
-        self, parts: Sequence[Part], hashes: dict[str, bytes], progress: Progress | None, under_way: deque[int],
-        uploads: list[Upload],
-    ) -> None:  # fmt: skip
-        """`under_way` and `uploads`: where it can be seen what has not been answered yet, when an error comes."""
-        client = self.client
         for part in parts:
             name = content_name(max(part.n_bytes, 1), (p.part(hashes[p.info.name]) for p in part.placed))
             alloc = m.AllocBuffer(client.session, part.buffer, max(part.n_bytes, 1), name)
@@ -199,7 +158,7 @@ class Loader:
         for part in parts:
             if not part.kept:
                 by_device.setdefault(part.device, []).extend(part.placed)
-        uploads += [Upload(self, device, weights, hashes) for device, weights in by_device.items()]
+        uploads = [Upload(self, device, weights, hashes) for device, weights in by_device.items()]
         done, total = kept, sum(sizes)
         while any(u.busy for u in uploads):
             for u in uploads:
@@ -256,11 +215,6 @@ class Upload:
     @property
     def busy(self) -> bool:
         return bool(self.to_ask or self.asked or self.missing or self.to_fetch or self.fetching or self.to_send or self.sent)
-
-    @property
-    def under_way(self) -> list[int]:
-        """Requests that have not been waited for."""
-        return [*(of[0] for of in self.asked), *(of[0] for of in self.fetching), *(of[0] for of in self.sent)]
 
     def advance(self) -> int:
         """Keep the windows full, then wait for one reply. Returns: bytes that are now in place."""
