@@ -12,6 +12,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -28,8 +29,10 @@ from config.keys import KeyPair
 from config.terminal import print_line
 from protocol import PROTOCOL_VERSION, limits, tokens
 from protocol import messages as m
+from protocol.encoding import decode_graph
 from protocol.errors import Cancelled, DeviceError, GgmqError, ProtocolError, Unavailable, VersionError
 from protocol.frames import Frame, Message, decode, encode, refusal_of
+from protocol.graph import Graph
 from protocol.messages import Command
 from workers.cache import Cache, ModelFolder
 from workers.devices.base import Device
@@ -37,11 +40,14 @@ from workers.executor import Executor
 from workers.links import Dial, HangUp, LinkInstruction, Links, Name, ToPeer
 from workers.sockets import GUARD_S, Sockets
 from workers.state import WorkerState
+from workers.ticks import alongside
 from workers.turns import Turns
 from workers.uplink import Uplink
 from workers.work import Compute, Key, Send, Work
 
 HOUSEKEEPING_S = 0.1
+LARGE_GRAPH_BYTES = 1 << 16
+"""A graph of so many bytes is read in some hundredths of a second."""
 LAST_WORDS_MS = 1000
 """A worker whose device broke waits so long until the answer that says so has gone."""
 
@@ -86,6 +92,7 @@ class WorkerLoop:
         self.peers_only: zmq.Socket[Any] | None = None
         self.peer_endpoint = ""
         self.executor.make_room = self._make_room
+        self.state.decode = self._decode
 
     # -- ways to be reached --------------------------------------------------------------------------------------------
 
@@ -239,6 +246,11 @@ class WorkerLoop:
     def _free(self, key: tuple[bytes, int]) -> None:
         self.executor.free_session(key)
         self.state.drop(key)
+
+    def _decode(self, frame: Frame) -> Graph:
+        if len(frame) < LARGE_GRAPH_BYTES:
+            return decode_graph(frame)
+        return alongside.do(partial(decode_graph, frame), self._tick)
 
     def _receive(self, timeout_ms: int) -> None:
         """Take in all that has arrived, controls before bulk; what is refused is answered here."""
