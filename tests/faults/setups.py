@@ -20,12 +20,13 @@ from config.running import read_state
 from ggmq.cluster import connect
 from protocol.errors import GgmqError
 from tests.faults.ground import GGMQ, LIMIT_S, READY_S, WORKER, Ground
-from tests.faults.network import BadNetwork
+from tests.faults.network import BadNetwork, Namespace
 from tests.faults.streams import Stream, Talker, ask
 from tests.support.fixtures import ROOT, free_port
 from tests.support.processes import children_of
 from tests.support.supervised import until
 
+LOOPBACK = "127.0.0.1"
 WATCH_S = 0.02
 LOST = re.compile(r"was lost|take its place|takes its place|worker lost|closed the connection|answers nothing")
 """How clients say that something has gone."""
@@ -43,6 +44,8 @@ class Setup:
     cache: folder of weights that the workers of a bus share, by name; empty: none.
     proxied: a bad network lies between the broker and each worker.
     n_tokens: made of each prompt; 0: as many as the ground's sizes say.
+    drafts: tokens may be guessed; else every run takes the same steps.
+    apart: workers of a bus are in network namespaces of their own.
     """
 
     how: Literal["local", "bus", "cluster"] = "local"
@@ -56,6 +59,8 @@ class Setup:
     proxied: bool = False
     device: str = "CPU"
     n_tokens: int = 0
+    drafts: bool = True
+    apart: bool = False
 
     @property
     def prefix(self) -> str:
@@ -95,6 +100,7 @@ class Live:
         self.broker: Talker | None = None
         self.workers: dict[str, Talker] = {}
         self.networks: dict[str, BadNetwork] = {}
+        self.spaces: dict[str, Namespace] = {}
         self.states: list[tuple[float, str, str]] = []
         self.streams: list[Stream] = []
         self.endpoint = self.url = ""
@@ -127,7 +133,9 @@ class Live:
     def _start_bus(self) -> None:
         s = self.setup
         port = free_port()
-        self.endpoint = f"tcp://127.0.0.1:{port}"
+        self.endpoint = f"tcp://{LOOPBACK}:{port}"
+        if s.apart:
+            self.spaces = {name: Namespace() for name in self._names}
         if s.listens:
             self._ports = {name: free_port() for name in self._names}
             for name in self._names:
@@ -146,21 +154,27 @@ class Live:
     def start_broker(self) -> None:
         """Or another one on its port."""
         ports = {n: self.networks[n].port if n in self.networks else p for n, p in self._ports.items()}
-        rpc = ["--rpc", ",".join(f"127.0.0.1:{p}" for p in ports.values())] if ports else []
-        self.broker = Talker([*GGMQ, "broker", "--listen", self.endpoint, "--insecure", *rpc], self.env)
+        addresses = [f"{self.spaces[n].inner if n in self.spaces else LOOPBACK}:{p}" for n, p in ports.items()]
+        rpc = ["--rpc", ",".join(addresses)] if ports else []
+        listen = self.endpoint.replace(LOOPBACK, "0.0.0.0") if self.setup.apart else self.endpoint
+        self.broker = Talker([*GGMQ, "broker", "--listen", listen, "--insecure", *rpc], self.env)
 
     def start_worker(self, name: str, *options: str) -> None:
         """Or another one of that name."""
         s = self.setup
+        space = self.spaces.get(name)
         if s.listens:
-            where = ["-p", str(self._ports[name])]
+            where = ["-p", str(self._ports[name]), "-H", space.inner if space else LOOPBACK]
+        elif space:
+            where = ["--broker", self.endpoint.replace(LOOPBACK, space.outer)]
         elif name in self.networks:
             where = ["--broker", f"tcp://127.0.0.1:{self.networks[name].port}"]
         else:
             where = ["--broker", self.endpoint]
         cache = ["--cache-dir", str(self.cache_folder)] if s.cache else []
-        self.workers[name] = Talker([*WORKER, *where, "--insecure", "-d", s.device, "-t", "1", "--name", name, *cache,
-                                     *options], self.env)  # fmt: skip
+        within = space.command if space else []
+        self.workers[name] = Talker([*within, *WORKER, *where, "--insecure", "-d", s.device, "-t", "1", "--name", name,
+                                     *cache, *options], self.env)  # fmt: skip
 
     @property
     def cache_folder(self) -> Path:
@@ -200,7 +214,8 @@ class Live:
             shares = [str(int(name in self._names[: s.n_workers])) for name in self._order()]
         else:
             where = ["--workers", str(n), "-dev", s.device, "-t", str(n)]
-        return [*where, "--insecure", *(["-ts", ",".join(shares)] if s.spare else [])]
+        drafts = [] if s.drafts else ["--spec", "off"]
+        return [*where, "--insecure", *drafts, *(["-ts", ",".join(shares)] if s.spare else [])]
 
     def _start_server(self) -> None:
         options = [] if self.setup.how == "cluster" else self.ground.model_options()
@@ -264,6 +279,10 @@ class Live:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._found[name], number)
         return name in self._found
+
+    def port(self, name: str) -> int:
+        """That a worker listens on."""
+        return self._ports[name]
 
     @property
     def names(self) -> list[str]:
@@ -365,7 +384,7 @@ class Live:
                 p.end()
         if self._is_up:
             self._ggmq("down", str(self._file))
-        for network in self.networks.values():
+        for network in (*self.networks.values(), *self.spaces.values()):
             network.end()
         if self._watcher is not None:
             self._watcher.join(10)
@@ -388,7 +407,8 @@ _calms: dict[tuple[Path, Setup], Calm] = {}
 
 def calm(ground: Ground, setup: Setup) -> Calm:
     """How long it takes undisturbed, measured once. Errors: RuntimeError when even that does not end well."""
-    plain = dataclasses.replace(setup, spare=False, proxied=False, listens=False, cache="warm" if setup.cache else "")
+    cache = "warm" if setup.cache else ""
+    plain = dataclasses.replace(setup, spare=False, proxied=False, apart=False, listens=False, cache=cache)
     key = (ground.folder, plain)
     if key not in _calms:
         with living(ground, plain) as live:
