@@ -19,14 +19,16 @@ from protocol.errors import ProtocolError
 from protocol.frames import Message, decode, encode
 from protocol.graph import Graph
 from protocol.messages import NOT_CLIENTS, REQUEST, Command
-from tests.faults.ground import LIMIT_S, Ground
+from tests.faults.ground import Ground
 from tests.faults.mutations import mutated, valid
+from tests.faults.playing import one_text
 from tests.faults.report import Run
-from tests.faults.setups import Live, Setup, living, made
+from tests.faults.setups import Live, Setup, living
 from tests.faults.streams import Talker
 from tests.support.attacker import SESSION
 from tests.support.processes import rss_bytes
 from tests.support.strategies import leaf
+from tests.support.supervised import until
 
 N_MESSAGES = 1_000_000
 N_QUICK = 25_000
@@ -128,24 +130,16 @@ def _send(run: Run, attack: Attack, peers: Sequence[Peer], good: Peer, process: 
     return True
 
 
-def _text(live: Live, run: Run, when: str) -> None:
-    prompts = live.ground.prompts(1, False)
-    streams = live.begin(prompts)
-    problems = live.wait(streams, LIMIT_S)
-    if problems or made(streams[0]) != live.ground.text(prompts[0], live.n_tokens):
-        run.complete, run.identical = not problems, bool(problems)
-        run.fail(f"{when}: {problems or 'another text'}")
-
-
 @contextlib.contextmanager
 def _watched(run: Run, live: Live, processes: dict[str, Talker]) -> Iterator[None]:
     """Texts before and after, memory before and after."""
     for _ in range(2):
-        _text(live, run, "before")
+        one_text(live, run, "before")
     before = {name: rss_bytes(p.pid) for name, p in processes.items()}
     yield
-    time.sleep(SETTLE_S)
-    _text(live, run, "afterwards")
+    until(lambda: all(rss_bytes(p.pid) < before[name] + MAX_GROWTH_BYTES / 2 for name, p in processes.items()
+                      if p.process.poll() is None), SETTLE_S, 0.1)  # fmt: skip
+    one_text(live, run, "afterwards")
     for name, p in processes.items():
         if p.process.poll() is not None:
             run.fail(f"the {name} ended: {p.err.text()[-300:]}")

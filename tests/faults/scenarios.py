@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tests.faults import brokers, fuzz, partitions, resume, slow, stops, wire
+from tests.faults import brokers, caches, flood, fuzz, leaks, partitions, resume, slow, stops, wire
 from tests.faults.ground import Ground
 from tests.faults.report import Report, Run, Skipped
 
@@ -46,6 +46,13 @@ SCENARIOS: dict[str, Scenario] = {
     "fuzz-worker": Scenario(fuzz.worker, 1),
     "fuzz-broker": Scenario(fuzz.broker, 1),
     "broker": Scenario(brokers.killed_broker, 40),
+    "flood": Scenario(flood.strangers, 6),
+    "cache-full": Scenario(caches.full, 3),
+    "cache-damaged": Scenario(caches.damaged, 9),
+    "cache-writers": Scenario(caches.two_writers, 5),
+    "cache-killed": Scenario(caches.killed_writer, 10),
+    "leaks-steps": Scenario(leaks.steps, 1),
+    "leaks-sessions": Scenario(leaks.sessions, 1),
 }
 
 

@@ -41,7 +41,7 @@ class Setup:
     n_seqs: texts at once, of a server.
     is_long: prompts take a while to be read.
     listens: workers of a broker listen and it connects to them; else they dial in.
-    cache: folder of weights that the workers of a bus share, by name; empty: none.
+    cache: of weights, which the workers of a bus share: `cold`; `warm`, the same in all runs; a folder. Empty: none.
     proxied: a bad network lies between the broker and each worker.
     n_tokens: made of each prompt; 0: as many as the ground's sizes say.
     drafts: tokens may be guessed; else every run takes the same steps.
@@ -178,8 +178,8 @@ class Live:
 
     @property
     def cache_folder(self) -> Path:
-        """Shared by all runs where it is to be warm."""
-        return (self.ground.folder if self.setup.cache == "warm" else self.folder) / "cache"
+        cache = self.setup.cache
+        return Path(cache) if "/" in cache else (self.ground.folder if cache == "warm" else self.folder) / "cache"
 
     def _start_cluster(self) -> None:
         s = self.setup
@@ -236,6 +236,8 @@ class Live:
             self.streams = [ask(self.url, p, n) for p in prompts]
             return self.streams
         (prompt,) = prompts
+        if self.client is not None:
+            self.client.end()
         self.client = Talker([*GGMQ, *self.ground.run_options(prompt, n), *self._bus_options()], self.env, shown=prompt)
         self.streams = [self.client.stream]
         return self.streams
@@ -416,7 +418,7 @@ def calm(ground: Ground, setup: Setup) -> Calm:
             prompts = ground.prompts(plain.n_seqs, plain.is_long)
             streams = live.begin(prompts)
             problems = live.wait(streams)
-            expected = [ground.text(p, live.n_tokens) for p in prompts]
+            expected = ground.texts(prompts, live.n_tokens)
             if problems or [made(s) for s in streams] != expected:
                 raise RuntimeError(f"{plain.words()}, undisturbed: {problems or 'another text'}")
             shown = start if plain.serves else streams[0].pieces[0][0]
