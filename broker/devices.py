@@ -30,6 +30,7 @@ class DeviceEntry:
     lost: why its worker is gone, when it is.
     holders: sessions that something was done for here.
     ended: those that ended while its worker could not be told.
+    retired: whoever holds something here is to leave.
     allocated: bytes handed out, by session and buffer.
     """
 
@@ -40,6 +41,7 @@ class DeviceEntry:
     lost: str = ""
     holders: set[int] = field(default_factory=set)
     ended: set[int] = field(default_factory=set)
+    retired: bool = False
     allocated: dict[tuple[int, int], int] = field(default_factory=dict)
 
     @property
@@ -98,7 +100,7 @@ class Devices:
                     # one that listens tells what is free besides; one that dials in counts what a broker that is gone held
                     held = sum(old.allocated.values()) if link.startswith("tcp://") else 0
                     fresh.info = msgspec.structs.replace(named, free_bytes=named.free_bytes + held)
-                    fresh.ended, fresh.allocated = old.ended, old.allocated
+                    fresh.ended, fresh.allocated, fresh.retired = old.ended, old.allocated, old.retired
             self.entries[index] = fresh
             out.append(fresh)
         for index in back.values():
@@ -134,4 +136,5 @@ class Devices:
         if state != "ready":
             known |= {"free_bytes": 0, "total_bytes": 0, "description": state}
         address = entry.link.removeprefix("tcp://") if entry.link.startswith("tcp://") else ""
-        return m.ListedDevice(**known, state=state, address=address[:256], n_sessions=len(entry.holders))
+        return m.ListedDevice(**known, state=state, address=address[:256], n_sessions=len(entry.holders),
+                              retired=entry.retired)  # fmt: skip

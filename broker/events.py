@@ -19,10 +19,13 @@ class FromClient:
 
 @dataclass(frozen=True, slots=True)
 class FromWorker:
+    """`key`: the public key of a worker that dialled in with one of its own."""
+
     link: Link
     message: Message
     now_s: float
     bulk: bool = False
+    key: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,14 @@ class Unreached:
 
 
 @dataclass(frozen=True, slots=True)
+class LinkStuck:
+    """A worker that is silent takes new connections: the one that there is will not carry anything for a while."""
+
+    link: Link
+    now_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerEnded:
     """A process that was started here is no more."""
 
@@ -71,7 +82,7 @@ class Tick:
     now_s: float
 
 
-Event = FromClient | FromWorker | LinkOpened | LinkLost | Unreached | WorkerEnded | ClientLost | Tick
+Event = FromClient | FromWorker | LinkOpened | LinkLost | LinkStuck | Unreached | WorkerEnded | ClientLost | Tick
 
 
 @dataclass(frozen=True, slots=True)

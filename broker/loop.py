@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import zmq
@@ -21,6 +22,7 @@ from broker.events import (
     Link,
     LinkLost,
     LinkOpened,
+    LinkStuck,
     Redial,
     Tick,
     ToClient,
@@ -30,11 +32,15 @@ from broker.events import (
 )
 from broker.state import BrokerState
 from broker.tracing import Traces
-from config.auth import Listener, close_monitored, happening, monitor_of, new_socket, require_curve
+from config.allowed import Allowed, list_beside
+from config.auth import Listener, close_monitored, happening, monitor_of, new_socket
 from config.clock import LivedClock
-from config.keys import KeyPair
+from config.keys import KeyPair, require
 from config.reaching import Happening, Reaching
+from config.roles import Caller, Callers, Role
+from config.stuck import Stuck, Way
 from config.terminal import print_line
+from config.zap import Authenticator
 from protocol import limits
 from protocol import messages as m
 from protocol.errors import GgmqError, ProtocolError, VersionError
@@ -42,6 +48,8 @@ from protocol.frames import Frame, Message, decode, encode, refusal_of
 from protocol.messages import Command
 from protocol.tracing import encode_noted
 
+Where = tuple[int, bytes]
+"""A listener, and a routing id there."""
 TICK_S = 0.1
 NOTED_S, MAX_NOTES = 10.0, 100
 """In so many seconds at most so many notes: nobody fills a disk by knocking."""
@@ -74,22 +82,34 @@ class BrokerLoop:
         self._monitors: dict[zmq.Socket[Any], Link] = {}
         self._reaching: dict[Link, Reaching] = {}
         self._owner: dict[zmq.Socket[Any], tuple[Link, bool]] = {}
-        self._dialled: dict[tuple[int, bytes], tuple[Link, bool]] = {}
-        self._rids: dict[tuple[Link, bool], tuple[int, bytes]] = {}
+        self._dialled: dict[Where, tuple[Link, bool]] = {}
+        self._rids: dict[tuple[Link, bool], Where] = {}
         self._tokens: dict[bytes, Link] = {}
-        self._early: dict[bytes, tuple[tuple[int, bytes], Message, float]] = {}
+        self._stuck: dict[Link, Stuck] = {}
+        self._early: dict[tuple[bytes, str, int], tuple[Where, Message, float]] = {}
+        self._dials: dict[Link, int] = {}
+        self._allowed: Allowed | None = None
+        self._callers: Callers[Where] = Callers()
+        self._owners: dict[bytes, Caller] = {}
+        self._trouble = ""
         self._traces = Traces()
-        self._auth: Any = None
+        self._auth: Authenticator | None = None
         self._stopping = False
         self._poller = zmq.Poller()
         self._thread: threading.Thread | None = None
 
     def listen(self, endpoint: str) -> str:
-        """Bind a ROUTER for clients and for workers that dial in. CURVE on TCP when there are keys."""
+        """Bind a ROUTER for clients and for workers that dial in. CURVE on TCP when there are keys.
+
+        Errors: ConfigError when it cannot be bound, the keys are not a cluster's, or a wrong key is not refused there.
+        """
         tcp = endpoint.startswith("tcp://")
         if tcp and self.keys is not None and self._auth is None:
-            self._auth = require_curve(self.context, self.keys)
-        listener = Listener(self.context, endpoint, self.keys if tcp else None, "is another broker there?",
+            require(self.keys, Role.CLUSTER, "a broker", "run it where the cluster's key is")
+            listed = list_beside(Path(self.keys.path)) if self.keys.path else None
+            self._allowed = Allowed(self.keys, listed)
+            self._auth = Authenticator(self.context, self._allowed)
+        listener = Listener(self.context, endpoint, self._allowed if tcp else None, "is another broker there?",
                             limits.MAX_MESSAGE_BYTES, "ggmq broker")  # fmt: skip
         self._listeners.append(listener)
         self._poller.register(listener.socket, zmq.POLLIN)
@@ -97,7 +117,11 @@ class BrokerLoop:
         return listener.endpoint
 
     def connect_worker(self, endpoint: str) -> None:
-        """Connect to a worker that listens, with a control and a bulk channel. Call before `run`."""
+        """Connect to a worker that listens, with a control and a bulk channel. Call before `run`.
+
+        Errors: ConfigError when the keys are not the cluster's: a worker that listens takes no other from a broker.
+        """
+        require(self.keys, Role.CLUSTER, "a worker that listens", "use a broker that runs: --broker ENDPOINT")
         sockets = []
         for bulk in (False, True):
             s = new_socket(self.context, zmq.DEALER, self.keys, server=False)
@@ -148,6 +172,8 @@ class BrokerLoop:
                 del self.children[name]
                 self._handle(WorkerEnded(name, GONE, now))
         self._look_at_unreached(now)
+        self._look_at_silent(now)
+        self._look_at_keys(now)
         self._handle(Tick(now))
         if now - self._noted_s > NOTED_S:
             if self._n_noted > MAX_NOTES:
@@ -156,6 +182,31 @@ class BrokerLoop:
         for listener in self._listeners:
             listener.guard()
         self._early = {t: e for t, e in self._early.items() if now - e[2] < limits.RECONNECT_S}
+        self._owners = {t: c for t, c in self._owners.items() if t in self._tokens or self.state.devices.known(t)}
+        early = {where for where, _, _ in self._early.values()}
+        self._callers.keep({(peer[0], peer[1:]) for peer in self.state.clients} | self._dialled.keys() | early)
+
+    def _look_at_keys(self, now: float) -> None:
+        """Whose key was removed, or has another role now, loses its session."""
+        if self._allowed is None:
+            return
+        self._allowed.refresh()
+        if self._allowed.trouble != self._trouble:
+            self._trouble = self._allowed.trouble
+            if self._trouble:
+                print_line(f"ggmq broker: {self._trouble}; until then only the cluster's key is let in", file=sys.stderr)
+        for where, caller in self._callers.all().items():
+            if caller.key and self._allowed.caller(caller.key) != caller:
+                self._gone(where, f"its key, {caller.name or 'the one it came with'}, is not let in any more", now)
+
+    def _gone(self, where: Where, reason: str, now: float) -> None:
+        """Nobody speaks for a routing id any more."""
+        self._callers.forget(where)
+        known = self._dialled.get(where)
+        if known is not None:
+            self._handle(LinkLost(known[0], reason, now))
+        else:
+            self._handle(ClientLost(bytes([where[0]]) + where[1], now))
 
     def _is_unreached(self, link: Link) -> bool:
         """Whether a worker that listens has not answered HELLO yet."""
@@ -169,6 +220,17 @@ class BrokerLoop:
                 if reason != self.state.workers[link].lost:
                     self.note(f"{link.removeprefix('tcp://')}: {reason}; dialling on")
                 self._handle(Unreached(link, reason, now))
+
+    def _look_at_silent(self, now: float) -> None:
+        """A worker that listens and is silent may only have a connection over which nothing comes any more."""
+        silent = {link for link in self._dealers if self.state.workers[link].silent}
+        self._stuck = {link: self._stuck.get(link) or Stuck(link, self.keys, now) for link in silent}
+        for link, stuck in self._stuck.items():
+            match stuck.look(now):
+                case Way.OPEN:
+                    self._handle(LinkStuck(link, now))
+                case Way.REFUSED:
+                    self._handle(LinkLost(link, GONE, now))
 
     def _handle(self, event: Event) -> None:
         if self._traces or (isinstance(event, FromClient) and isinstance(event.message.header, m.TraceQuery)):
@@ -223,8 +285,10 @@ class BrokerLoop:
             else:
                 index = next(i for i, listener in enumerate(self._listeners) if listener.socket is s)
                 known = (index, bytes(frames[0])) in self._dialled
-                self._listeners[index].heard(raw[-1], limits.MAX_MESSAGE_BYTES if known else limits.MAX_REQUEST_BYTES)
-                self._router_frames(index, frames, raw[-1], now)
+                most = limits.MAX_MESSAGE_BYTES if known else limits.MAX_REQUEST_BYTES
+                caller = self._listeners[index].heard(raw[-1], most)
+                if caller is not None:
+                    self._router_frames(index, frames, raw[-1], caller, now)
 
     def _monitored(self, link: Link, what: Happening, now: float) -> None:
         self._reaching[link].happened(what, now)
@@ -234,7 +298,7 @@ class BrokerLoop:
         elif what is Happening.SHAKEN and self._reaching[link].n_shaken > 1:
             self._handle(LinkOpened(link, now))  # our HELLO went with the connection before
 
-    def _worker_frames(self, link: Link, bulk: bool, frames: list[Frame], now: float) -> None:
+    def _worker_frames(self, link: Link, bulk: bool, frames: list[Frame], now: float, key: bytes = b"") -> None:
         try:
             message = decode(frames)
         except ProtocolError as e:
@@ -244,18 +308,23 @@ class BrokerLoop:
             self._handle(LinkLost(link, f"it broke the protocol: {e}", now))
             return
         h = message.header
+        if isinstance(h, m.Hello) and not message.reply and self._tokens.get(h.token) != link:
+            self._handle(LinkLost(link, "it broke the protocol: HELLO of another worker", now))
+            return
         if isinstance(h, m.Hello) and message.reply and h.role != "worker" and link in self._reaching:
             self._reaching[link].known = (f"a ggmq {h.role} listens there, not a worker; "
                                           "a broker's address is for --broker")  # fmt: skip
             return
-        self._handle(FromWorker(link, message, now, bulk))
+        self._handle(FromWorker(link, message, now, bulk, key))
 
-    def _router_frames(self, index: int, frames: list[Frame], frame: zmq.Frame, now: float) -> None:
+    def _router_frames(self, index: int, frames: list[Frame], frame: zmq.Frame, caller: Caller, now: float) -> None:
         rid = bytes(frames[0])
         where = (index, rid)
+        if self._callers.is_another(where, caller):
+            self._gone(where, GONE, now)
         known = self._dialled.get(where)
         if known is not None:
-            self._worker_frames(*known, frames[1:], now)
+            self._worker_frames(*known, frames[1:], now, _own_key(caller))
             return
         peer = bytes([index]) + rid
         try:
@@ -265,26 +334,39 @@ class BrokerLoop:
             self._reject(peer, frames[1:], e)
             return
         h = message.header
-        if isinstance(h, m.Hello) and h.role.startswith("worker") and not message.reply:
-            bulk = h.role.endswith("-bulk")
-            self._dialled_in(where, h, message, bulk, now)
+        try:
+            if isinstance(h, m.Hello):
+                self._callers.greet(where, caller, h.role)
+            if isinstance(h, m.Hello) and h.role.startswith("worker") and not message.reply:
+                self._dialled_in(where, h, message, caller, now)
+                return
+        except ProtocolError as e:
+            self._do([self.state.traffic.refuse(peer, message, e)])
             return
         self._handle(FromClient(peer, message, now))
 
-    def _dialled_in(self, where: tuple[int, bytes], h: m.Hello, message: Message, bulk: bool, now: float) -> None:
-        """A worker's HELLO on one of its channels; the two connections may arrive in either order."""
+    def _dialled_in(self, where: Where, h: m.Hello, message: Message, caller: Caller, now: float) -> None:
+        """A worker's HELLO on one of its channels; the two connections may arrive in either order.
+
+        Errors: ProtocolError when another key has said HELLO with its token: others know that too.
+        """
+        bulk = h.role.endswith("-bulk")
+        owner = self._owners.get(h.token)
+        taken = owner is None and caller.role is not Role.CLUSTER and self.state.devices.known(h.token)
+        if taken or (owner is not None and owner.key != caller.key):
+            raise ProtocolError("HELLO: this token is that of a worker with another key")
         link = self._tokens.get(h.token) if bulk else f"dial/{where[0]}.{where[1].hex()}"
-        if link is None or (bulk and (link, True) in self._rids):  # it comes before, or again before, its control channel
+        if link is None or (bulk and self._dials.get(link) != h.session):  # it comes before its control channel
             if len(self._early) < limits.MAX_SESSIONS:
-                self._early[h.token] = (where, message, now)
+                self._early[(h.token, caller.key, h.session)] = (where, message, now)
             return
-        self._tokens[h.token] = link
+        self._tokens[h.token], self._owners[h.token], self._dials[link] = link, caller, h.session
         self._dialled[where] = (link, bulk)
         self._rids[(link, bulk)] = where
-        self._handle(FromWorker(link, message, now, bulk))
-        early = self._early.pop(h.token, None)
+        self._handle(FromWorker(link, message, now, bulk, _own_key(caller)))
+        early = self._early.pop((h.token, caller.key, h.session), None)
         if early is not None and not bulk and isinstance(early[1].header, m.Hello):
-            self._dialled_in(early[0], early[1].header, early[1], True, now)
+            self._dialled_in(early[0], early[1].header, early[1], caller, now)
 
     def _reject(self, peer: bytes, frames: list[Frame], error: ProtocolError) -> None:
         refusal = refusal_of(frames, error)
@@ -307,7 +389,7 @@ class BrokerLoop:
 
     def _send(self, i: ToClient | ToWorker) -> None:
         if isinstance(i, ToClient):
-            where: tuple[int, bytes] | None = (i.rid[0], i.rid[1:])
+            where: Where | None = (i.rid[0], i.rid[1:])
             gone: Event = ClientLost(i.rid, self.clock.now_s())
         else:
             where = self._rids.get((i.link, i.bulk))
@@ -328,6 +410,7 @@ class BrokerLoop:
 
     def _close(self, link: Link) -> None:
         self._reaching.pop(link, None)
+        self._dials.pop(link, None)
         for monitor in [k for k, v in self._monitors.items() if v == link]:
             self._poller.unregister(monitor)
             self._monitors.pop(monitor)
@@ -341,3 +424,8 @@ class BrokerLoop:
             if where is not None:
                 self._dialled.pop(where, None)
         self._tokens = {t: known for t, known in self._tokens.items() if known != link}
+
+
+def _own_key(caller: Caller) -> bytes:
+    """The public key of a worker that has one of its own."""
+    return caller.key.encode() if caller.role is Role.WORKER else b""

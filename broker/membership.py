@@ -17,6 +17,8 @@ from protocol.errors import ForeignCluster, GgmqError, Overloaded
 from protocol.frames import Message
 from protocol.messages import Command
 
+MAX_NAMED = 8
+"""Sessions that a line for an operator names."""
 NO_HELLO = f"no HELLO within {limits.RECONNECT_S:.0f} s; is a ggmq worker listening there?"
 
 Fail = Callable[[Pending, GgmqError], list[Instruction]]
@@ -35,20 +37,23 @@ class Membership:
     cluster: the id of the cluster that this broker was started for.
     fail: ends a request that waited for a worker which is of no more use.
     notes: who came and went, and why.
+    changed: somebody did, since it was last set to False.
     """
 
     def __init__(
         self, traffic: Traffic, software: str, token: bytes, cluster: bytes, first_epoch: int, fail: Fail, notes: list[str]
     ) -> None:  # fmt: skip
         self.traffic, self.software, self.token, self.cluster = traffic, software, token, cluster
-        self.next_epoch, self.fail, self.notes = first_epoch, fail, notes
+        self.next_epoch, self.fail, self.notes, self.changed = first_epoch, fail, notes, False
 
     # -- HELLO ---------------------------------------------------------------------------------------------------------
 
     def open(self, link: Link, now_s: float) -> list[Instruction]:
         """Say HELLO to a worker that listens; both channels, one token."""
         before = self.traffic.workers.get(link)
-        worker = Worker(self._epoch(), now_s, heard_s=now_s, lost=before.lost if before else "")
+        worker = Worker(self._epoch(), now_s, heard_s=now_s)
+        if before is not None:
+            worker.lost, worker.silent = before.lost, before.silent
         self.traffic.workers[link] = worker
         return [self._say_hello(link, worker)]
 
@@ -93,7 +98,7 @@ class Membership:
             for before in {e.link for e in known if e.link != link}:
                 out += self.closed(before, "it dialled in again")
             out += self._fail_all(link, "it dialled in again")
-            worker = Worker(self._epoch(), now_s, heard_s=now_s, hello=h, instance=h.token)
+            worker = Worker(self._epoch(), now_s, heard_s=now_s, hello=h, instance=h.token, key=event.key)
             self.traffic.workers[link] = worker
         elif worker is None:
             return []
@@ -108,7 +113,7 @@ class Membership:
         worker.ready, worker.silent, worker.lost, worker.hello, worker.instance = True, "", "", None, h.token
         worker.pinged_s, worker.heard_s = 0.0, now_s
         self.traffic.devices.register(link, h)
-        self._note(link, "is ready")
+        self._note(link, "is ready", worker)
         out: list[Instruction] = []
         for index, entry in self.traffic.devices.of(link):
             ended, entry.ended = entry.ended, set()
@@ -138,9 +143,10 @@ class Membership:
         worker = self.traffic.workers.get(link)
         if worker is None:
             return []
-        if worker.ready or worker.silent:
-            self._note(link, f"was lost: {reason}")
+        was_there = worker.ready or worker.silent
         worker.ready, worker.silent, worker.lost = False, "", reason
+        if was_there:
+            self._note(link, f"was lost: {reason}", worker)
         out = self._fail_all(link, reason)
         for index, entry in self.traffic.devices.of(link):
             entry.lost = reason
@@ -150,12 +156,17 @@ class Membership:
         del self.traffic.workers[link]
         return [*out, CloseLink(link)]
 
+    def stuck(self, link: Link) -> list[Instruction]:
+        """A silent worker is said HELLO to over a new connection."""
+        worker = self.traffic.workers.get(link)
+        return [Redial(link)] if worker is not None and worker.silent else []
+
     def _fall_silent(self, link: Link, worker: Worker, now_s: float) -> list[Instruction]:
         """Nothing of this epoch counts any more; when the worker answers again it is under the next one."""
-        worker.silent = f"no answer to PING for {now_s - worker.pinged_s:.1f} s"
-        self._note(link, f"is silent: {worker.silent}")
+        worker.silent, worker.ready = f"no answer to PING for {now_s - worker.pinged_s:.1f} s", False
+        self._note(link, f"is silent: {worker.silent}", worker)
         out = self._fail_all(link, worker.silent)
-        worker.ready, worker.epoch = False, self._epoch()
+        worker.epoch = self._epoch()
         return [*out, self._say_hello(link, worker)]
 
     def _fail_all(self, link: Link, reason: str) -> list[Instruction]:
@@ -169,9 +180,19 @@ class Membership:
             out += self.fail(pending, self.traffic.lost(pending.device, reason))
         return out
 
-    def _note(self, link: Link, what: str) -> None:
-        devices = ", ".join(f"{e.info.worker} {e.info.name}" for _, e in self.traffic.devices.of(link))
-        self.notes.append(f"worker {devices} {what}" + (f" ({link})" if link.startswith("tcp://") else ""))
+    def _note(self, link: Link, what: str, worker: Worker) -> None:
+        """One line, with what an operator looks for in the lines of other processes."""
+        self.changed = True
+        entries = [e for _, e in self.traffic.devices.of(link)]
+        devices = ", ".join(f"{e.info.worker} {e.info.name}" for e in entries)
+        sessions = sorted({session for e in entries for session in e.holders})
+        facts = [link] if link.startswith("tcp://") else []
+        facts.append(f"epoch {worker.epoch}")
+        if not worker.ready:
+            facts.append(f"after {max(0.0, self.traffic.now_s - worker.opened_s):.1f} s")
+        if sessions:
+            facts.append(f"sessions {', '.join(map(str, sessions[:MAX_NAMED]))}" + ", ..." * (len(sessions) > MAX_NAMED))
+        self.notes.append(f"worker {devices} {what} ({'; '.join(facts)})")
 
     # -- time ----------------------------------------------------------------------------------------------------------
 

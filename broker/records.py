@@ -44,6 +44,7 @@ class Worker(Struct):
     instance: the token of its process.
     hello: what it said on the first of its channels, until the other is there too.
     opened_s, heard_s: when this epoch began, and when the worker last showed life.
+    key: its public key, if it has one of its own. `named`: such keys of others that it was told, for their links to it.
     pinged_s: when the oldest PING left that nothing came after; 0: there is none. `asked_s`: when the last one left.
     """
 
@@ -59,6 +60,8 @@ class Worker(Struct):
     asked_s: float = 0.0
     heard_s: float = 0.0
     hello: m.Hello | None = None
+    key: bytes = b""
+    named: frozenset[bytes] = frozenset()
 
 
 class Pending(Struct):

@@ -9,12 +9,15 @@ from __future__ import annotations
 import hashlib
 from itertools import pairwise
 
+from msgspec import structs
+
 from broker.events import Instruction, ToClient, ToWorker
-from broker.records import Client, Linking, LinkStep, Pair, PassedCompute, Pending, Relay, RelayedCompute
+from broker.records import Client, Forwarded, Linking, LinkStep, Pair, PassedCompute, Pending, Relay, RelayedCompute
 from broker.traffic import Traffic
 from protocol import messages as m
 from protocol.errors import GgmqError, ProtocolError
 from protocol.frames import Message
+from protocol.messages import Command
 
 
 class Stages:
@@ -112,7 +115,40 @@ class Stages:
         client.linking[request.seq] = Linking(pairs, len(todo))
         client.n_inflight += 1
         due_s = now_s + self.traffic.deadline_s
-        return [self.traffic.forward(LinkStep(rid, request, pair[1], due_s, pair), m.PeerListen()) for pair in todo]
+        return [self._name_keys(LinkStep(rid, request, pair[1], due_s, pair), self._keys()) for pair in todo]
+
+    def _keys(self) -> frozenset[bytes]:
+        """The public keys of all workers that have keys of their own."""
+        return frozenset(w.key for w in self.traffic.workers.values() if w.key)
+
+    def _name_keys(self, pending: Pending, keys: frozenset[bytes]) -> ToWorker:
+        """Ask a worker to be reachable for others, these among them."""
+        out = self.traffic.forward(pending, m.PeerListen(sorted(keys)))
+        self.traffic.workers[out.link].named = keys
+        return out
+
+    def tick(self, now_s: float) -> list[Instruction]:
+        """Workers that have gone, or whose keys were removed, shall not stay connected to others."""
+        out: list[Instruction] = []
+        there: frozenset[bytes] | None = None
+        for link, worker in self.traffic.workers.items():
+            if not worker.ready or not worker.named:
+                continue
+            there = self._keys() if there is None else there
+            index = next((i for i, e in self.traffic.devices.of(link) if not e.lost), None)
+            if worker.named - there and index is not None:
+                request = Message(Command.PEER_LISTEN, m.PeerListen())
+                pending = Forwarded(b"", request, index, now_s + self.traffic.deadline_s)
+                out.append(self._name_keys(pending, worker.named & there))
+        return out
+
+    def fetch(self, device: int, h: m.FetchTensor) -> m.FetchTensor:
+        """FETCH_TENSOR of a client, for its device's worker: over the link that a LINK of the two devices made, if one did.
+
+        Errors: HandleError.
+        """
+        self.traffic.devices[h.source]  # one that is not there is nobody's
+        return structs.replace(h, link=_link_number((device, h.source)))
 
     def link_step(self, pending: LinkStep, reply: Message, now_s: float) -> list[Instruction]:
         """A worker has said where it is reached, or whether it reached the other."""
@@ -123,7 +159,8 @@ class Stages:
         try:
             entry = self.traffic.devices[pending.device]
             endpoint = h.endpoint or (entry.link if entry.link.startswith("tcp://") else "")
-            dial = m.PeerDial(_link_number(pending.pair), endpoint, h.instance, entry.local)
+            _, worker = self.traffic.device(pending.device)
+            dial = m.PeerDial(_link_number(pending.pair), endpoint, h.instance, entry.local, worker.key)
             return [self.traffic.forward(LinkStep(pending.rid, pending.request, pending.pair[0], due_s, pending.pair), dial)]
         except GgmqError:
             return self.pair_known(pending, False)

@@ -15,6 +15,7 @@ from broker.events import (
     Instruction,
     LinkLost,
     LinkOpened,
+    LinkStuck,
     Tick,
     ToClient,
     Unreached,
@@ -70,6 +71,8 @@ class BrokerState:
                 return self.membership.open(event.link, event.now_s)
             case LinkLost():
                 return self.membership.closed(event.link, event.reason)
+            case LinkStuck():
+                return self.membership.stuck(event.link)
             case Unreached():
                 self.membership.unreached(event)
                 return []
@@ -102,6 +105,8 @@ class BrokerState:
                 return [ToClient(rid, message.answer(self.devices.listing(h.first, self.traffic.states())))]
             case m.Ping():
                 return [ToClient(rid, message.answer(h))]
+            case m.Retire():
+                return self._retire(rid, message, h)
         session = getattr(h, "session", client.session)
         if session != client.session:
             raise HandleError(f"{command.name}: session {session} is not this client's")
@@ -119,6 +124,8 @@ class BrokerState:
                 return self.stages.link(client, rid, message, h, now_s)
             case m.GraphCompute():
                 return [*self.stages.compute(client, rid, message, h, now_s)]
+            case m.FetchTensor():
+                h = self.stages.fetch(message.device, h)
         pending = Forwarded(rid, message, message.device, now_s + self.traffic.deadline_s)
         out = self.traffic.forward(pending, h, message.payload)
         client.n_inflight += 1
@@ -145,6 +152,16 @@ class BrokerState:
                 out.append(self.traffic.cancel(key))
         return out
 
+    def _retire(self, rid: bytes, message: Message, h: m.Retire) -> list[Instruction]:
+        """Whoever holds something on a device hears that the list has changed, and leaves. Errors: HandleError."""
+        entry = self.devices[message.device]
+        if entry.retired != h.retired:
+            entry.retired = h.retired
+            what = "is to be left" if h.retired else "may be used again"
+            self.notes.append(f"worker {entry.info.worker} {entry.info.name} {what}")
+            self.membership.changed = True
+        return [ToClient(rid, message.answer(m.Ok()))]
+
     def _drain(self, rid: bytes, client: Client, message: Message, now_s: float) -> list[Instruction]:
         """End a session on every device that holds something of it; the client's reply follows the last of theirs.
 
@@ -152,22 +169,27 @@ class BrokerState:
         """
         out: list[Instruction] = []
         for index, entry in list(self.devices.entries.items()):
-            if client.session not in entry.holders:
-                continue
-            entry.holders.discard(client.session)
-            entry.allocated = {k: v for k, v in entry.allocated.items() if k[0] != client.session}
-            try:
-                pending = Drained(rid, message, index, now_s + self.traffic.deadline_s, client.session)
-                out.append(self.traffic.forward(pending, m.Drain(client.session)))
-            except WorkerLost:
-                entry.ended.add(client.session)
-                self.devices.forget(index)
+            if client.session in entry.holders:
+                out += self._end_session(rid, message, client.session, index, now_s)
         if rid and out:
             client.drains[message.seq] = len(out)
             client.n_inflight += 1
         elif rid:
             out.append(ToClient(rid, message.answer(m.Ok())))
         return out
+
+    def _end_session(self, rid: bytes, message: Message, session: int, index: int, now_s: float) -> list[Instruction]:
+        """End a session on one device, which it has held something on; at once, or when its worker can be told."""
+        entry = self.devices[index]
+        entry.holders.discard(session)
+        entry.allocated = {k: v for k, v in entry.allocated.items() if k[0] != session}
+        try:
+            pending = Drained(rid, message, index, now_s + self.traffic.deadline_s, session)
+            return [self.traffic.forward(pending, m.Drain(session))]
+        except WorkerLost:
+            entry.ended.add(session)
+            self.devices.forget(index)
+            return []
 
     def _client_lost(self, rid: bytes, now_s: float) -> list[Instruction]:
         client = self.clients.pop(rid, None)
@@ -219,7 +241,17 @@ class BrokerState:
             return []
         client.n_inflight -= 1
         answer = pending.request.answer(h, reply.payload, command)
-        return [ToClient(pending.rid, answer), *self.stages.answered(client, pending, h)]
+        return [ToClient(pending.rid, answer), *self.stages.answered(client, pending, h), *self._left(client, pending)]
+
+    def _left(self, client: Client, pending: Pending) -> list[Instruction]:
+        """A session that has freed all it had on a device that is to be left ends there."""
+        entry = self.devices.entries.get(pending.device)
+        if entry is None or not entry.retired or not isinstance(pending.request.header, m.FreeBuffer):
+            return []
+        if client.session not in entry.holders or any(session == client.session for session, _ in entry.allocated):
+            return []
+        self.membership.changed = True
+        return self._end_session(b"", pending.request, client.session, pending.device, self.traffic.now_s)
 
     def _account(self, pending: Pending) -> None:
         """Remember what was handed out on a device, for the figures of DEVICE_INFO."""
@@ -263,7 +295,11 @@ class BrokerState:
 
     def _tick(self, now_s: float) -> list[Instruction]:
         self.traffic.now_s = now_s
-        out = self.membership.tick(now_s)
+        out: list[Instruction] = []
+        if self.membership.changed:  # a client that waits for nothing else learns it so, and asks for the list
+            self.membership.changed = False
+            out += [ToClient(rid, Message(Command.DEVICE_INFO, m.DeviceQuery())) for rid in self.clients]
+        out += self.membership.tick(now_s) + self.stages.tick(now_s)
         for key in [k for k, p in self.pending.items() if now_s > p.deadline_s]:
             pending = self.pending.pop(key)
             late = DeadlineExceeded(f"{pending.request.command.name}: no reply within {self.traffic.deadline_s:.0f} s")

@@ -1,4 +1,4 @@
-"""Sockets with every limit set, and who may connect to them: CURVE with one key for the cluster. Who is refused is named.
+"""Sockets with every limit set, and who may connect to them, by CURVE. Who is refused is named.
 
 Broker and workers share it, which is why it lies with the keys.
 """
@@ -24,30 +24,24 @@ from pathlib import Path
 from typing import Any
 
 import zmq
-import zmq.auth.thread
 
+from config.allowed import Allowed
 from config.keys import KeyPair, default_key_file, read_keys
 from config.reaching import Happening
 from config.refusals import Refusals
+from config.roles import ANYBODY, Caller
 from config.terminal import print_line
 from protocol import limits
 from protocol.errors import ConfigError, GgmqError, Unavailable, VersionError
 
 
-class Allowed:
-    """ZAP credentials: the one public key that may speak. Never raises: that would kill the authenticator's thread."""
-
-    def __init__(self, public: bytes) -> None:
-        self.public = public
-
-    def callback(self, domain: str, key: bytes) -> bool:
-        return secrets.compare_digest(bytes(key), self.public)
-
-
-def new_socket(context: zmq.Context[Any], kind: int, keys: KeyPair | None, server: bool) -> zmq.Socket[Any]:
+def new_socket(
+    context: zmq.Context[Any], kind: int, keys: KeyPair | None, server: bool, other: bytes = b""
+) -> zmq.Socket[Any]:
     """A socket with every limit set; with CURVE when there are keys, enforced on the server's side.
 
-    Errors: Unavailable when this process may open no more.
+    other: the public key that the other side must prove to have, if it is not the cluster's.
+    Errors: Unavailable when this process may open no more, or `other` is no key.
     """
     try:
         s = context.socket(kind)
@@ -62,7 +56,11 @@ def new_socket(context: zmq.Context[Any], kind: int, keys: KeyPair | None, serve
             s.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
             s.curve_server = True
         else:
-            s.curve_serverkey = keys.public
+            try:
+                s.curve_serverkey = other or keys.server
+            except zmq.ZMQError:
+                s.close()
+                raise Unavailable(f"expected the public key of the other side, got {other!r}") from None
     if kind == zmq.ROUTER:
         s.setsockopt(zmq.ROUTER_MANDATORY, 1)
     return s
@@ -124,12 +122,34 @@ def local_address(endpoint: str) -> str:
     return f"tcp://[{address}]" if ":" in address else f"tcp://{address}"
 
 
-def require_curve(context: zmq.Context[Any], keys: KeyPair) -> zmq.auth.thread.ThreadAuthenticator:
-    """Start the handler that lets in the cluster's key and nothing else. Call before any CURVE socket is bound."""
-    auth = zmq.auth.thread.ThreadAuthenticator(context)
-    auth.start()
-    auth.configure_curve_callback(domain=limits.ZAP_DOMAIN, credentials_provider=Allowed(keys.public))
-    return auth
+def prove_refusal(context: zmq.Context[Any], endpoint: str, keys: KeyPair) -> None:
+    """Knock at a socket that was just bound, with a fresh key. ZeroMQ alone lets in anyone who knows the public key when
+    one option is forgotten.
+
+    Errors: ConfigError when the key is let in, or nobody refuses it; Unavailable when no socket can be opened.
+    """
+    public, secret = zmq.curve_keypair()
+    s = new_socket(context, zmq.DEALER, KeyPair(public, secret), server=False, other=keys.public)
+    try:
+        monitor = monitor_of(s)
+    except zmq.ZMQError as e:
+        s.close()
+        raise Unavailable(f"{endpoint}: cannot try whether a wrong key is refused: {e.strerror or e}") from None
+    what: Happening | None = None
+    try:
+        s.connect(endpoint.replace("//0.0.0.0:", "//127.0.0.1:"))
+        due = time.monotonic() + PROOF_S
+        while what not in (Happening.DENIED, Happening.SHAKEN):
+            left_s = due - time.monotonic()
+            if left_s <= 0 or not monitor.poll(int(1000 * left_s) + 1):
+                break
+            what = happening(monitor.recv_multipart())
+    finally:
+        close_monitored(s, monitor)
+    if what is not Happening.DENIED:
+        got = "it was let in" if what is Happening.SHAKEN else f"nobody refused it within {PROOF_S:.0f} s"
+        raise ConfigError(f"{endpoint}: expected a key that is not allowed to be refused, tried one, and {got}; this socket "
+                          "protects nothing, so it is closed again")  # fmt: skip
 
 
 class Listener:
@@ -150,27 +170,45 @@ class Listener:
     """
 
     def __init__(
-        self, context: zmq.Context[Any], endpoint: str, keys: KeyPair | None, advice: str,
+        self, context: zmq.Context[Any], endpoint: str, allowed: Allowed | None, advice: str,
         max_bytes: int = limits.MAX_REQUEST_BYTES, who: str = "worker",
     ) -> None:  # fmt: skip
+        """allowed: who may speak, as the context's Authenticator knows it; None: anybody."""
+        keys = allowed.keys if allowed is not None else None
+        self._allowed = allowed
         self.socket = new_socket(context, zmq.ROUTER, keys, server=True)
         self.socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)
-        self._door = _Door(context, self.socket, keys, who) if endpoint.startswith("tcp://") and who else None
         try:
             self.socket.bind(endpoint)
         except zmq.ZMQError as e:
             self.socket.close()
             raise ConfigError(f"{endpoint}: cannot listen: {e.strerror or e}; {advice}") from None
         self.endpoint = endpoint if endpoint.startswith("inproc") else bound_endpoint(self.socket)
+        try:
+            if keys is not None:
+                prove_refusal(context, self.endpoint, keys)
+        except GgmqError:
+            self.socket.close()
+            raise
+        self._door = _Door(context, self.socket, keys, who) if endpoint.startswith("tcp://") and who else None
         self.n_cut = self._n_trims = 0
         self._port = int(self.endpoint.rsplit(":", 1)[1]) if self.endpoint.startswith("tcp://") else 0
-        self._heard: dict[int, int] = {}
-        self._known: dict[tuple[int, int], tuple[int, int]] = {}
+        self._heard: dict[int, tuple[int, str]] = {}
+        self._known: dict[tuple[int, int], tuple[int, int, str]] = {}
 
-    def heard(self, frame: zmq.Frame, whole_bytes: int = limits.MAX_REQUEST_BYTES) -> None:
-        """A message came complete: one of its frames tells over which connection. The next there may have `whole_bytes`."""
+    def heard(self, frame: zmq.Frame, whole_bytes: int = limits.MAX_REQUEST_BYTES) -> Caller | None:
+        """A message came complete: one of its frames tells over which connection. The next there may have `whole_bytes`.
+
+        Returns: who sent it; None: whose key is not allowed any more, and nothing of the message may be looked at.
+        """
+        key, caller = "", ANYBODY if self._allowed is None else None
+        if self._allowed is not None:
+            with contextlib.suppress(zmq.ZMQError):  # nobody vouched for it
+                key = str(frame.get("User-Id"))
+                caller = self._allowed.caller(key)
         if self._port:
-            self._heard[int(frame.get(zmq.SRCFD))] = whole_bytes
+            self._heard[int(frame.get(zmq.SRCFD))] = whole_bytes, key
+        return caller
 
     def refused(self, frame: zmq.Frame, error: GgmqError) -> None:
         """Say that a message could not be read, if that is for its sender's version. `frame`: one of the message."""
@@ -179,14 +217,14 @@ class Listener:
                 self._door.say(str(frame.get("Peer-Address")), str(error))
 
     def guard(self) -> None:
-        """Look at every connection. Takes some microseconds for each file descriptor of the process; call it often, after
-        everything that has come was read."""
+        """Look at every connection, and cut off whose key is not allowed any more. Takes some microseconds for each file
+        descriptor of the process; call it often, after everything that has come was read."""
         if not self._port:
             return
         descriptors = open_descriptors()
         scarce = len(descriptors) > descriptor_limit() - limits.RESERVED_DESCRIPTORS
         read_all = not self.socket.poll(0)
-        known: dict[tuple[int, int], tuple[int, int]] = {}
+        known: dict[tuple[int, int], tuple[int, int, str]] = {}
         for fd in descriptors:
             with contextlib.suppress(OSError):
                 status = os.fstat(fd)
@@ -196,12 +234,13 @@ class Listener:
                 try:
                     received = self._received_bytes(s)
                     key = (fd, status.st_ino)
-                    before = (received, self._heard[fd]) if fd in self._heard else self._known.get(key)
+                    before = (received, *self._heard[fd]) if fd in self._heard else self._known.get(key)
                     if before is not None:
                         known[key] = before
-                    since, whole = before or (0, limits.MAX_REQUEST_BYTES)
+                    since, whole, public = before or (0, limits.MAX_REQUEST_BYTES, "")
                     too_much = read_all and received - since > whole
-                    if too_much or (scarce and before is None):
+                    removed = public and self._allowed is not None and self._allowed.caller(public) is None
+                    if too_much or removed or (scarce and before is None):
                         self.n_cut += 1
                         self._n_trims = N_TRIMS if too_much else self._n_trims
                         s.shutdown(socket.SHUT_RDWR)
@@ -289,7 +328,7 @@ class _Door:
     def _reason(self, event: int, value: int) -> str:
         """Why a handshake failed. That a peer only went away is not told: scanners, and those who look who is there, do."""
         if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-            return "it has another pair of keys than this cluster; copy the key file to it again"
+            return "its key is none that this cluster lets in, or was removed; see `ggmq keys list` on the main host"
         if value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
             if self.keys is not None:
                 return "it uses no cluster key; copy the key file to it, and leave --insecure out there"
@@ -316,6 +355,8 @@ def give_back_free_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+PROOF_S = 10.0
+"""Within this time a wrong key is refused, or nothing listens. It takes some milliseconds."""
 N_EVENTS = 20_000
 """What ZeroMQ may have to tell of connections before it waits for the thread that listens."""
 NAMED_LATER_S = 2.0

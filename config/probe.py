@@ -60,8 +60,16 @@ def greeting(mechanism: str) -> bytes:
     return (SIGNATURE + b"\x03\x01" + mechanism.encode().ljust(20, b"\0")).ljust(GREETING_BYTES, b"\0")
 
 
-def probe(host: str, port: int, mechanism: str) -> Finding:
+def address_of(endpoint: str) -> tuple[str, int]:
+    """Host and port of a `tcp://` endpoint; port 0 for any other."""
+    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    return host.rpartition(";")[2].strip("[]"), int(port) if endpoint.startswith("tcp://") and port.isdecimal() else 0
+
+
+def probe(host: str, port: int, mechanism: str, connect_s: float = CONNECT_S) -> Finding:
     """Ask who is there, as one that uses `mechanism`. Takes some seconds at most, and the time of a look-up of the name.
+
+    connect_s: for so long a connection is waited for.
 
     Errors: OSError when this process can open no socket.
     """
@@ -72,7 +80,7 @@ def probe(host: str, port: int, mechanism: str) -> Finding:
     last = Finding(Kind.NO_ANSWER)
     for family, kind, proto, _, where in found[:N_ADDRESSES]:
         with socket.socket(family, kind, proto) as s:
-            s.settimeout(CONNECT_S / min(len(found), N_ADDRESSES))
+            s.settimeout(connect_s / min(len(found), N_ADDRESSES))
             try:
                 s.connect(where)
             except OSError as e:

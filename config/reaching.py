@@ -11,7 +11,7 @@ import threading
 from enum import Enum, auto
 
 from config.keys import KeyPair
-from config.probe import CURVE, NOT_REACHED, NULL, Finding, Kind, probe
+from config.probe import CURVE, NOT_REACHED, NULL, Finding, Kind, address_of, probe
 
 REFUSED_S = 3.0
 """For so long a port where nothing listens may be one of a process that is just being started."""
@@ -52,9 +52,7 @@ class Reaching:
 
     def __init__(self, endpoint: str, keys: KeyPair | None, what: str, now_s: float, patience_s: float) -> None:
         self.what, self.keys = what, keys
-        host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
-        self.host = host.rpartition(";")[2].strip("[]")
-        self.port = int(port) if endpoint.startswith("tcp://") and port.isdecimal() else 0
+        self.host, self.port = address_of(endpoint)
         self.shaken, self.n_shaken = False, 0
         self.known = ""
         self._dialled_s, self._patience_s = now_s, patience_s
@@ -192,6 +190,9 @@ class Reaching:
         return f"the {self.what} there begins the handshake and does not end it; it may have no room for more connections"
 
     def _another_key(self) -> str:
+        if self.keys is not None and self.keys.cluster:
+            return (f"the {self.what} there does not let in the key of this side ({self._key()}): it was removed, or the "
+                    "cluster has another key now; ask for a new one (`ggmq keys new NAME` on the main host)")  # fmt: skip
         return (f"the {self.what} there has another cluster key than this side ({self._key()}); "
                 "copy one key file to both hosts")  # fmt: skip
 

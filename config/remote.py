@@ -18,11 +18,14 @@ NOT_FOUND = 127
 """What a shell ends with when there is no such command."""
 
 
-def ssh(host: str, options: list[str], command: str) -> str:
-    """Run a shell command on a host. Errors: Unavailable with what ssh, or the command, said last."""
+def ssh(host: str, options: list[str], command: str, given: str = "") -> str:
+    """Run a shell command on a host, with `given` as its standard input.
+
+    Errors: Unavailable with what ssh, or the command, said last.
+    """
     try:
         done = subprocess.run([*SSH, *options, "--", host, command], capture_output=True, text=True, timeout=SSH_S,
-                              errors="replace", stdin=subprocess.DEVNULL, check=False)  # fmt: skip
+                              errors="replace", input=given, check=False)  # fmt: skip
     except FileNotFoundError:
         raise _no_ssh() from None
     except subprocess.TimeoutExpired:

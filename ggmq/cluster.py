@@ -22,8 +22,9 @@ from broker.loop import BrokerLoop
 from config.auth import close_monitored, happening, monitor_of, new_socket, socket_folder
 from config.clock import LivedClock
 from config.installed import module_command, module_environment
-from config.keys import KeyPair
+from config.keys import KeyPair, require
 from config.reaching import Happening, Reaching
+from config.roles import Role
 from config.terminal import print_line
 from ggmq.version import __version__
 from protocol import PROTOCOL_VERSION, limits, tokens
@@ -44,6 +45,10 @@ SOFTWARE = f"ggmq {__version__}"
 CONNECT_S = 10.0
 START_S = 600.0
 END_S = 3.0
+MAX_KILLED = 8
+"""So many local workers may be killed, by whomever, before all are ready for the first time."""
+REOPEN_S = 0.1
+"""Between two tries to reach a broker that has gone."""
 NOTED_S = 2.5
 """After a silence of the broker of this long a user is told what is waited for."""
 
@@ -54,6 +59,7 @@ class Client:
     Attributes:
         session: number that the broker gave; it goes into every handle.
         lost: why the broker is of no more use; empty while it is there.
+        changed: the broker has said that its list of devices is another one now; whoever asks for it sets this to False.
         n_round_trips: replies that were waited for.
         note: told what a user should know while a broker that says nothing is waited for.
     Threads: use from one.
@@ -67,39 +73,66 @@ class Client:
         self.endpoint, self.note = endpoint, note
         self._context, self._keys, self._cluster = context, keys, cluster
         self._token = tokens.token(secrets.token_bytes(tokens.NAME_BYTES), "client", cluster) if cluster else b""
-        self._socket = new_socket(context, zmq.DEALER, keys if endpoint.startswith("tcp") else None, server=False)
+        self._seq = self.n_round_trips = self._n_buffers = 0
+        self.changed = False
+        self._clock = LivedClock()
+        self.on_wait: Callable[[], None] | None = None
+        self._open()
+
+    def _open(self) -> None:
+        """Connect, and have a session. Errors: as the constructor's."""
+        keys = self._keys if self.endpoint.startswith("tcp") else None
+        self.session, self.lost, self._said = 0, "", False
+        self._waiting: set[int] = set()
+        self._replies: dict[int, Message] = {}
+        self._socket = new_socket(self._context, zmq.DEALER, keys, server=False)
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._monitor: zmq.Socket[Any] | None = None
-        if not endpoint.startswith("inproc"):
+        if not self.endpoint.startswith("inproc"):
             self._monitor = monitor_of(self._socket)
             self._poller.register(self._monitor, zmq.POLLIN)
-        self._socket.connect(endpoint)
-        self._seq = self.session = 0
-        self.lost = ""
-        self._waiting: set[int] = set()
-        self._replies: dict[int, Message] = {}
-        self._clock = LivedClock()
         self._heard_s = self._asked_s = self._clock.now_s()
-        self._said = False
-        tcp = endpoint.startswith("tcp")
-        self._reaching = Reaching(endpoint, keys if tcp else None, "broker", self._heard_s, CONNECT_S)
-        self.n_round_trips = self._n_buffers = 0
-        self.on_wait: Callable[[], None] | None = None
+        self._reaching = Reaching(self.endpoint, keys, "broker", self._heard_s, CONNECT_S)
         try:
+            self._socket.connect(self.endpoint)
             hello = self._greet().header
             assert isinstance(hello, m.Hello)  # the decoder gives HELLO's reply this type
             if hello.role != "broker":
-                raise ProtocolError(f"{endpoint}: a ggmq {hello.role} listens there, not a broker; "
+                raise ProtocolError(f"{self.endpoint}: a ggmq {hello.role} listens there, not a broker; "
                                     "a worker's address is for --rpc")  # fmt: skip
-            if cluster and hello.token != tokens.answer(self._token, cluster):
+            if self._cluster and hello.token != tokens.answer(self._token, self._cluster):
                 raise ForeignCluster("HELLO: the broker that answers belongs to another cluster, or to none")
         except BaseException:
             self.close()
             raise
         self.session = hello.session
 
+    def reopen(self, within_s: float) -> None:
+        """Have a new session with a broker that has gone, as soon as it is there again. Of the old one nothing is left.
+
+        Errors: Unavailable when it does not come back within so long, ForeignCluster when another cluster's does.
+        """
+        why, due = self.lost, self._clock.now_s() + within_s
+        while True:
+            self.close()
+            try:
+                self._open()
+                return
+            except GgmqError as e:
+                self.lost = why or str(e)
+                if not isinstance(e, Unavailable):
+                    raise
+                if self._clock.now_s() >= due:
+                    raise Unavailable(f"{self.endpoint}: {why or e}; it did not come back within {within_s:.0f} s") from None
+            if self.on_wait is not None:
+                self.on_wait()
+            time.sleep(REOPEN_S)
+
     def close(self) -> None:
+        """Idempotent."""
+        if self._socket.closed:
+            return
         if self._monitor is not None:
             close_monitored(self._socket, self._monitor)
         self._socket.close(linger=0)
@@ -229,6 +262,16 @@ class Client:
         self._heard_s, self._said = self._clock.now_s(), False
         if message.reply and message.seq in self._waiting:
             self._replies[message.seq] = message
+        elif not message.reply and message.command == Command.DEVICE_INFO:
+            self.changed = True
+
+    def look(self) -> None:
+        """Take in what has come, without waiting: whether the broker is there, and whether its devices have changed."""
+        while not self.lost and (ready := dict(self._poller.poll(0))):
+            if self._socket in ready:
+                self._take(self._socket.recv_multipart(copy=False))
+            elif self._monitor is not None:
+                self._watch(happening(self._monitor.recv_multipart()))
 
     def request(
         self, header: m.Header, payload: Sequence[Frame] = (), device: int = 0,
@@ -305,7 +348,9 @@ class LocalBus:
         name = f"local{self._n_spawned}"
         self._n_spawned += 1
         # the bus is a path of this host, but other workers that this one connects to may be anywhere
-        security = ["--keys", self.keys.path] if self.keys is not None and self.keys.path else ["--insecure"]
+        # with a key of its own nobody is a broker for workers elsewhere
+        cluster = self.keys is not None and self.keys.role is Role.CLUSTER
+        security = ["--keys", self.keys.path] if self.keys is not None and cluster and self.keys.path else ["--insecure"]
         command = [*module_command("workers"), "--quiet", "-d", device, "-t", str(threads), *security,
                    "--broker", self.local_endpoint, "--parent-pid", str(os.getpid()), "--name", name, *extra]  # fmt: skip
         # a session of its own: Ctrl-C in the terminal reaches this process, which ends its workers itself
@@ -339,9 +384,10 @@ class LocalBus:
             missing = [name for name in self.names if name not in there]
             if not missing:
                 return client
-            for p in self.workers:
-                if p.poll() is not None:
-                    raise WorkerLost(f"a local worker ended with code {p.returncode} before it was ready")
+            ended = [p.returncode for p in self.workers if p.poll() is not None]
+            if any(code >= 0 for code in ended) or self._n_spawned - len(self.workers) + len(ended) > MAX_KILLED:
+                raise WorkerLost(f"a local worker ended with code {ended[0]} before it was ready")
+            self.replace_ended()  # somebody has killed it
             for link, worker in list(self.broker.state.workers.items()):
                 if worker.lost and link in self.remote:
                     raise Unavailable(f"{link.removeprefix('tcp://')}: {worker.lost}")
@@ -388,9 +434,11 @@ def connect(
 ) -> Client:
     """A session with a broker elsewhere; `cluster`: the id of the cluster that it must belong to.
 
-    Errors: DeadlineExceeded when nothing answers there, ForeignCluster when another cluster's broker does.
+    Errors: ConfigError for a worker's key, DeadlineExceeded when nothing answers there, ForeignCluster when another
+    cluster's broker does.
     """
     context: zmq.Context[Any] = zmq.Context.instance()
+    require(keys, Role.CLIENT, "a session with a broker", "make one with `ggmq keys new NAME --role client`")
     try:
         return Client(context, endpoint, keys, note, cluster)
     except ForeignCluster as e:

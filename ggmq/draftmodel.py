@@ -19,7 +19,7 @@ from ggmq.pages import Held
 from ggmq.runner import ARGMAX, Rows
 from ggmq.speculation import SIZES, Drafter, Odds
 from ggmq.tokenizer import Vocabulary
-from protocol.errors import ConfigError, GgmqError, HandleError, OutOfMemory, Unavailable, WorkerLost
+from protocol.errors import ConfigError, GgmqError, HandleError, OutOfMemory, Unavailable
 
 GUESS = 0.6
 """How likely its tokens are right, before anything was tried."""
@@ -73,7 +73,7 @@ class DraftModel:
         except (Unavailable, HandleError) as e:
             self.error = str(e)
             self.model.note(f"no drafts of {self.model.arch.gguf.path.name}: {e}")
-            self._n_idle = -1 if isinstance(e, WorkerLost) else 0
+            self._n_idle = 0
             for _, _, _, drafted in mine:
                 drafted.clear()
         for d, tokens, _, drafted in mine:
@@ -81,8 +81,8 @@ class DraftModel:
         return out
 
     def ready(self) -> bool:
-        """Whether it can draft. After its worker was silent it begins again, when that one has been back for a while."""
-        if self.error and self._n_idle >= 0:
+        """Whether it can draft. After its worker was silent or lost it begins again a while later, there or elsewhere."""
+        if self.error:
             self._n_idle += 1
             if not self._n_idle % RETRY:
                 self._again()
@@ -90,16 +90,16 @@ class DraftModel:
 
     def _again(self) -> None:
         infos = self.model.client.devices()
-        if any(infos[s.assignment.device].state != "ready" for s in self.model.stages):
+        if any(infos[s.assignment.device].state == "silent" for s in self.model.stages):
             return
         try:
-            held = self.model.held()
-            if not held:
+            if not self.model.held():
                 self.model.recover(Unavailable(self.error))
         except GgmqError:
             return
         self.error = ""
-        if not held:
+        if self.model.keeper.empty:
+            self.model.keeper.empty.clear()
             for drafter in self._drafters:
                 drafter.lose()
 
@@ -228,7 +228,7 @@ def load_draft(path: Path, target: Model, vocabulary: Vocabulary) -> DraftModel:
     if model.store.room.has_states:
         raise ConfigError(f"{path.name}: architecture {arch.hp.arch} keeps states, which cannot go back when a draft was "
                           "wrong; use another draft model")  # fmt: skip
-    model.note = target.note
+    model.note, model.keeper.patience_s = target.note, 0.0
     model.load()
     return DraftModel(model)
 

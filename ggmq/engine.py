@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -14,6 +15,7 @@ import numpy.typing as npt
 
 from ggmq.model import MAX_TRIES, Model
 from ggmq.promptcache import CLOSE_S
+from ggmq.rereading import read_again
 from ggmq.runner import ALL, ARGMAX, HIDDEN, MIN_PIECE, PIECE, Rows, UnderWay
 from ggmq.sampling import Sampler, SamplingParams, log_probs
 from ggmq.scheduler import Piece, Scheduler, Sequence, Step
@@ -62,7 +64,8 @@ class Engine:
         speculate: how drafts are made; the text is the same.
         draft: a small model that makes them.
         end_ids: tokens after which a sequence is over.
-        n_failed: steps in a row that a worker's silence ended.
+        n_failed: steps in a row that a lost worker ended.
+        told: is called with what happens to workers: a word, and its figures.
         cut: what ended the last text of `generate` before the model did: `limit` (n_predict), `context` (it is full), or
             nothing.
     Threads: use from one.
@@ -75,6 +78,7 @@ class Engine:
     draft: DraftModel | None = None
     timings: Timings = field(default_factory=Timings)
     n_failed: int = 0
+    told: Callable[..., None] = lambda event, **figures: None
     cut: Literal["", "limit", "context"] = ""
     scheduler: Scheduler = field(init=False)
     _under_way: deque[tuple[Step, UnderWay, float]] = field(default_factory=deque)
@@ -183,6 +187,10 @@ class Engine:
 
     def _schedule(self) -> None:
         """Send batches until every stage has one and one is waiting behind it; then pages may move."""
+        if self.model.client.changed:
+            if self._under_way:  # nothing more is sent until layers can be moved
+                return
+            self.tend()
         self._send()
         if self.model.prompts is not None:
             self.model.prompts.advance()
@@ -323,11 +331,28 @@ class Engine:
             if self.model.held():
                 raise error
             error = Unavailable(str(error))
-        held = self.model.recover(error)
-        self._under_way.clear()
-        self._forget_moves()
-        self.scheduler.begin_again(held)
+        start = time.perf_counter()
+        self.told("worker lost", error=error)
+        for n_left in reversed(range(MAX_TRIES)):
+            self.model.recover(error)
+            empty = self.model.keeper.empty
+            self._under_way.clear()
+            self._forget_moves()
+            self.scheduler.n_stages = len(self.model.stages)
+            whole = len(empty) < self.model.arch.hp.n_layer
+            self.scheduler.begin_again(whole)
+            try:
+                if empty and whole:
+                    sequences = [*self.scheduler.running, *self.scheduler.waiting]
+                    read_again(self.model, [*sequences, *([self._conversation] if self._conversation else [])], empty)
+                break
+            except (Unavailable, HandleError) as e:  # another one, or the same once more
+                if not n_left:
+                    raise
+                error = e if isinstance(e, Unavailable) else Unavailable(str(e))
+        empty.clear()
         self._interrupted = False
+        self.told("recovered", seconds=time.perf_counter() - start)
 
     def abandon(self) -> None:
         """End what was interrupted on the workers, so that other texts can begin. Errors: Unavailable as the client's."""
@@ -335,8 +360,38 @@ class Engine:
         self.model.client.settle()
         self._under_way.clear()
         self._forget_moves()
-        self.scheduler.begin_again(True)
+        self.scheduler.begin_again(not self.model.keeper.empty)  # of a recovery that failed
+        self.model.keeper.empty.clear()
         self._interrupted, self._error = False, None
+
+    def tend(self, idle: bool = False) -> None:
+        """Look whether the bus has changed: devices that are to be left are left, between two batches.
+
+        idle: nothing runs, so layers may go to devices that are new. Errors: Unavailable.
+        """
+        client = self.model.client
+        if idle:
+            client.look()
+        keeper = self.model.keeper
+        if self._under_way or client.lost or not (client.changed or (idle and keeper.is_crowded)):
+            return
+        infos = keeper.look()
+        lost = keeper.lost(infos)
+        if idle and lost is not None:
+            self._recover(lost)
+            return
+        with contextlib.suppress(OutOfMemory):
+            moved = self.model.tend(infos, idle, self._stop_moves)
+            self.scheduler.n_stages = len(self.model.stages)
+            if self.draft is not None:
+                moved = self.draft.model.tend(infos, idle) or moved
+            if moved:
+                self.told("moved")
+
+    def _stop_moves(self) -> None:
+        if self.model.prompts is not None:
+            self.model.client.settle()
+            self._forget_moves()
 
     def _forget_moves(self) -> None:
         if self.model.prompts is not None:

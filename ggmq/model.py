@@ -18,13 +18,13 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from config.clock import LivedClock
 from ggmq.archs import open_arch
 from ggmq.archs.base import Arch
 from ggmq.archs.memory import Room
 from ggmq.bus import BusConfig, open_bus, settled
 from ggmq.cluster import Client
 from ggmq.gguf import GGUF
+from ggmq.keeping import PATIENCE_S, Keeper
 from ggmq.loader import Loader, LoadReport, PlacedStage, Progress
 from ggmq.manifest import tensor_hashes
 from ggmq.pagefiles import PageFiles
@@ -32,13 +32,12 @@ from ggmq.pages import Held, Store
 from ggmq.placement import Assignment, default_n_ctx, plan
 from ggmq.promptcache import DEFAULT_BYTES, PromptCache, identity
 from ggmq.runner import ALL, ARGMAX, Rows, Runner
-from protocol import limits
 from protocol import messages as m
 from protocol.dtypes import GGMLType
-from protocol.errors import DeadlineExceeded, FormatError, GgmqError, HandleError, OutOfMemory, Overloaded, Unavailable
+from protocol.errors import FormatError, GgmqError, OutOfMemory, Unavailable
 
 MAX_TRIES = 3
-"""So often in a row something is tried again that a worker's silence had ended."""
+"""So often in a row something is tried again that a lost worker had ended."""
 DRAIN_S = 0.5
 
 
@@ -57,6 +56,8 @@ class ModelConfig:
         ngl: layers on the lent devices, the first others stay on this host; None: all.
         activations: what crosses from stage to stage, F32 or F16.
         cache_type_k, cache_type_v: type of the KV cache, F16 or Q8_0.
+        patience_s: for so long lost workers, or a broker that has gone, are waited for where nobody takes their place;
+            None: PATIENCE_S, and a minute where requests of many wait.
         prompt_cache: folder in which what was read of prompts stays over a restart; None: it does not.
         prompt_cache_bytes: what the folder may hold, with what other models have there.
         bus: the devices.
@@ -72,6 +73,7 @@ class ModelConfig:
     activations: GGMLType = GGMLType.F32
     cache_type_k: GGMLType = GGMLType.F16
     cache_type_v: GGMLType = GGMLType.F16
+    patience_s: float | None = None
     prompt_cache: Path | None = None
     prompt_cache_bytes: int = DEFAULT_BYTES
     bus: BusConfig = field(default_factory=BusConfig)
@@ -96,6 +98,7 @@ def load(
         client = bus.client
         client.note = note
         model = place_model(config, arch, client, bus.order, bus.host, note)
+        model.keeper.revive = bus.revive
         try:
             with progress() as show:
                 model.load(show)
@@ -129,7 +132,8 @@ def place_model(
                  for i, d in enumerate(infos)]  # fmt: skip
         assignments = placed(infos)
     model = Model(client, arch, n_ctx, room, assignments, config.activations, config.n_batch, config.n_seq)
-    model.infos, model.note = infos, note
+    keeper = model.keeper
+    keeper.infos, keeper.plan, keeper.note, keeper.patience_s = infos, placed, note, config.patience_s or PATIENCE_S
     if config.prompt_cache is not None and room.has_states:
         note(f"--prompt-cache: {arch.gguf.path.name} keeps states, of which no part can be kept; prompts are read anew")
     elif config.prompt_cache is not None:
@@ -147,10 +151,9 @@ class Model:
         stages: what lies where.
         store: who holds which pages of its memory.
         direct: activations go from worker to worker; otherwise they pass through the broker.
-        infos: the devices as they were when it was placed.
+        infos: the devices as they were when layers were last placed.
         load_s: how long it took to be loaded, in seconds; ready_s: with all that came before, the bus among it.
-        note: told what a user should know while something is waited for.
-        hashes: BLAKE3 of each tensor.
+        keeper: keeps the layers on devices that are ready.
         keep_prompts: folder in which pages are to be kept, and bytes that it may have; prompts: the pages there.
     Threads: use from one.
     """
@@ -163,12 +166,10 @@ class Model:
         self.store = Store(room)
         self._loader = Loader(client, arch, room)
         self.stages = [PlacedStage(a) for a in assignments]
+        self.keeper = Keeper(client, arch, self._loader, self.stages, self.store, room, activations)
         self.runner = Runner(client, arch, self.stages, room, n_ctx, activations)
         self.direct = False
-        self.infos: list[m.ListedDevice] = []
         self.load_s = self.ready_s = 0.0
-        self.note: Callable[[str], None] = lambda text: None
-        self.hashes: dict[str, bytes] = {}
         self.keep_prompts: tuple[Path, int] | None = None
         self.prompts: PromptCache | None = None
         self._own: Held | None = None
@@ -177,11 +178,24 @@ class Model:
     def report(self) -> LoadReport:
         return self._loader.report
 
+    @property
+    def infos(self) -> list[m.ListedDevice]:
+        return self.keeper.infos
+
+    @property
+    def note(self) -> Callable[[str], None]:
+        """Told what a user should know while something is waited for."""
+        return self.keeper.note
+
+    @note.setter
+    def note(self, told: Callable[[str], None]) -> None:
+        self.keeper.note = told
+
     # -- loading -------------------------------------------------------------------------------------------------------
 
     def load(self, progress: Progress | None = None) -> LoadReport:
-        """Allocate on every stage's device and fill: what a worker has by hash is not sent. Begins again when a worker was
-        silent for a while.
+        """Allocate on every stage's device and fill: what a worker has by hash is not sent. Goes on when a worker was silent
+        for a while.
 
         Errors: what the workers report.
         """
@@ -198,8 +212,9 @@ class Model:
             except Unavailable as e:
                 if not n_left:
                     raise
-                self._await(e)
-                self.free()
+                self.recover(e)
+                self.keeper.empty.clear()
+                break
         if self.keep_prompts is not None and self.prompts is None:
             self.prompts = self._prompt_cache(*self.keep_prompts)
         self.load_s = time.perf_counter() - start
@@ -216,9 +231,9 @@ class Model:
             if progress is not None:
                 progress("hashing", hashed, total)
 
-        hashes = self.hashes = tensor_hashes(self.arch.gguf, on_hash)
+        hashes = self.keeper.hashes = tensor_hashes(self.arch.gguf, on_hash)
         for stage in self.stages:
-            stage.parts = self._loader.place(stage.assignment).parts
+            stage.parts = stage.parts or self._loader.place(stage.assignment).parts
         link = self._ask_links()
         self._loader.load([part for stage in self.stages for part in stage.parts.values()], hashes, progress)
         self._learn_links(link)
@@ -226,7 +241,7 @@ class Model:
     def _prompt_cache(self, folder: Path, n_bytes: int) -> PromptCache:
         """Errors: ConfigError for a folder that cannot be one."""
         room, activations = self.store.room, self.runner.activations
-        name = identity(self.arch, self.hashes, room, activations, self.n_ctx, self.stages, self.infos)
+        name = identity(self.arch, self.keeper.hashes, room, activations, self.n_ctx, self.stages, self.infos)
 
         def note(text: str) -> None:
             self.note(text)
@@ -246,62 +261,44 @@ class Model:
     def _learn_links(self, asked: int) -> None:
         self.direct = self.client.found(asked)
 
-    # -- when a worker is silent or lost -------------------------------------------------------------------------------
+    # -- when a worker is silent, lost or to be left ---------------------------------------------------------------------
 
-    def recover(self, error: Unavailable) -> bool:
-        """Wait for a worker that was silent, and make everything as it was.
+    def recover(self, error: Unavailable) -> None:
+        """Have all layers on devices that are ready again: where they were, or elsewhere. Their weights are there then; what
+        they had read is not, of those that `keeper.empty` has.
 
-        Returns: whether the stages hold what they held. If not, the weights are loaded again and the memory is empty.
-        Errors: `error`, or what came after it, when a worker is gone for good or does not come back.
+        Errors: `error`, or what came after it, when a worker or the broker is waited for in vain.
         """
-        for _ in range(MAX_TRIES):
-            self._await(error)
+        for n_left in reversed(range(MAX_TRIES)):
+            self.keeper.restore(error)
             try:
-                if not self.held():
-                    self.free()
-                    self._load(None)
-                    return False
-                self._learn_links(self._ask_links())
-                return True
+                self._linked()
+                return
             except Unavailable as e:
                 error = e
-        raise error
+                if not n_left:
+                    raise
+
+    def tend(self, infos: Sequence[m.ListedDevice], idle: bool, stop: Callable[[], None] = lambda: None) -> bool:
+        """Leave devices that are to be left, with all that was read; no batch may be under way. idle: take new ones too.
+
+        stop: ends what else is under way, before something moves.
+        Returns: whether layers lie elsewhere now. Errors: Unavailable; OutOfMemory, and all is as it was.
+        """
+        wanted = self.keeper.wanted(infos, idle)
+        if wanted is not None:
+            stop()
+            self.keeper.move(wanted, infos)
+            self._linked()
+        return wanted is not None
+
+    def _linked(self) -> None:
+        self.runner.forget_graphs()
+        self._learn_links(self._ask_links())
 
     def held(self) -> bool:
         """Whether every stage still has its buffers: a worker that was started again has not. Errors: Unavailable."""
-        asked = [self.client.submit(m.GetTensor(self.client.session, part.buffers[-1], 0, 1), device=part.device)
-                 for stage in self.stages for part in list(stage.parts.values())[-1:]]  # fmt: skip
-        held = bool(asked)
-        for seq in asked:
-            try:
-                self.client.wait(seq)
-            except HandleError:
-                held = False
-        return held
-
-    def _await(self, error: Unavailable) -> None:
-        """Until all devices of the stages are ready. Errors: `error` when one is lost, or silent for too long."""
-        if isinstance(error, (Overloaded, DeadlineExceeded)) or self.client.lost:
-            raise error
-        self.client.cancel()
-        clock, said = LivedClock(), False
-        due = clock.now_s() + limits.RETURN_S
-        while True:
-            infos = self.client.devices()
-            states = {infos[s.assignment.device].state if s.assignment.device < len(infos) else "none" for s in self.stages}
-            if states == {"ready"}:
-                self.client.settle()
-                return
-            if states != {"silent"} and states != {"silent", "ready"}:
-                raise error
-            if clock.now_s() > due:
-                raise error
-            if not said:
-                silent = [d for s in self.stages if (d := infos[s.assignment.device]).state == "silent"]
-                names = ", ".join(f"{d.worker} ({d.name})" for d in silent)
-                self.note(f"worker {names} answers nothing; waiting for it, {limits.RETURN_S:.0f} s at most")
-                said = True
-            time.sleep(0.05)
+        return self.keeper.holds_all()
 
     def shares(self) -> bool:
         """Whether others hold something on the devices of the stages: their tokens come between the pieces of a prompt."""

@@ -9,12 +9,12 @@ Threads: use from one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from msgspec import Struct, field
 
-from ggmq.archs.memory import N_RESERVED_SLOTS, PAGE, SCRAP_PAGE, ZERO_SLOT, Room
+from ggmq.archs.memory import N_RESERVED_SLOTS, PAGE, SCRAP_PAGE, ZERO_SLOT, Cells, LayerMemory, Room
 from ggmq.names import PAGE_BYTES, ROOT, TOKEN_BYTES, Content, Names, as_bytes, name_of
 from ggmq.pools import Pool
 
@@ -238,11 +238,31 @@ class Store:
             before = held.keys[n_full - 1] if n_full else ROOT
             self._name(held, n_full, Content(before, as_bytes(tokens[PAGE * n_full : n_tokens])))
 
-    def forget(self) -> None:
-        """The device has lost what it held: all sequences begin again, and nothing is kept."""
+    def forget(self, but: Collection[Held] = ()) -> None:
+        """Devices have lost what they held: all sequences begin again, save some, and nothing is kept."""
         for held in self._held:
-            self.rewind(held, 0)
+            if held not in but:
+                self.rewind(held, 0)
         self.drop_kept()
+
+    def is_whole(self, held: Held) -> bool:
+        """Whether a sequence has all pages from its first token on, so that they can be filled anew where they lie."""
+        return not self.room.n_slots and not any(GIVEN_BACK in pages for pages in held.pages.values())
+
+    def used_bytes(self, memory: LayerMemory) -> list[tuple[int, int]]:
+        """Where in a layer's memory something lies that is held or kept: offsets and lengths."""
+        if isinstance(memory.keeps, Cells):
+            spans = [s for page in self._pools[memory.keeps.window].used() for s in memory.page_bytes(page)]
+        elif memory.keeps is not None:
+            spans = [s for slot in self._slots.used() for s in memory.slot_bytes(slot)]
+        else:
+            spans = []
+        out: list[tuple[int, int]] = []
+        for at, n in sorted(spans):
+            if out and sum(out[-1]) == at:
+                at, n = out[-1][0], out.pop()[1] + n
+            out.append((at, n))
+        return out
 
     def drop_kept(self) -> None:
         """Nothing is kept, and what sequences hold is not shared with those to come."""

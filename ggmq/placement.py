@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from ggmq.archs.base import Arch
 from ggmq.archs.memory import LayerMemory, Room, aligned
 from ggmq.archs.stage import Stage
 from ggmq.gguf import TensorInfo
+from protocol import limits
 from protocol import messages as m
-from protocol.errors import ConfigError, OutOfMemory
+from protocol.errors import ConfigError, GgmqError, OutOfMemory
 
-SCRATCH_BYTES = 32 << 20
-"""Room kept on each device for a graph's intermediate results."""
+SCRATCH_BYTES = limits.SCRATCH_BYTES
 
 
 class DeviceMemory(Struct, frozen=True):
@@ -157,6 +157,105 @@ def _fit(sizes: ModelSizes, counts: list[int], room: Sequence[int]) -> list[int]
     return counts
 
 
+# -- when a device is gone ------------------------------------------------------------------------------------------------
+
+
+def refill(
+    sizes: ModelSizes, kept: Sequence[Assignment], devices: Sequence[DeviceMemory], same_cuts: Sequence[range] = (),
+) -> list[Assignment]:  # fmt: skip
+    """Assign the layers that nobody holds any more, and leave those that `kept` has where they are.
+
+    A device that holds nothing of the model takes a gap whole, the one with the most room first. Else it is shared by those
+    that hold the layers before and behind it, whose stages grow, so that activations cross no network more often; else by
+    all that have room.
+    kept: in the order of the layers. devices: those that may take some, with what they have free now.
+    same_cuts: the layers of each stage as it was, where activations are rounded between stages and so the model must be cut
+        where it was; a stage goes to one device then.
+    Errors: OutOfMemory with what is needed and free, ConfigError without a device.
+    """
+    free = {d.index: d for d in devices}
+    out = list(kept)
+    for gap in [part for missing in _gaps(len(sizes.layers), kept) for part in _cut(missing, same_cuts)]:
+        around = [a.device for a in out if gap.start == a.layers.stop or gap.stop == a.layers.start]
+        unused = [d for d in free.values() if all(a.device != d.index for a in out)]
+        ways = [[d] for d in sorted(unused, key=lambda d: -d.free_bytes)[:1]]
+        near = [free[i] for i in dict.fromkeys(around) if i in free]
+        others = [d for d in free.values() if d not in near]
+        ways += [[d] for d in (*near, *others)] if same_cuts else [near, list(free.values())]
+        placed = _first_that_fits(_of(sizes, gap), ways)
+        for a in placed:
+            d = free[a.device]
+            free[a.device] = structs.replace(d, free_bytes=max(0, d.free_bytes - a.weight_bytes - a.kv_bytes))
+        last = len(sizes.layers)
+        out += [_shift(a, gap.start, a.first and not gap.start, a.last and gap.stop == last) for a in placed]
+        out.sort(key=lambda a: a.layers.start)
+        out = out if same_cuts else joined(out)
+    return out
+
+
+def _first_that_fits(sizes: ModelSizes, ways: Sequence[Sequence[DeviceMemory]]) -> list[Assignment]:
+    """Errors: those of the last way."""
+    error: GgmqError = ConfigError("no device to place layers on; start a worker")
+    for way in ways:
+        try:
+            return place(sizes, way)
+        except (OutOfMemory, ConfigError) as e:
+            error = e
+    raise error
+
+
+def _gaps(n_layers: int, kept: Sequence[Assignment]) -> list[range]:
+    """Layers that nobody holds, those in a row together."""
+    ends = [0, *(end for a in kept for end in (a.layers.start, a.layers.stop)), n_layers]
+    return [range(a, b) for a, b in zip(ends[::2], ends[1::2], strict=True) if a < b]
+
+
+def _cut(gap: range, cuts: Sequence[range]) -> list[range]:
+    parts = [range(max(gap.start, c.start), min(gap.stop, c.stop)) for c in cuts]
+    return [part for part in parts if part] or [gap]
+
+
+def _of(sizes: ModelSizes, layers: range) -> ModelSizes:
+    """The sizes of some of the layers, with the end that is theirs."""
+    first, last = layers.start == 0, layers.stop == len(sizes.layers)
+    return ModelSizes([sizes.layers[il] for il in layers], [sizes.kv[il] for il in layers], first * sizes.embedding,
+                      last * sizes.output, (first and last) * sizes.tied)  # fmt: skip
+
+
+def joined(stages: Sequence[Assignment]) -> list[Assignment]:
+    """Neighbours on one device are one stage."""
+    out: list[Assignment] = []
+    for a in stages:
+        if out and out[-1].device == a.device:
+            b = out.pop()
+            a = Assignment(a.device, range(b.layers.start, a.layers.stop), b.first, a.last, b.weight_bytes + a.weight_bytes,
+                           b.kv_bytes + a.kv_bytes)  # fmt: skip
+        out.append(a)
+    return out
+
+
+def regrown(sizes: ModelSizes, stages: Sequence[Assignment], layers: range, device: DeviceMemory) -> list[Assignment]:
+    """Give layers that others had taken over to a device that holds nothing of the model.
+
+    Errors: OutOfMemory when they do not fit there.
+    """
+    out: list[Assignment] = []
+    for a in stages:
+        for part in (range(a.layers.start, min(a.layers.stop, layers.start)), range(max(a.layers.start, layers.stop),
+                                                                                     a.layers.stop)):  # fmt: skip
+            if part:
+                out.append(_assignment(sizes, a.device, part))
+    (moved,) = place(_of(sizes, layers), [device])
+    out.append(_shift(moved, layers.start, not layers.start, layers.stop == len(sizes.layers)))
+    return sorted(out, key=lambda a: a.layers.start)
+
+
+def _assignment(sizes: ModelSizes, device: int, layers: range) -> Assignment:
+    own = _of(sizes, layers)
+    first, last = not layers.start, layers.stop == len(sizes.layers)
+    return Assignment(device, layers, first, last, sum(own.layers) + own.ends(first, last), sum(own.kv))
+
+
 # -- a model on the devices of a bus -------------------------------------------------------------------------------------
 
 
@@ -179,9 +278,9 @@ def _aligned(tensors: Sequence[TensorInfo]) -> int:
 
 
 def device_memory(infos: Sequence[m.ListedDevice]) -> list[DeviceMemory]:
-    """Devices as placement sees them; lost and silent ones are left out."""
+    """Devices as placement sees them; those that are lost, silent or retired are left out."""
     return [DeviceMemory(i, f"{d.worker} {d.name}".strip(), d.free_bytes, d.host, d.shares_memory)
-            for i, d in enumerate(infos) if d.total_bytes and d.state == "ready"]  # fmt: skip
+            for i, d in enumerate(infos) if d.total_bytes and d.state == "ready" and not d.retired]  # fmt: skip
 
 
 def plan(

@@ -24,6 +24,10 @@ class Pool:
     def n_kept(self) -> int:
         return len(self._kept)
 
+    def used(self) -> list[int]:
+        """Those that somebody holds, and those that are kept."""
+        return [*self._count, *self._kept]
+
     def kept(self, number: int) -> bool:
         return number in self._kept
 

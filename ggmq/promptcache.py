@@ -13,7 +13,7 @@ import hashlib
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple
 
@@ -40,6 +40,8 @@ N_SAVING = 2
 """Pages that are read from the devices at once."""
 WAIT_S = 0.02
 CLOSE_S = 5.0
+READ_S = 1.0
+"""A page that is not read within so long is computed again."""
 
 
 class Place(NamedTuple):
@@ -49,6 +51,7 @@ class Place(NamedTuple):
     buffer: int
     offset: int
     n_bytes: int
+    layer: int
 
 
 class Saving(NamedTuple):
@@ -158,6 +161,32 @@ class PromptCache:
         else:  # the disk has enough to write, or says yet what there is
             time.sleep(WAIT_S / 10)
         self.advance()
+
+    def refill(self, pages: Sequence[tuple[int, int, Content]], layers: Collection[int]) -> set[tuple[int, int]]:
+        """Have layers that were loaded anew hold again what they had of some pages, as far as that is in files.
+
+        pages: window, page and what it holds. Returns: window and page of those that are whole again.
+        Errors: Unavailable, HandleError.
+        """
+        done, reading = set[tuple[int, int]](), deque[tuple[int, int, Future[bytes | None]]]()
+        wanted = deque((w, page, c) for w, page, c in pages if self.ready() and self.has(w, c.name))
+        filling = deque[tuple[int, int, list[int]]]()
+        while wanted or reading or filling:
+            while wanted and len(reading) < N_AHEAD:
+                window, page, content = wanted.popleft()
+                n_bytes = sum(p.n_bytes for p in self._places(window, page))
+                reading.append((window, page, self.files.read(window, content, n_bytes)))
+            if reading and len(filling) < N_AHEAD:
+                window, page, job = reading.popleft()
+                with contextlib.suppress(TimeoutError):
+                    if (cells := job.result(READ_S)) is not None:
+                        filling.append((window, page, self._fill(self._places(window, page), cells, layers)))
+            elif filling:
+                window, page, asked = filling.popleft()
+                for seq in asked:
+                    self._client.wait(seq)
+                done.add((window, page))
+        return done
 
     def reset(self) -> None:
         """What was on its way is not any more: the devices have been told to forget it."""
@@ -273,11 +302,12 @@ class PromptCache:
             b.to_read.clear()
             b.reading.clear()
 
-    def _fill(self, places: Sequence[Place], cells: bytes) -> list[int]:
+    def _fill(self, places: Sequence[Place], cells: bytes, layers: Collection[int] | None = None) -> list[int]:
+        """Send a page's cells to their places. layers: of these only."""
         session, asked, at = self._client.session, list[int](), 0
         view = memoryview(cells)
         for p in places:
-            for first in range(0, p.n_bytes, limits.MAX_CHUNK_BYTES):
+            for first in range(0, p.n_bytes if layers is None or p.layer in layers else 0, limits.MAX_CHUNK_BYTES):
                 chunk = view[at + first : at + min(p.n_bytes, first + limits.MAX_CHUNK_BYTES)]
                 part = m.SetTensor(session, p.buffer, p.offset, p.n_bytes, first)
                 asked.append(self._client.submit(part, [chunk], device=p.device))
@@ -288,8 +318,8 @@ class PromptCache:
         """Where a page's bytes are, in the order of the layers."""
         layers = {il: (stage.assignment.device, memory) for stage in self._stages
                   for il, memory in stage.memory.items() if memory.has_window(window)}  # fmt: skip
-        return [Place(device, memory.buffer, offset, n)
-                for _, (device, memory) in sorted(layers.items()) for offset, n in memory.page_bytes(page)]  # fmt: skip
+        return [Place(device, memory.buffer, offset, n, il)
+                for il, (device, memory) in sorted(layers.items()) for offset, n in memory.page_bytes(page)]  # fmt: skip
 
 
 def identity(

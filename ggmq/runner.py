@@ -135,9 +135,10 @@ class Runner:
 
     # -- batches -------------------------------------------------------------------------------------------------------
 
-    def submit(self, parts: Sequence[Rows]) -> UnderWay:
+    def submit(self, parts: Sequence[Rows], n_stages: int = 0) -> UnderWay:
         """Send a batch on its way, and do not wait for it.
 
+        n_stages: it goes through the first so many only; what comes out of the last of them is of no use. 0: all.
         Errors: FormatError for a token outside the vocabulary, or a position outside the context; HandleError when the model
             has been freed.
         """
@@ -161,10 +162,10 @@ class Runner:
                 if name not in feeds and name != "hidden":
                     feeds[name] = self._feed(name, layout, batch)
             payloads.append([feeds[name] for name in names if name != "hidden"])
-        route = [m.RouteStep(s.assignment.device, digest, len(payload))
-                 for s, digest, payload in list(zip(self.stages, compiled.digests, payloads, strict=True))[1:]]  # fmt: skip
+        steps = list(zip(self.stages, compiled.digests, payloads, strict=True))[: n_stages or None]
+        route = [m.RouteStep(s.assignment.device, digest, len(payload)) for s, digest, payload in steps[1:]]
         header = m.GraphCompute(self.client.session, compiled.digests[0], len(payloads[0]), route)
-        frames = [f for payload in payloads for f in payload]
+        frames = [f for _, _, payload in steps for f in payload]
         seq = self.client.submit(header, frames, self.stages[0].assignment.device)
         return UnderWay(seq, batch, layout.n, layout.wants, is_new)
 

@@ -25,14 +25,14 @@ from ggmq.scheduler import Sequence
 from ggmq.service_state import ServiceState, SlotState
 from ggmq.stops import StopTexts
 from ggmq.tokenizer import StreamDecoder, Vocabulary
-from protocol.errors import FormatError, GgmqError, HandleError, InternalError, Unavailable
+from protocol.errors import Cancelled, FormatError, GgmqError, HandleError, InternalError, Unavailable
 
 if TYPE_CHECKING:
     from ggmq.grammar import Grammar
 
 IDLE_S = 0.25
 MEND_S = 60.0
-"""So long requests wait for workers that can hold the model; then they fail, and may be asked again."""
+"""So long requests wait for workers that can hold the model, or for the broker; then they fail, and may be asked again."""
 MEND_EVERY_S = 0.5
 CLOSING = "the server is shutting down"
 LATELY_S = 5
@@ -202,6 +202,7 @@ class Service:
     engine: makes an engine for a model, with whatever options it has.
     place: places the model on the devices that are there now, and loads it; for when a worker is lost.
     n_queue: requests that may wait.
+    patience_s: for so long they wait for workers; None: MEND_S.
     told: is called with what happens, in the engine's thread: a word, and its figures.
     Threads: any; events are emitted in the engine's thread, so an emit hands over and returns.
     """
@@ -209,13 +210,13 @@ class Service:
     def __init__(
         self, model: Model, vocabulary: Vocabulary, name: str, place: Callable[[], Model], *,
         engine: Callable[[Model], Engine] | None = None, n_slots: int = 1, n_queue: int = 256,
+        patience_s: float | None = None,
         told: Callable[..., None] = lambda event, **figures: None,
     ) -> None:  # fmt: skip
         self.vocabulary, self.name, self.n_slots = vocabulary, name, n_slots
-        self._place, self._told = place, told
+        self._place, self._told, self._patience_s = place, told, patience_s
         self._engine_of = engine or (lambda model: Engine(model, vocabulary.end_ids))
-        self._engine = self._engine_of(model)
-        model.client.on_wait = self._look
+        self._engine = self._engine_on(model)
         self._queue: FairQueue[Job] = FairQueue(n_queue)
         self._lock = threading.Condition()
         self._running: dict[int, Job] = {}
@@ -227,6 +228,12 @@ class Service:
         self._rates: deque[tuple[int, int, int]] = deque(maxlen=LATELY_S + 1)
         self._thread = threading.Thread(target=self._run, name=f"engine of {name}", daemon=True)
         self._thread.start()
+
+    def _engine_on(self, model: Model) -> Engine:
+        engine = self._engine_of(model)
+        engine.told, model.client.on_wait = self._told, self._look
+        model.keeper.patience_s = self._patience_s or MEND_S
+        return engine
 
     @property
     def model(self) -> Model:
@@ -320,7 +327,7 @@ class Service:
             except (Unavailable, HandleError) as e:
                 self._mend(e)
             except GgmqError as e:
-                self._fail(e)
+                self._fail(Unavailable(CLOSING) if self._closing else e)
             except Exception as e:
                 self._fail(InternalError(f"{type(e).__name__}: {e}; this is a bug of ggmq, please report it"))
                 self._told("bug", error=e)
@@ -331,9 +338,12 @@ class Service:
     def _look(self) -> None:
         """Nothing is waited for when it is closing, whatever a worker does."""
         if self._closing:
-            raise Unavailable(CLOSING)
+            raise Cancelled(CLOSING)
 
     def _idle(self) -> None:
+        """Nothing is to be done: what has become of the workers meanwhile is seen to, as far as it can be now."""
+        with contextlib.suppress(Unavailable, HandleError):
+            self._engine.tend(idle=True)
         with self._lock:
             if not self._queue and not self._left and not self._closing:
                 self._lock.wait(IDLE_S)
@@ -442,17 +452,15 @@ class Service:
             self._told("failed", job=job, error=error)
 
     def _mend(self, error: GgmqError) -> None:
-        """A worker is lost: have the model on those that are there, and go on. What waits goes on waiting meanwhile."""
+        """The engine has waited for workers in vain: nothing can be answered until the model has a place again."""
         self._told("worker lost", error=error)
-        due = time.monotonic() + MEND_S
         while not self._closing:
             try:
                 self._move()
                 self._told("recovered")
                 return
             except (GgmqError, OSError) as e:
-                late = time.monotonic() > due
-                if late and not self.error:
+                if not self.error:
                     self.error = f"the model has no place: {e}; before that, {error}"
                     self._fail(Unavailable(self.error))
             with self._lock:
@@ -470,7 +478,7 @@ class Service:
             with contextlib.suppress(GgmqError):
                 if model is not None:
                     model.free()
-        engine = self._engine_of(self._place())
+        engine = self._engine_on(self._place())
         engine.timings = old.timings
         for sequence in (*old.scheduler.running, *old.scheduler.waiting):
             engine.adopt(sequence)

@@ -93,16 +93,19 @@ def serve_on(
 
     def place() -> Model:
         start = time.perf_counter()
+        if own.lost:
+            own.reopen(0.0)
         if bus.revive():
             _await_all(own, bus.order)
         model = place_model(config, arch, own, bus.order, bus.host, note)
+        model.keeper.revive = bus.revive
         with progress() as show:
             model.load(show)
         model.ready_s = time.perf_counter() - start
         return model
 
     return Service(place(), vocabulary, name, place, engine=lambda model: engine(model, vocabulary), n_slots=config.n_seq,
-                   n_queue=n_queue, told=told)  # fmt: skip
+                   n_queue=n_queue, patience_s=config.patience_s, told=told)  # fmt: skip
 
 
 def _await_all(client: Client, names: Sequence[str]) -> None:

@@ -70,9 +70,9 @@ class NotedRunner(Runner):
         vars(self).update(vars(runner))
         self._spans, self._sent = spans, sent
 
-    def submit(self, parts: Sequence[Rows]) -> UnderWay:
+    def submit(self, parts: Sequence[Rows], n_stages: int = 0) -> UnderWay:
         begun = time.monotonic_ns()
-        under_way = super().submit(parts)
+        under_way = super().submit(parts, n_stages)
         ended = time.monotonic_ns()
         self._spans.append(Span("submit", begun, ended))
         decodes = all(len(p.tokens) == 1 and len(p.outputs) for p in parts)

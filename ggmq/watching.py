@@ -15,7 +15,7 @@ from msgspec import Struct, field
 
 from ggmq.cluster import Client
 from protocol import messages as m
-from protocol.errors import GgmqError
+from protocol.errors import Cancelled, GgmqError
 
 EVERY_S = 0.5
 ANSWER_S = 0.25
@@ -55,6 +55,7 @@ class BusWatch:
         self._asked: dict[int, tuple[int, float]] = {}
         self._closing = threading.Event()
         self.picture = Picture()
+        self._client.on_wait = self._end
         self._thread = threading.Thread(target=self._run, name="watch of the bus", daemon=True)
         self._thread.start()
 
@@ -64,6 +65,11 @@ class BusWatch:
         self._thread.join()
         self._client.close()
 
+    def _end(self) -> None:
+        """Nothing is waited for when it is closing."""
+        if self._closing.is_set():
+            raise Cancelled("the bus is not watched any more")
+
     def _run(self) -> None:
         while not self._closing.wait(EVERY_S if self.picture.devices else 0.0):
             try:
@@ -71,7 +77,9 @@ class BusWatch:
             except GgmqError as e:
                 self.picture = Picture({i: _lost(d) for i, d in self.picture.devices.items()}, str(e))
                 if self._client.lost:
-                    return
+                    self._asked.clear()
+                    with contextlib.suppress(GgmqError):
+                        self._client.reopen(0.0)
 
     def _look(self) -> dict[int, Watched]:
         now, before, after = time.monotonic(), self.picture.devices, dict[int, Watched]()

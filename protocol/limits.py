@@ -5,7 +5,7 @@ Units: `_bytes` and `_s` in the names; `n_*` are counts. A message over a bound 
 
 from __future__ import annotations
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 """Goes up when a header, a record or the op table changes; HELLO refuses another version."""
 
 MAX_HEADER_BYTES = 64 * 1024
@@ -32,6 +32,16 @@ MAX_BUFFERS_PER_SESSION = 65_536
 MAX_SESSIONS = 256
 MAX_ROUTE_STEPS = 64
 MAX_ROPE_POSITION = 1 << 30
+
+MAX_WEIGHTS_ASKED = 128
+"""In one question whether they are there: with the names of their files they fit a header."""
+FETCH_S = 30.0
+"""A worker fetches a weight from another for so long, then says how far it is."""
+FETCH_STALL_S = 3.0
+"""It gives up on one that sends nothing for so long."""
+
+SCRATCH_BYTES = 32 << 20
+"""Memory that is left on each device for the intermediate results of graphs."""
 
 CREDIT_CHUNKS = 8
 """Chunks of one upload that may be in flight to one device."""
@@ -79,6 +89,9 @@ PEER_KEPT_S = 300.0
 """A worker frees what such a peer holds after this long in any case: it was suspended, or its host is gone."""
 PEER_CLOSED_S = 5.0
 """The same for a peer whose connection is closed: in this time a broken network may heal."""
+ORPHANED_S = 60.0
+"""Weights that a broker which has gone held are kept for this long at least, while nothing else needs the memory: it may be
+started again, and its clients be back."""
 PROBE_S = 1.0
 """A connection over which nothing came for this long is tried."""
 

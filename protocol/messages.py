@@ -40,6 +40,10 @@ class Command(IntEnum):
     RELEASE = 20
     STAGE_COMPUTE = 21
     TRACE = 22
+    RETIRE = 23
+    FETCH_TENSOR = 24
+    READ_WEIGHT = 25
+    HAVE_WEIGHTS = 26
 
 
 REPLY = 0x80
@@ -55,6 +59,7 @@ Hash = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Ticket = Annotated[bytes, Meta(max_length=16)]
 Dim = Annotated[int, Meta(ge=0, le=limits.MAX_TENSOR_BYTES)]
 Ne = tuple[Dim, Dim, Dim, Dim]
+FileOffset = Annotated[int, Meta(ge=0, lt=1 << 62)]
 
 
 class Header(Struct, forbid_unknown_fields=True, frozen=True):
@@ -77,6 +82,9 @@ class DeviceInfo(Header, frozen=True):
 
 class Hello(Header, frozen=True):
     """First message of every connection, both ways.
+
+    `session`: a broker's to a client has its number; one to a worker says that some of its sessions go on there. A worker
+    that dials in numbers its tries, so that the two channels of one are not taken for those of another.
 
     `role` is broker, worker, client, or the first two with `-bulk` for the second channel of the same `token`; peer is
     another worker, which hands over activations. A `token` names a process: a broker that says HELLO again under a new
@@ -105,13 +113,14 @@ class ListedDevice(DeviceInfo, frozen=True):
 
     `state`: ready; silent (its worker is there and answers nothing); lost (its worker's connection is closed); none (an
     index that no device has). `address`: where its worker listens, host:port. `n_sessions`: those that hold something
-    there. Of a device that was asked for its abilities: ops of the table and types of tensors that it runs fast, and
-    others that it runs at all.
+    there. `retired`: nothing new is to be placed there, and what lies there is to be moved. Of a device that was asked for
+    its abilities: ops of the table and types of tensors that it runs fast, and others that it runs at all.
     """
 
     state: Short = "ready"
     address: Short = ""
     n_sessions: U64 = 0
+    retired: bool = False
     fast_ops: Annotated[list[Short], Meta(max_length=1024)] = []
     slow_ops: Annotated[list[Short], Meta(max_length=1024)] = []
     fast_types: Annotated[list[U64], Meta(max_length=256)] = []
@@ -173,11 +182,14 @@ class SetTensorHash(Header, frozen=True):
     type: U64
     ne: Ne
     file: Short = ""
-    file_offset: Annotated[int, Meta(ge=0, lt=1 << 62)] = 0
+    file_offset: FileOffset = 0
 
 
 class Found(Header, frozen=True):
+    """`at`, of a weight that is not there: so many of its first bytes are, and chunks may go on behind them."""
+
     found: bool
+    at: Size = 0
 
 
 class GetTensor(Header, frozen=True):
@@ -263,8 +275,14 @@ class Link(Header, frozen=True):
     devices: Annotated[list[Annotated[int, Meta(ge=0, lt=1 << 16)]], Meta(max_length=limits.MAX_ROUTE_STEPS + 1)]
 
 
-class PeerListen(Header, frozen=True):
-    """The broker asks a worker to be reachable for others."""
+Key = Annotated[bytes, Meta(max_length=40)]
+
+
+class PeerListen(Header, frozen=True, omit_defaults=True):
+    """The broker asks a worker to be reachable for others. `keys`: the public keys of those that have keys of their own;
+    whose key is not named again is cut off."""
+
+    keys: Annotated[list[Key], Meta(max_length=1024)] = []
 
 
 class PeerAddress(Header, frozen=True):
@@ -274,13 +292,17 @@ class PeerAddress(Header, frozen=True):
     instance: Annotated[bytes, Meta(max_length=32)]
 
 
-class PeerDial(Header, frozen=True):
-    """The broker asks a worker to connect to another, and names the link. Found: it is that instance, and answers."""
+class PeerDial(Header, frozen=True, omit_defaults=True):
+    """The broker asks a worker to connect to another, and names the link. Found: it is that instance, and answers.
+
+    `key`: the other's public key, if it has one of its own.
+    """
 
     link: Handle
     endpoint: Short
     instance: Annotated[bytes, Meta(max_length=32)]
     device: Annotated[int, Meta(ge=0, lt=1 << 16)]
+    key: Key = b""
 
 
 class HandOver(Header, frozen=True):
@@ -290,6 +312,53 @@ class HandOver(Header, frozen=True):
     n_payload: Annotated[int, Meta(ge=0, le=limits.MAX_FRAMES)]
     spent_s: float = 0.0
     spent_nodes: U64 = 0
+
+
+class Weight(Header, frozen=True):
+    """A weight by its hash, and where it lies in a GGUF file that a worker may have in its model folder; `file` may be
+    empty."""
+
+    hash: Hash
+    n_bytes: Size
+    file: Short = ""
+    file_offset: FileOffset = 0
+
+
+class FetchTensor(Header, frozen=True):
+    """Fill the tensor from another worker, that of device `source`; what came of it before is not asked for again.
+
+    `link`: what the worker calls its link to that one; a broker says it, whatever a client said. Found: it is there, and has
+    the hash; otherwise `at` says how far it came, and whoever asked may ask again or send the rest.
+    """
+
+    session: U64
+    buffer: Handle
+    offset: Size
+    type: U64
+    ne: Ne
+    weight: Weight
+    source: Annotated[int, Meta(ge=0, lt=1 << 16)]
+    link: U64 = 0
+
+
+class ReadWeight(Header, frozen=True):
+    """Another worker asks for the bytes of a weight from `at` on, a chunk at most. Found: the payload holds them."""
+
+    weight: Weight
+    at: Size
+
+
+class HaveWeights(Header, frozen=True):
+    """Which of these weights could be read from this device's worker? Nothing is read for the answer."""
+
+    weights: Annotated[list[Weight], Meta(max_length=limits.MAX_WEIGHTS_ASKED)]
+
+
+class Had(Header, frozen=True):
+    """The indices of those that are there, or seem to be."""
+
+    which: Annotated[list[Annotated[int, Meta(ge=0, lt=limits.MAX_WEIGHTS_ASKED)]],
+                     Meta(max_length=limits.MAX_WEIGHTS_ASKED)] = []  # fmt: skip
 
 
 class Cancel(Header, frozen=True):
@@ -309,6 +378,12 @@ class Drain(Header, frozen=True):
 
 class Release(Header, frozen=True):
     """Free what ended sessions have left on a device. Found: whether there was anything."""
+
+
+class Retire(Header, frozen=True):
+    """A client tells the broker that all who hold something on a device are to leave it, or that it may be used again."""
+
+    retired: bool
 
 
 class StatsQuery(Header, frozen=True):
@@ -398,6 +473,8 @@ REQUEST: dict[Command, type[Header]] = {
     Command.GRAPH_COMPUTE: GraphCompute, Command.CANCEL: Cancel, Command.PING: Ping, Command.DRAIN: Drain,
     Command.STATS: StatsQuery, Command.LINK: Link, Command.PEER_LISTEN: PeerListen, Command.PEER_DIAL: PeerDial,
     Command.HAND_OVER: HandOver, Command.RELEASE: Release, Command.STAGE_COMPUTE: StageCompute, Command.TRACE: TraceQuery,
+    Command.RETIRE: Retire,
+    Command.FETCH_TENSOR: FetchTensor, Command.READ_WEIGHT: ReadWeight, Command.HAVE_WEIGHTS: HaveWeights,
 }  # fmt: skip
 COMMAND_OF: dict[type[Header], Command] = {kind: command for command, kind in REQUEST.items()}
 ANSWER: dict[Command, type[Header]] = {
@@ -405,11 +482,13 @@ ANSWER: dict[Command, type[Header]] = {
     Command.SET_TENSOR_HASH: Found, Command.GRAPH_COMPUTE: ComputeDone, Command.PING: Ping, Command.STATS: Stats,
     Command.ERROR: Error, Command.LINK: Found, Command.PEER_LISTEN: PeerAddress, Command.PEER_DIAL: Found,
     Command.RELEASE: Found, Command.STAGE_COMPUTE: ComputeDone, Command.TRACE: Traced,
+    Command.FETCH_TENSOR: Found, Command.READ_WEIGHT: Found, Command.HAVE_WEIGHTS: Had,
 }  # fmt: skip
 PAYLOAD_FRAMES: dict[Command, int] = {Command.SET_TENSOR: 1, Command.GRAPH_PUT: 1}
 """Payload frames that a request carries; computes and HAND_OVER say it in their headers, every other has none."""
-BULK = frozenset({Command.SET_TENSOR, Command.SET_TENSOR_HASH})
+BULK = frozenset({Command.SET_TENSOR, Command.SET_TENSOR_HASH, Command.FETCH_TENSOR})
 """Commands that travel on the bulk channel."""
-NOT_CLIENTS = frozenset({Command.PEER_LISTEN, Command.PEER_DIAL, Command.HAND_OVER, Command.STAGE_COMPUTE})
+NOT_CLIENTS = frozenset({Command.PEER_LISTEN, Command.PEER_DIAL, Command.HAND_OVER, Command.STAGE_COMPUTE,
+                         Command.READ_WEIGHT})  # fmt: skip
 """Requests between a broker and workers only: a client could have a worker connect anywhere, or take what
 is another's."""

@@ -228,15 +228,18 @@ def test_status_as_json(user: Callable[..., User]) -> None:
     assert r.returncode == 1 and dead["error"] and dead["devices"] == []
 
 
-LOADED = r"load +[\d.]+ s  ([\d.]+) MiB sent, ([\d.]+) MiB from caches or files(?:, ([\d.]+) MiB there from a run before)?"
+LOADED = (
+    r"load +[\d.]+ s  ([\d.]+) MiB sent, ([\d.]+) MiB from caches or files(?:, ([\d.]+) MiB from other workers)?"
+    r"(?:, ([\d.]+) MiB there from a run before)?"
+)
 
 
 def loaded(run: subprocess.CompletedProcess[str]) -> tuple[float, float, float]:
-    """MiB that were sent, were in caches or files, and were in the workers' memory."""
+    """MiB that were sent, from here or by another worker, were in caches or files, and were in the workers' memory."""
     assert run.returncode == 0, run.stderr
     found = re.search(LOADED, run.stderr)
     assert found is not None, run.stderr
-    return float(found[1]), float(found[2]), float(found[3] or 0)
+    return float(found[1]) + float(found[3] or 0), float(found[2]), float(found[4] or 0)
 
 
 def test_a_cluster_keeps_its_model_between_runs(user: Callable[..., User]) -> None:
@@ -345,8 +348,9 @@ def test_the_brokers_log_says_who_came_who_went_and_why(user: Callable[..., User
     os.kill(u.pids["right/reference"], signal.SIGKILL)
     until(lambda: "was lost" in log.read_text() and "has gone" in log.read_text())  # a client's end shows by its next PING
     said = [line.split(" ", 2)[2] for line in log.read_text().splitlines()]
-    for words in (r"worker left reference is ready", r"worker right reference is ready", r"client \d+ is here \(ggmq .*\)",
-                  r"client \d+ has gone", r"worker right reference was lost: the connection was closed; .*"):  # fmt: skip
+    for words in (r"worker left reference is ready \(epoch \d+\)", r"worker right reference is ready \(epoch \d+\)",
+                  r"client \d+ is here \(ggmq .*\)", r"client \d+ has gone",
+                  r"worker right reference was lost: the connection was closed; .* \(epoch \d+; after \d+\.\d s\)"):
         assert [x for x in said if re.fullmatch("ggmq broker: " + words, x)], said
 
 

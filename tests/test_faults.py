@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import threading
@@ -94,16 +93,16 @@ def test_a_run_that_slept_itself_goes_on() -> None:
 
 
 def test_a_child_that_is_killed_while_it_sleeps_is_missed_at_once() -> None:
-    with started([*RUN, "-n", "5000", "-c", "8192"], **PIPES) as p:
-        read_some(p, 50)
+    with started([*RUN, "-n", "300"], **PIPES) as p:
+        got = read_some(p, 50)
         worker = children_of(p.pid)[0]
         os.kill(worker, signal.SIGSTOP)
         time.sleep(0.7)  # a PING is unanswered by now
         os.kill(worker, signal.SIGKILL)
         start = time.monotonic()
-        _, err = p.communicate(timeout=30)
+        out, err = p.communicate(timeout=30)
         assert time.monotonic() - start < 10
-    assert p.returncode == 1 and b"was lost" in err
+    assert p.returncode == 0 and got + out == text_of(300), err.decode()
 
 
 def test_ending_does_not_wait_for_a_worker_that_sleeps() -> None:
@@ -119,16 +118,17 @@ def test_ending_does_not_wait_for_a_worker_that_sleeps() -> None:
     assert p.returncode == 130 and b"interrupted" in err
 
 
-def test_a_broker_that_is_killed_is_missed_at_once_and_its_workers_come_back() -> None:
+def test_a_broker_that_is_killed_is_missed_at_once_and_goes_on_where_it_was_when_it_is_back() -> None:
     with bus() as (endpoint, command, broker, worker):
         run = [*RUN, "--broker", endpoint, "--insecure"]
-        with started([*run, "-n", "5000", "-c", "8192"], **PIPES) as p:
-            read_some(p, 50)
+        with started([*run, "-n", "300"], **PIPES) as p:
+            got = read_some(p, 50)
             broker.kill()
-            start = time.monotonic()
-            _, err = p.communicate(timeout=30)
-            assert time.monotonic() - start < 10
-        assert p.returncode == 1 and re.search(rb"the broker closed the connection", err), err.decode()
+            time.sleep(2)
+            with started(command):
+                out, err = p.communicate(timeout=60)
+        assert p.returncode == 0 and got + out == text_of(300), err.decode()
+        assert b"the broker closed the connection; it was stopped or killed; waiting for it" in err
         for _ in range(2):
             with started(command) as again:
                 await_devices(endpoint, 1)

@@ -285,7 +285,7 @@ def test_keys_that_differ_are_told_apart_on_both_sides(dial: Dial, what: str, ca
     theirs, mine, words, logged = {
         "another key": (cluster, stranger, rf"there has another cluster key than this side \({stranger.path}\); copy",
                         "it has another cluster key"),
-        "another pair": (cluster, None, "", "it has another pair of keys"),
+        "another pair": (cluster, None, "", "its key is none that this cluster lets in"),
         "no key": (cluster, None, "there wants a cluster key and this side uses none; copy the key file",
                    "it uses no cluster key"),
         "no key there": (None, cluster, rf"there runs without a cluster key, this side with {cluster.path}; start it",

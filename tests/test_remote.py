@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from config.keys import read_keys
 from tests.support.fixtures import ROOT
 from tests.support.processes import until
 from tests.test_cli import ggmq
@@ -137,12 +138,46 @@ def test_a_worker_of_a_virtual_environment_is_started_used_and_ended(far: Far, t
     until(lambda: not far.connections())
 
 
+def test_a_host_without_a_key_is_given_one_of_its_own(far: Far, tmp_path: Path) -> None:
+    assert ggmq("keys", "new").returncode == 0
+    far.install_worker(far.bin / "worker")
+    path, there = cluster(tmp_path, "far-keys"), far.home / ".config" / "ggmq" / "cluster.key"
+    listed = tmp_path / "config" / "ggmq" / "cluster.allowed"
+    try:
+        up = ggmq("up", path)
+        assert up.returncode == 0, up.stdout + up.stderr
+        assert "gave me@far a worker's key of its own, far-keys-there, as ~/.config/ggmq/cluster.key" in up.stdout
+        mine, given = read_keys(tmp_path / "config" / "ggmq" / "cluster.key"), read_keys(there)
+        assert (given.role, given.name, given.cluster) == ("worker", "far-keys-there", mine.public)
+        assert mine.secret.decode() not in there.read_text()
+        assert stat.S_IMODE(there.stat().st_mode) == 0o600 and stat.S_IMODE(there.parent.stat().st_mode) == 0o700
+        assert given.secret.decode() not in up.stdout + up.stderr + listed.read_text()
+        r = ggmq("run", "--cluster", path, "-p", "Once upon a time", "-n", "5", "--temp", "0")
+        assert r.returncode == 0 and "output on there" in r.stderr and "through" not in r.stderr, r.stderr
+        assert ggmq("keys", "remove", "far-keys-there").returncode == 0
+        log = tmp_path / "state" / "ggmq" / "logs" / "far-keys" / "broker.log"
+        said = "worker there reference was lost: its key, far-keys-there, is not let in any more"
+        until(lambda: said in log.read_text(), 3)
+    finally:
+        down = ggmq("down", path)
+    assert down.returncode == 0 and read_keys(there) == given, "no other key takes its place"
+    assert "far-keys-there" not in listed.read_text()
+
+
+def test_a_key_that_cannot_be_put_there_is_not_let_in(far: Far, tmp_path: Path) -> None:
+    assert ggmq("keys", "new").returncode == 0
+    (far.home / ".config").write_text("a file")
+    up = ggmq("up", cluster(tmp_path, "far-off"), timeout=60)
+    assert up.returncode == 1 and re.search(r"me@far: ssh ended with code 1: .*\.config", up.stderr), up.stderr
+    assert "far-off" not in (tmp_path / "config" / "ggmq" / "cluster.allowed").read_text()
+
+
 @pytest.mark.parametrize(("command", "words"), [
     ("", r"ended with code 127 on me@far: .*worker.*No such file.*; the key `command` .* ~/ggmq/\.venv/bin/worker"),
     ("sh -c 'sleep 1; echo the far end has no luck; exit 3'", "ended with code 3 on me@far: the far end has no luck"),
-    ("~/worker", r"ended with code 2 on me@far: .*cannot read the cluster key"),
+    ("~/worker -p nonsense", r"ended with code 2 on me@far: .*nonsense"),
     ("sh -c 'kill -9 $$'", "ended with code 137 on me@far: it wrote nothing"),
-], ids=["not on PATH", "later", "no key", "killed"])  # fmt: skip
+], ids=["not on PATH", "later", "wrong option", "killed"])  # fmt: skip
 def test_the_words_of_a_worker_that_ends_come_at_once(far: Far, tmp_path: Path, command: str, words: str) -> None:
     far.install_worker(far.home / "worker")
     assert ggmq("keys", "new").returncode == 0

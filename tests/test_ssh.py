@@ -6,6 +6,7 @@ import getpass
 import os
 import shutil
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from config.keys import read_keys
 from tests.support.fixtures import ROOT
 from tests.test_cli import free_port, ggmq
 
@@ -79,6 +81,23 @@ def test_a_worker_is_started_used_and_ended_over_ssh(sshd: list[str], tmp_path: 
         down = ggmq("down", path)
     assert down.returncode == 0 and "ended there/reference" in down.stdout
     assert not subprocess.run(["pgrep", "-f", "over-ss[h]-"], capture_output=True).stdout
+
+
+def test_a_host_without_a_key_is_given_one_over_ssh(sshd: list[str], tmp_path: Path) -> None:
+    assert ggmq("keys", "new").returncode == 0
+    path, there = tmp_path / "c.yaml", tmp_path / "there it is" / "worker.key"
+    command = f"env PYTHONPATH={ROOT} {sys.executable} -m workers"
+    path.write_text(CLUSTER.format(port=free_port(), user=getpass.getuser(), command=command,
+                                   options=", ".join(f"'{o}'" for o in sshd)) + f"    keys: {there}\n")  # fmt: skip
+    up = ggmq("up", path)
+    try:
+        assert up.returncode == 0 and "a worker's key of its own, over-ssh-there" in up.stdout, up.stdout + up.stderr
+        assert stat.S_IMODE(there.stat().st_mode) == 0o600 and read_keys(there).role == "worker"
+        r = ggmq("run", "--cluster", path, "-p", "Once upon a time", "-n", "5", "--temp", "0")
+        assert r.returncode == 0 and "output on there" in r.stderr, r.stderr
+    finally:
+        down = ggmq("down", path)
+    assert down.returncode == 0
 
 
 def test_a_host_that_refuses_is_named(sshd: list[str], tmp_path: Path) -> None:

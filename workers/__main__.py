@@ -17,7 +17,8 @@ from config.auth import find_keys
 from config.commandline import Parser
 from config.cores import n_cores
 from config.installed import module_command
-from config.keys import default_key_file
+from config.keys import KeyPair, default_key_file, require
+from config.roles import Role
 from config.running import own_cluster_id
 from config.terminal import (
     NO_READER,
@@ -72,7 +73,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model-dir", type=Path, metavar="DIR",
                    help="folder with GGUF files: weights of a file that is here too are read from it")  # fmt: skip
     p.add_argument("--broker", metavar="ENDPOINT", help="dial in to a broker (tcp://HOST:PORT) instead of listening")
-    p.add_argument("--keys", type=Path, help=f"cluster key file (default {default_key_file()}, if it is there)")
+    p.add_argument("--keys", type=Path, help="cluster key file, or with --broker a worker's own (default "
+                   f"{default_key_file()}, if it is there)")  # fmt: skip
     p.add_argument("--insecure", action="store_true", help="no encryption, no authentication, on any address")
     p.add_argument("--parent-pid", type=int, default=0, help=argparse.SUPPRESS)
     p.add_argument("--join", help=argparse.SUPPRESS)
@@ -169,6 +171,9 @@ def _main(args: argparse.Namespace) -> int:
             f"{args.keys or default_key_file()}; make one with `ggmq keys new` and copy it to each host, "
             "or pass --insecure on a network that you trust"
         )
+    require(keys, Role.WORKER, "to lend a device", "make one with `ggmq keys new NAME --role worker`")
+    if not args.broker and not args.join:
+        require(keys, Role.CLUSTER, "a worker that listens", "dial in with --broker ENDPOINT")
     cache = _cache(args)
     if len(names) > 1:
         return _serve_many(args, names, keys)
@@ -195,7 +200,7 @@ def _main(args: argparse.Namespace) -> int:
     else:
         endpoint = loop.listen(_endpoint(args))
     if not args.quiet and not args.join:
-        _banner(endpoint, cache, [device], keys is not None, dialled=bool(args.broker))
+        _banner(endpoint, cache, [device], keys, dialled=bool(args.broker))
     try:
         serve(loop)
     except GgmqError as e:
@@ -233,14 +238,14 @@ def _endpoint(args: argparse.Namespace) -> str:
     return f"tcp://{host}:{DEFAULT_PORT if args.port is None else args.port}"
 
 
-def _serve_many(args: argparse.Namespace, names: list[str], keys: object) -> int:
+def _serve_many(args: argparse.Namespace, names: list[str], keys: KeyPair | None) -> int:
     from workers.front import Front
 
     if args.broker:
         raise ConfigError("--broker takes one device; start one worker for each")
     if args.cpus:
         raise ConfigError("--cpus takes one device; start one worker for each")
-    front = Front(_endpoint(args), find_keys(args.keys, args.insecure))
+    front = Front(_endpoint(args), keys)
     signal.signal(signal.SIGTERM, lambda *_: setattr(front, "stopping", True))
     signal.signal(signal.SIGINT, lambda *_: setattr(front, "stopping", True))
     common = [*module_command("workers"), "--quiet", "--instance", secrets.token_hex(16)]
@@ -265,24 +270,24 @@ def _serve_many(args: argparse.Namespace, names: list[str], keys: object) -> int
         front.close()
         raise
     cache = str(args.cache_dir or default_folder()) if args.cache or args.cache_dir else "n/a"
-    _print_banner(front.endpoint, cache, keys is not None, False)
+    _print_banner(front.endpoint, cache, keys, False)
     for i in infos:
         _print_device(i)
     front.run()
     return 0
 
 
-def _banner(endpoint: str, cache: Cache | None, devices: list[Device[Any]], secure: bool, dialled: bool) -> None:
-    _print_banner(endpoint, str(cache.folder) if cache else "n/a", secure, dialled)
+def _banner(endpoint: str, cache: Cache | None, devices: list[Device[Any]], keys: KeyPair | None, dialled: bool) -> None:
+    _print_banner(endpoint, str(cache.folder) if cache else "n/a", keys, dialled)
     for d in devices:
         _print_device(d.info())
 
 
-def _print_banner(endpoint: str, cache: str, secure: bool, dialled: bool) -> None:
+def _print_banner(endpoint: str, cache: str, keys: KeyPair | None, dialled: bool) -> None:
     print_line(f"Starting worker, {SOFTWARE}")
     print_line(f"  {'broker' if dialled else 'endpoint'} : {endpoint.removeprefix('tcp://') if not dialled else endpoint}")
     print_line(f"  local cache : {cache}")
-    print_line(f"  security : {'CURVE, cluster key' if secure else 'none'}")
+    print_line(f"  security : {f'CURVE, {keys.called}' if keys is not None else 'none'}")
     print_line("Devices:")
 
 

@@ -17,16 +17,16 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from blake3 import blake3
 
 from config.caches import cache_folder
-from workers.growing import Growing, sweep
-from workers.ticks import Aside, Job, Tick, nothing
+from workers.growing import HASH_BYTES, PART, Growing, remove, sweep
+from workers.ticks import PIECE_BYTES, Aside, Job, Tick, nothing
 
-HASH_BYTES = 32
+T = TypeVar("T")
 DEFAULT_QUOTA_BYTES = 64 << 30
-PIECE_BYTES = 1 << 20
 N_ROOMS = 3
 """Pieces of a file in memory at once: one that is used, and those that are read meanwhile."""
 QUEUE_BYTES = 64 << 20
@@ -143,6 +143,37 @@ def _opened(aside: Aside, path: Path, end: int, follow: bool, tick: Tick) -> tup
         raise
 
 
+def _chunk(path: Path, offset: int, n_bytes: int, size: int, follow: bool) -> bytes | None:
+    """Bytes of a regular file, which has `size` in all; 0: however many. None where it does not give them."""
+    found = open_range(path, offset + n_bytes, follow)
+    if found is None:
+        return None
+    try:
+        data = os.pread(found[0], n_bytes, offset) if size in (0, found[1]) else b""
+    except OSError:
+        data = b""
+    finally:
+        os.close(found[0])
+    return data if len(data) == n_bytes else None
+
+
+def _known(path: Path, end: int, follow: bool) -> os.stat_result | None:
+    """What a regular file of at least `end` bytes is."""
+    try:
+        info = path.stat(follow_symlinks=follow)
+    except OSError:
+        return None
+    return info if stat.S_ISREG(info.st_mode) and info.st_size >= end else None
+
+
+def _asked(aside: Aside, do: Callable[[], T | None], tick: Tick) -> T | None:
+    """What is found out aside. None also where the disk does not answer."""
+    try:
+        return aside.result(aside.start(do), tick)
+    except TimeoutError:
+        return None
+
+
 def _close(job: Job[tuple[int, int] | None]) -> None:
     found = job.outcome()
     if found is not None:
@@ -158,10 +189,24 @@ class ModelFolder:
 
     def open(self, name: str, offset: int, n_bytes: int, digest: bytes, tick: Tick = nothing) -> Reader | None:
         """What a file holds there, if it may be what the hash says."""
-        if not name or name != os.path.basename(name) or name in (".", "..") or "\0" in name:
+        if not self._is_name(name):
             return None
         found = _opened(self._reading, self.folder / name, offset + n_bytes, True, tick)
         return None if found is None else Reader(self._reading, found[0], offset, n_bytes, digest)
+
+    def look(self, name: str, end: int, tick: Tick = nothing) -> os.stat_result | None:
+        """What a file of at least `end` bytes is."""
+        return _asked(self._reading, partial(_known, self.folder / name, end, True), tick) if self._is_name(name) else None
+
+    def chunk(self, name: str, offset: int, n_bytes: int, tick: Tick = nothing) -> bytes | None:
+        """Bytes of a file, whatever they are."""
+        if not self._is_name(name):
+            return None
+        return _asked(self._reading, partial(_chunk, self.folder / name, offset, n_bytes, 0, True), tick)
+
+    @staticmethod
+    def _is_name(name: str) -> bool:
+        return bool(name) and name == os.path.basename(name) and name not in (".", "..") and "\0" not in name
 
 
 class Cache:
@@ -204,10 +249,7 @@ class Cache:
 
     def open(self, digest: bytes, n_bytes: int, tick: Tick = nothing) -> Reader | None:
         """The entry of this hash; None when it is not there. One that turns out to be damaged is removed."""
-        kept = self._kept.get(digest)
-        if kept is not None:  # it is still being written
-            with contextlib.suppress(TimeoutError):
-                self._writing.wait(kept[0], tick)
+        self._settled(digest, tick)
         path = self.path(digest)
         found = _opened(self._reading, path, 0, False, tick)
         if found is None:
@@ -228,19 +270,61 @@ class Cache:
         # an entry that is too long is as wrong as one that is cut: its size is part of what is read
         return Reader(self._reading, found[0], 0, n_bytes, digest, done, fits=found[1] == n_bytes)
 
+    def _settled(self, digest: bytes, tick: Tick) -> None:
+        """Wait for an entry that is still being written."""
+        kept = self._kept.get(digest)
+        if kept is not None:
+            with contextlib.suppress(TimeoutError):
+                self._writing.wait(kept[0], tick)
+
+    def has(self, digest: bytes, n_bytes: int, tick: Tick = nothing) -> bool:
+        """Whether there is an entry of this hash and size; its bytes are not looked at."""
+        kept = self._kept.get(digest)
+        if kept is not None and not kept[0].finished:
+            return True
+        known = _asked(self._reading, partial(_known, self.path(digest), n_bytes, False), tick)
+        return known is not None and known.st_size == n_bytes
+
+    def chunk(self, digest: bytes, n_bytes: int, at: int, n: int, tick: Tick = nothing) -> bytes | None:
+        """Bytes of an entry that has `n_bytes`. They are not verified: whoever has them all can."""
+        self._settled(digest, tick)
+        return _asked(self._reading, partial(_chunk, self.path(digest), at, n, n_bytes, False), tick)
+
     # -- writing -------------------------------------------------------------------------------------------------------
 
     def begin(self, digest: bytes, n_bytes: int) -> Growing | None:
         """An entry that is to be written as its bytes come. None when it cannot be kept."""
         if n_bytes > self.quota_bytes:
             self.trouble(f"a weight of {n_bytes} bytes is larger than the quota of {self.quota_bytes}")
+        if not self._has_room(n_bytes):
             return None
-        under_way = sum(self.growing.values())
-        if self._writing.stalled or len(self.growing) >= MAX_GROWING or under_way + n_bytes > self.quota_bytes:
-            return None
-        entry = Growing(self, digest)
+        entry = Growing(self, digest, n_bytes)
         self.growing[entry] = n_bytes
         return entry
+
+    def resume(self, digest: bytes, n_bytes: int, tick: Tick = nothing) -> Growing | None:
+        """An entry whose upload broke off, as far as it came (`Growing.left`). None: there is none, or another has it."""
+        if n_bytes <= PIECE_BYTES or not self._has_room(n_bytes):
+            return None
+        entry = Growing(self, digest, n_bytes)
+        try:
+            if not self._writing.result(self._writing.start(entry.take_over), tick):
+                return None
+        except BaseException as e:
+            entry.leave()
+            if isinstance(e, TimeoutError):
+                return None
+            raise
+        self.growing[entry] = n_bytes
+        return entry
+
+    def _has_room(self, n_bytes: int) -> bool:
+        full = sum(self.growing.values()) + n_bytes > self.quota_bytes
+        return not (full or self._writing.stalled or len(self.growing) >= MAX_GROWING)
+
+    def read(self, do: Callable[[], bytes], tick: Tick) -> bytes:
+        """Read something aside. Errors: OSError."""
+        return self._reading.result(self._reading.start(do), tick)
 
     def later(self, do: Callable[[], None], n_bytes: int = 0, tick: Tick = nothing) -> Job[None]:
         """Do something on the thread that writes, which holds so many bytes until it is done. Waits while it holds too many.
@@ -262,12 +346,12 @@ class Cache:
         self._kept[entry.digest] = self._writing.start(commit), entry
 
     def close(self, within_s: float = CLOSE_S) -> None:
-        """Wait so long for what is still to be written; what is not an entry then leaves nothing behind."""
+        """Wait so long for what is still to be written; what is not an entry then stays only where another can go on."""
         due = time.monotonic() + within_s
         for job, _ in self._kept.values():
             job.wait(nothing, max(0.0, due - time.monotonic()))
         for entry in [*self.growing, *(entry for _, entry in self._kept.values())]:
-            entry.unlink()
+            entry.at_exit()
 
     def entries(self) -> list[tuple[bytes, int, float]]:
         """Hash, bytes and last use of each entry; names that are no hash are not entries."""
@@ -281,14 +365,23 @@ class Cache:
         return found
 
     def evict(self) -> None:
-        """Remove the least recently used entries while the folder is over its quota."""
-        entries = sorted(self.entries(), key=lambda e: e[2])
-        total = sum(size for _, size, _ in entries)
-        for digest, size, _ in entries:
+        """Remove the least recently used entries, and what uploads left, while the folder is over its quota."""
+        found = [(used, size, str(self.path(digest)), False) for digest, size, used in self.entries()]
+        with contextlib.suppress(OSError):
+            for entry in os.scandir(self.folder):
+                with contextlib.suppress(OSError):
+                    if entry.name.startswith(PART) and entry.is_file(follow_symlinks=False):
+                        s = entry.stat(follow_symlinks=False)
+                        found.append((s.st_mtime, 512 * s.st_blocks, entry.path, True))  # it has holes
+        total = sum(size for _, size, _, _ in found)
+        for _, size, path, part in sorted(found):
             if total <= self.quota_bytes:
                 break
             with contextlib.suppress(OSError):
-                self.path(digest).unlink()
+                if not part:
+                    os.unlink(path)
+                elif not remove(path):
+                    continue
                 total -= size
 
     def verify(self) -> tuple[int, int]:

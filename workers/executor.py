@@ -5,27 +5,28 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
-from blake3 import blake3
 
 from config.terminal import print_line
+from protocol import limits
 from protocol import messages as m
 from protocol.content import Part
-from protocol.errors import Cancelled, GgmqError, InternalError, OutOfMemory, Overloaded, ProtocolError
+from protocol.errors import Cancelled, GgmqError, InternalError, OutOfMemory
 from protocol.tracing import TracedCompute, TracedStep, encode_noted
 from workers.cache import Cache, ModelFolder
 from workers.devices.base import Buffer, Device, Plan
-from workers.growing import Growing
-from workers.leases import Content, Leases, overlap, written
-from workers.links import LinkInstruction, Links
+from workers.leases import Content, Leases, written
+from workers.links import Links
+from workers.sources import Sources
 from workers.state import WorkerState
-from workers.ticks import Tick, completing, nothing, paced, pieces
+from workers.ticks import Tick, completing, nothing, paced
 from workers.tracing import Traces
+from workers.uploads import Uploads
 from workers.work import (
     Alloc,
     Compile,
@@ -38,36 +39,26 @@ from workers.work import (
     Free,
     GiveUp,
     Key,
+    LinkInstruction,
     Note,
     Read,
+    Seek,
+    Serve,
     Work,
     Write,
 )
 
 T = TypeVar("T")
 MAX_PLANS = 64
-MAX_UPLOADS = 64
-
-
-@dataclass(slots=True)
-class Upload:
-    """A weight whose chunks come in order: the hash of those that came, and the cache's entry that they go into."""
-
-    n_bytes: int
-    hash: Any
-    entry: Growing | None
-
-    def drop(self) -> None:
-        if self.entry is not None:
-            self.entry.drop()
 
 
 class Executor:
     """Attributes:
     buffers: by session, then by the client's id.
-    plans: by (session, graph digest); the oldest is recompiled when it comes again.
+    plans: by (session, graph digest); one that had to go is compiled again when it comes again.
     make_room: frees what is kept for peers that are asleep; whether there was any.
-    uploads: by (session, buffer, offset).
+    uploads: weights on their way into them.
+    sources: what other workers may read of what is here.
     contents: by (session, buffer), of buffers whose client said what they will hold.
     n_fallbacks: nodes that were computed without a kernel of the device's own.
     traces: when computes ran, for sessions that asked.
@@ -82,7 +73,8 @@ class Executor:
         self.buffers: dict[Key, dict[int, Buffer]] = {}
         self.plans: dict[tuple[Key, bytes], Plan] = {}
         self.make_room: Callable[[], bool] = lambda: False
-        self.uploads: dict[tuple[Key, int, int], Upload] = {}
+        self.uploads = Uploads(device, cache)
+        self.sources = Sources(device, cache, models, self._holder)
         self.contents: dict[tuple[Key, int], Content] = {}
         self.leases = Leases(device, keep_s)
         self.n_fallbacks = 0
@@ -99,12 +91,16 @@ class Executor:
         except GgmqError as e:
             if self.device.broken:
                 self.broke = e
+            if isinstance(work, Write) and isinstance(work.request.header, m.FetchTensor):
+                return self.links.fetches.failed(work, e)
             return self.state.failed(work, e)
         except MemoryError:
             free = self.device.info().free_bytes
             return self.state.failed(work, OutOfMemory(f"out of memory, {free} bytes free", 0, free))
         except Exception as e:
             return self.state.failed(work, InternalError(f"{work.request.command.name}: {type(e).__name__}: {e}"))
+        if isinstance(work, Write) and isinstance(work.request.header, m.FetchTensor):
+            return self.links.fetches.stored(work)
         return self.state.done(work, header, payload)
 
     def _compute(self, work: Compute, tick: Tick) -> Sequence[LinkInstruction]:
@@ -134,16 +130,18 @@ class Executor:
                 return m.Found(self._alloc(key, h, pace)), ()
             case Free(h=h):
                 self._forget_plans(key, h.buffer)
-                self._forget_buffer(key, h.buffer)
+                self.uploads.leave(key, h.buffer)
+                self.contents.pop((key, h.buffer), None)
                 self.device.free(mine.pop(h.buffer), pace)
             case Write(h=h):
                 self._write(work, mine[h.buffer], pace)
             case Fetch(h=h):
-                self._changed(key, h.buffer, _part(h.offset, h.n_bytes))
-                found = self._find(mine[h.buffer], h, pace)
-                if found:
-                    self._verified(key, h)
-                return m.Found(found), ()
+                return self._fetch(key, h, mine[h.buffer], pace), ()
+            case Seek(h=h):
+                return m.Had([i for i, w in enumerate(h.weights) if self.sources.have(w, pace)]), ()
+            case Serve(h=h):
+                chunk = self.sources.read(h.weight, h.at, pace)
+                return (m.Found(False), ()) if chunk is None else (m.Found(True), [chunk])
             case Read(h=h):
                 return m.Ok(), [self.device.read(mine[h.buffer], h.offset, h.n_bytes, pace)]
             case Copy(h=h):
@@ -181,16 +179,52 @@ class Executor:
     def _alloc(self, key: Key, h: m.AllocBuffer, tick: Tick) -> bool:
         """Returns: whether the buffer holds already what it is to hold."""
         kept = self.leases.take(h.content, h.n_bytes) if h.content else None
-        buffer = kept or self._with_room(partial(self.device.alloc, h.n_bytes), tick, self.make_room)
+        buffer = kept.buffer if kept else self._with_room(partial(self._alloc_new, key, h.n_bytes), tick, self.make_room)
         self.buffers.setdefault(key, {})[h.buffer] = buffer
         if h.content:
-            self.contents[key, h.buffer] = Content(h.content, h.n_bytes, whole=kept is not None)
+            self.contents[key, h.buffer] = Content(h.content, h.n_bytes, kept.parts if kept else ())
         return kept is not None
+
+    def _alloc_new(self, key: Key, n_bytes: int) -> Buffer:
+        """Whoever comes first has the memory, but what the graphs of others need in passing is left to them.
+
+        Errors: OutOfMemory.
+        """
+        if any(mine for other, mine in self.buffers.items() if other != key):
+            info = self.device.info()
+            spared = max(0, min(limits.SCRATCH_BYTES, info.total_bytes // 8) - self.device.scratch_bytes())
+            free = max(0, info.free_bytes - spared)
+            if n_bytes > free:
+                raise OutOfMemory(f"a buffer needs {n_bytes} bytes, {free} are free; {spared} more are for graphs of others",
+                                  n_bytes, free)  # fmt: skip
+        return self.device.alloc(n_bytes)
 
     def _verified(self, key: Key, h: m.SetTensor | m.SetTensorHash) -> None:
         content = self.contents.get((key, h.buffer))
         if content is not None:
-            content.verified(Part(h.offset, h.n_bytes, h.type, h.ne, h.hash))
+            content.verified(_weight(h))
+
+    def _fetch(self, key: Key, h: m.SetTensorHash, buffer: Buffer, tick: Tick) -> m.Found:
+        """Fill a weight from what is here, as far as it is."""
+        content = self.contents.get((key, h.buffer))
+        if content is not None and content.holds(_weight(h)):
+            return m.Found(True)
+        at = self.uploads.under_way(key, h)
+        if at:
+            return m.Found(False, at)
+        self._changed(key, h.buffer, _part(h.offset, h.n_bytes))
+        if self._find(buffer, h, tick):
+            self._verified(key, h)
+            return m.Found(True)
+        return m.Found(False, self.uploads.resume(key, h, buffer, tick))
+
+    def _holder(self, weight: m.Weight) -> tuple[Buffer, int] | None:
+        """A buffer that holds a weight whose bytes were verified, and where it is there."""
+        for (key, number), content in self.contents.items():
+            part = content.part_of(weight.hash, weight.n_bytes)
+            if part is not None:
+                return self.buffers[key][number], part.offset
+        return self.leases.holder(weight.hash, weight.n_bytes)
 
     def _find(self, buffer: Buffer, h: m.SetTensorHash, tick: Tick) -> bool:
         """Fill a weight from what is here already."""
@@ -208,57 +242,23 @@ class Executor:
         return False
 
     def _write(self, work: Write, buffer: Buffer, tick: Tick) -> None:
-        h = work.h
-        data, key = memoryview(work.request.payload[0]), (work.key, h.buffer, h.offset)
+        h, n = work.h, len(work.request.payload[0])
         if not h.hash:
-            self._changed(work.key, h.buffer, _part(h.offset + h.at, len(data)))
-            self.device.write(buffer, h.offset + h.at, data, tick)
+            self._changed(work.key, h.buffer, _part(h.offset + h.at, n))
+            self.device.write(buffer, h.offset + h.at, work.request.payload[0], tick)
             return
         if not h.at:
             self._changed(work.key, h.buffer, _part(h.offset, h.n_bytes))
-            if sum(k[0] == work.key for k in self.uploads) >= MAX_UPLOADS:
-                raise Overloaded(f"SET_TENSOR: {MAX_UPLOADS} tensors of this session are on their way; finish one first")
-            entry = self.cache.begin(h.hash, h.n_bytes) if self.cache is not None else None
-            self.uploads[key] = Upload(h.n_bytes, blake3(), entry)
-        upload = self.uploads.pop(key, None)
-        if upload is None:
-            raise ProtocolError(f"SET_TENSOR: byte {h.at}: expected what came before it, but that has been overwritten; "
-                                "send the tensor again")  # fmt: skip
-        try:
-            self.device.write(buffer, h.offset + h.at, data, tick)
-            for at, n in pieces(len(data)):
-                upload.hash.update(data[at : at + n])
-                tick()
-            if upload.entry is not None:
-                upload.entry.add(data, tick)
-            if work.last and upload.hash.digest() != h.hash:
-                raise ProtocolError("SET_TENSOR: the bytes received do not have the hash that was announced; "
-                                    "send them again")  # fmt: skip
-        except BaseException:
-            upload.drop()
-            raise
-        if not work.last:
-            self.uploads[key] = upload
-            return
-        if upload.entry is not None:
-            upload.entry.keep()
-        self.device.finish(buffer, h.offset, h.n_bytes, h.type, h.ne, tick)
-        self._verified(work.key, h)
+        self.uploads.write(work, buffer, tick)
+        if work.last:
+            self._verified(work.key, h)
 
     def _changed(self, key: Key, buffer: int, part: range) -> None:
         """Something else comes into these bytes: what was there, or was coming, is not what its hash says."""
-        for k, upload in list(self.uploads.items()):
-            if k[:2] == (key, buffer) and overlap(range(k[2], k[2] + upload.n_bytes), part):
-                self.uploads.pop(k).drop()
+        self.uploads.changed(key, buffer, part)
         content = self.contents.get((key, buffer))
         if content is not None:
             content.changed(part)
-
-    def _forget_buffer(self, key: Key, buffer: int) -> None:
-        """Nothing more can come into a buffer."""
-        for k in [k for k in self.uploads if k[:2] == (key, buffer)]:
-            self.uploads.pop(k).drop()
-        self.contents.pop((key, buffer), None)
 
     def _compile(self, work: Compile | Compute, tick: Tick) -> Plan:
         for buffer in written(work.graph):
@@ -269,8 +269,10 @@ class Executor:
             self._warned.add(op)
             print_line(f"worker: {self.device.name}: no kernel of its own for {op} with such types and strides; "
                        "it runs in NumPy", file=sys.stderr)  # fmt: skip
-        while len(self.plans) >= MAX_PLANS:
-            del self.plans[next(iter(self.plans))]
+        while len(self.plans) >= MAX_PLANS:  # who has most gives the oldest: those of others stay
+            n_of = Counter(key for key, _ in self.plans)
+            most = max(n_of, key=n_of.__getitem__)
+            del self.plans[next(at for at in self.plans if at[0] == most)]
         self.plans[(work.key, work.h.digest)] = plan
         return plan
 
@@ -279,19 +281,21 @@ class Executor:
         for k in used:
             del self.plans[k]
 
-    def free_session(self, key: Key, tick: Tick = nothing) -> None:
-        """Give back everything of a session, to the last byte, save weights that are kept for the next."""
+    def free_session(self, key: Key, tick: Tick = nothing, keep_s: float = 0.0) -> None:
+        """Give back everything of a session, to the last byte, save weights that are kept for the next.
+
+        keep_s: for so long at least.
+        """
         for k in [k for k in self.plans if k[0] == key]:
             del self.plans[k]
         self.traces.drop(key)
         buffers = self.buffers.pop(key, {})
-        for upload in [at for at in self.uploads if at[0] == key]:
-            self.uploads.pop(upload).drop()
+        self.uploads.leave(key)
         with contextlib.suppress(Cancelled), completing(tick) as steady:
             for number, buffer in buffers.items():
                 content = self.contents.pop((key, number), None)
                 if content is not None and content.complete:
-                    self.leases.leave(content.name, buffer, steady)
+                    self.leases.leave(content.name, buffer, steady, content.parts, keep_s)
                 else:
                     self.device.free(buffer, steady)
             self.device.trim(steady)
@@ -337,6 +341,10 @@ def _run_noted(plan: Plan, work: Compute, tick: Tick, noted: TracedCompute) -> l
     noted.ended_ns, noted.n_out_bytes = time.monotonic_ns(), sum(len(o) for o in out)
     noted.steps = [TracedStep(title, node, begun, ended) for title, node, begun, ended in steps]
     return out
+
+
+def _weight(h: m.SetTensor | m.SetTensorHash) -> Part:
+    return Part(h.offset, h.n_bytes, h.type, h.ne, h.hash)
 
 
 def _part(offset: int, n_bytes: int) -> range:

@@ -17,9 +17,12 @@ from typing import Any
 import msgspec
 import zmq
 
-from config.auth import Listener, new_socket, raise_descriptor_limit, require_curve, socket_folder
+from config.allowed import Allowed
+from config.auth import Listener, new_socket, raise_descriptor_limit, socket_folder
 from config.installed import module_environment
 from config.keys import KeyPair
+from config.roles import Caller, Callers, Role
+from config.zap import Authenticator
 from protocol import messages as m
 from protocol.errors import GgmqError, ProtocolError, WorkerLost
 from protocol.frames import Frame, Message, decode, encode, prefix_of, refusal_of
@@ -42,8 +45,16 @@ class Front:
 
     def __init__(self, endpoint: str, keys: KeyPair | None) -> None:
         self.context: zmq.Context[Any] = zmq.Context()
-        self.auth = require_curve(self.context, keys) if keys is not None else None
-        self.listener = Listener(self.context, endpoint, keys, "choose another port with -p")
+        self.allowed = Allowed(keys) if keys is not None else None
+        self.auth = Authenticator(self.context, self.allowed) if self.allowed is not None else None
+        self.callers: Callers[bytes] = Callers()
+        try:
+            self.listener = Listener(self.context, endpoint, self.allowed, "choose another port with -p")
+        except GgmqError:
+            if self.auth is not None:
+                self.auth.stop()
+            self.context.destroy(linger=0)
+            raise
         self.public, self.endpoint = self.listener.socket, self.listener.endpoint
         self.folder = socket_folder()
         self.inner = new_socket(self.context, zmq.ROUTER, None, server=True)
@@ -89,8 +100,9 @@ class Front:
                         except zmq.Again:
                             break
                         if s is self.public:
-                            self.listener.heard(frames[-1])
-                            self._from_outside(frames)
+                            caller = self.listener.heard(frames[-1])
+                            if caller is not None:
+                                self._from_outside(frames, caller)
                         else:
                             self._from_device(frames)
                 self._guard()
@@ -123,12 +135,18 @@ class Front:
         self.context.destroy(linger=0)
         self.folder.cleanup()
 
-    def _from_outside(self, frames: list[zmq.Frame]) -> None:
+    def _from_outside(self, frames: list[zmq.Frame], caller: Caller) -> None:
         rid = frames[0].bytes
+        if self.callers.is_another(rid, caller):
+            self._gone(rid)
         try:
             command, _, device, _, seq = prefix_of(frames[1].buffer if len(frames) > 1 else b"")
-            if command == Command.HELLO:
-                decode([f.bytes for f in frames[1:]])  # only here is it known who says it
+            if command in (Command.HELLO, Command.PEER_LISTEN):
+                h = decode([f.bytes for f in frames[1:]]).header  # only here is it known who says it
+                if isinstance(h, m.Hello):
+                    self.callers.greet(rid, caller, h.role)
+                elif isinstance(h, m.PeerListen) and caller.role is Role.CLUSTER and self.allowed is not None:
+                    self.allowed.name(rid, h.keys)
         except GgmqError as e:
             self.listener.refused(frames[-1], e)
             self._error(rid, frames, e)
@@ -180,6 +198,13 @@ class Front:
         try:
             self.public.send_multipart([rid, *frames], zmq.DONTWAIT, copy=False)
         except zmq.ZMQError as e:
-            if e.errno == zmq.EHOSTUNREACH:  # the peer has gone; a device process hears it as a message without frames
-                for child in self.order:
-                    self.inner.send_multipart([child, rid], copy=False)
+            if e.errno == zmq.EHOSTUNREACH:
+                self._gone(rid)
+
+    def _gone(self, rid: bytes) -> None:
+        """A peer has gone; a device process hears it as a message without frames."""
+        self.callers.forget(rid)
+        if self.allowed is not None:
+            self.allowed.forget({rid})
+        for child in self.order:
+            self.inner.send_multipart([child, rid], copy=False)

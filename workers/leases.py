@@ -8,7 +8,7 @@ session or to none. What is kept counts as free: it goes as soon as memory is sh
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,20 +35,29 @@ class Content:
         name: what the client said that it will hold.
     """
 
-    def __init__(self, name: bytes, n_bytes: int, whole: bool = False) -> None:
-        """whole: it holds that already."""
+    def __init__(self, name: bytes, n_bytes: int, parts: Iterable[Part] = ()) -> None:
+        """parts: what it holds already."""
         self.name, self.n_bytes = name, n_bytes
-        self._whole, self._spoilt = whole, False
-        self._parts: dict[int, Part] = {}
+        self._spoilt = False
+        self._parts: dict[int, Part] = {p.offset: p for p in parts}
 
     def verified(self, part: Part) -> None:
         """A tensor is there, and its bytes have its hash."""
         self._parts[part.offset] = part
         self._spoilt |= len(self._parts) > MAX_PARTS
 
+    def holds(self, part: Part) -> bool:
+        """Whether this tensor has been verified here, and nothing came into it since."""
+        return not self._spoilt and self._parts.get(part.offset) == part
+
+    def part_of(self, digest: bytes, n_bytes: int) -> Part | None:
+        """A tensor of this hash that has been verified here, and that nothing came into since."""
+        if self._spoilt:
+            return None
+        return next((p for p in self._parts.values() if p.hash == digest and p.n_bytes == n_bytes), None)
+
     def changed(self, part: range) -> None:
         """Something else has come into these bytes, or will."""
-        self._whole = False
         for p in [p for p in self._parts.values() if overlap(range(p.offset, p.offset + p.n_bytes), part)]:
             del self._parts[p.offset]
 
@@ -59,7 +68,11 @@ class Content:
 
     @property
     def complete(self) -> bool:
-        return not self._spoilt and (self._whole or content_name(self.n_bytes, self._parts.values()) == self.name)
+        return not self._spoilt and content_name(self.n_bytes, self._parts.values()) == self.name
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return tuple(self._parts.values())
 
 
 def written(graph: Graph) -> set[int]:
@@ -70,10 +83,11 @@ def written(graph: Graph) -> set[int]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Lease:
-    """A buffer that is kept until a time, in the seconds of the clock."""
+    """A buffer that is kept until a time, in the seconds of the clock, and the tensors in it."""
 
     name: bytes
     buffer: Buffer
+    parts: tuple[Part, ...]
     until_s: float
 
 
@@ -96,22 +110,31 @@ class Leases:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def leave(self, name: bytes, buffer: Buffer, tick: Tick = nothing) -> None:
-        """A session that had this buffer has ended."""
-        if self.keep_s <= 0:
+    def leave(
+        self, name: bytes, buffer: Buffer, tick: Tick = nothing, parts: tuple[Part, ...] = (), at_least_s: float = 0.0
+    ) -> None:  # fmt: skip
+        """A session that had this buffer has ended. at_least_s: whoever had it may come back within so long."""
+        keep_s = max(self.keep_s, at_least_s)
+        if keep_s <= 0:
             self.device.free(buffer, tick)
             return
         if len(self._kept) >= MAX_KEPT:
             self.give_up(tick)
-        self._kept.append(Lease(name, buffer, self._now_s() + self.keep_s))
+        self._kept.append(Lease(name, buffer, parts, self._now_s() + keep_s))
 
-    def take(self, name: bytes, n_bytes: int) -> Buffer | None:
+    def take(self, name: bytes, n_bytes: int) -> Lease | None:
         """A buffer of this content, which is the caller's from now on; the one that was left last."""
         for lease in reversed(self._kept):
             if lease.name == name and lease.buffer.n_bytes == n_bytes:
                 self._kept.remove(lease)
-                return lease.buffer
+                return lease
         return None
+
+    def holder(self, digest: bytes, n_bytes: int) -> tuple[Buffer, int] | None:
+        """A buffer that holds a tensor of this hash, and where."""
+        found = ((lease.buffer, p.offset) for lease in self._kept for p in lease.parts
+                 if p.hash == digest and p.n_bytes == n_bytes)  # fmt: skip
+        return next(found, None)
 
     def give_up(self, tick: Tick = nothing) -> bool:
         """Free the oldest. Returns: whether there was one."""

@@ -1,4 +1,5 @@
-"""Links from this worker to others, over which a stage's outputs are handed on. Pure: time and tokens are passed in.
+"""Links from this worker to others, over which a stage's outputs are handed on, and weights fetched. Pure: time and tokens
+are passed in.
 
 A broker has a link dialled and names it; it is up when the other end has answered HELLO as the very worker that was meant.
 What is handed over is acknowledged by the other end, and only then is the compute that gave it answered: a broken link
@@ -15,38 +16,11 @@ from protocol import messages as m
 from protocol.errors import Overloaded, ProtocolError, Unavailable
 from protocol.frames import Frame, Message
 from protocol.messages import Command
+from workers.fetches import Fetches
 from workers.state import WorkerState
-from workers.work import Compute, Instruction, Send
+from workers.work import Compute, Dial, HangUp, LinkInstruction, Name, Send, ToPeer
 
-Name = tuple[bytes, int]
-"""The token of the broker that asked for the link, and its number."""
 EPOCH = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Dial:
-    """Connect to a worker."""
-
-    name: Name
-    endpoint: str
-
-
-@dataclass(frozen=True, slots=True)
-class ToPeer:
-    """Send over a link."""
-
-    name: Name
-    message: Message
-
-
-@dataclass(frozen=True, slots=True)
-class HangUp:
-    """Close a link's connection."""
-
-    name: Name
-
-
-LinkInstruction = Instruction | Dial | ToPeer | HangUp
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +49,14 @@ class _Link:
 class Links:
     """Attributes:
     state: answers the computes whose outputs were handed over.
+    fetches: weights that come over links.
     now_s: time of the last tick.
     """
 
     def __init__(self, state: WorkerState) -> None:
         self.state = state
         self.links: dict[Name, _Link] = {}
+        self.fetches = Fetches(state, self._read)
         self.now_s = 0.0
 
     def dial(self, rid: bytes, message: Message, token: bytes, now_s: float) -> Sequence[LinkInstruction]:
@@ -103,12 +79,17 @@ class Links:
             raise Overloaded(f"PEER_DIAL: this worker has {limits.MAX_LINKS} links")
         out = self._break(name, "it was dialled again") if known is not None else []
         self.links[name] = _Link(h, [(rid, message)], now_s + limits.DIAL_S)
-        return [*out, Dial(name, h.endpoint), self._send(name, m.Hello(PROTOCOL_VERSION, "peer", token, EPOCH))]
+        return [*out, Dial(name, h.endpoint, h.key), self._send(name, m.Hello(PROTOCOL_VERSION, "peer", token, EPOCH))]
 
     def _send(self, name: Name, header: m.Header, payload: tuple[Frame, ...] = ()) -> ToPeer:
         link = self.links[name]
         link.seq += 1
         return ToPeer(name, Message(m.COMMAND_OF[type(header)], header, payload, False, link.dial.device, EPOCH, link.seq))
+
+    def _read(self, name: Name, h: m.ReadWeight) -> ToPeer | None:
+        """Ask the worker at the other end for a chunk of a weight."""
+        link = self.links.get(name)
+        return self._send(name, h) if link is not None and link.up else None
 
     def can_give(self, work: Compute, give: m.Give) -> None:
         """Errors: Unavailable when the link that a compute names is not up; better known before the work than after."""
@@ -136,6 +117,8 @@ class Links:
         if link is None or not message.reply:
             return []
         h, link.heard_s = message.header, now_s
+        if self.fetches.waits_for(name, message.seq):
+            return self.fetches.received(name, message, now_s)
         if isinstance(h, m.Error):
             return self._break(name, str(h.error()))
         if isinstance(h, m.Hello):
@@ -159,12 +142,12 @@ class Links:
         out += [Send(rid, request.answer(m.Found(False))) for rid, request in link.asked]
         for given in link.given.values():
             out += self.state.failed(given.work, Unavailable(f"activations for {link.dial.endpoint}: {reason}"))
-        return out
+        return [*out, *self.fetches.lost(name)]
 
     def tick(self, now_s: float) -> Sequence[LinkInstruction]:
         """Deadlines, and PINGs that keep an idle link known at its other end."""
         self.now_s = now_s
-        out: list[LinkInstruction] = []
+        out: list[LinkInstruction] = [*self.fetches.tick(now_s)]
         for name, link in list(self.links.items()):
             if any(now_s > given.due_s for given in link.given.values()):
                 out += self._break(name, f"not acknowledged within {limits.HAND_OVER_S:.0f} s")

@@ -10,7 +10,6 @@ import os
 import secrets
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -25,6 +24,7 @@ from config.auth import (
 )
 from config.clock import LivedClock
 from config.keys import KeyPair
+from config.roles import ANYBODY, Caller, Callers
 from config.terminal import print_line
 from protocol import PROTOCOL_VERSION, limits, tokens
 from protocol import messages as m
@@ -34,12 +34,12 @@ from protocol.messages import Command
 from workers.cache import Cache, ModelFolder
 from workers.devices.base import Device
 from workers.executor import Executor
-from workers.links import Dial, HangUp, LinkInstruction, Links, Name, ToPeer
+from workers.links import Links
 from workers.sockets import GUARD_S, Sockets
 from workers.state import WorkerState
-from workers.turns import Turns
+from workers.turns import FLOOD_SHARE, Turns, Waiting
 from workers.uplink import Uplink
-from workers.work import Compute, Key, Send, Work
+from workers.work import Compute, Dial, HangUp, Key, Later, LinkInstruction, Name, Send, ToPeer, Work
 
 HOUSEKEEPING_S = 0.1
 LAST_WORDS_MS = 1000
@@ -70,11 +70,12 @@ class WorkerLoop:
         self.executor = Executor(device, self.state, self.links, cache, models, keep_s)
         self.sockets = Sockets(keys, quiet)
         self.debug = bool(os.environ.get("GGMQ_DEBUG") or os.environ.get("GGML_RPC_DEBUG"))
-        self.queue: deque[tuple[bytes, Message]] = deque()
+        self.queue = Waiting()
         self.turns = Turns()
         self.running: tuple[bytes, int, int] | None = None
         self.stopping = False
         self.route: dict[bytes, zmq.Socket[Any]] = {}
+        self.callers: Callers[bytes] = Callers()
         self.clock = LivedClock()
         self.kept_s = self.probed_s = 0.0
         self.instance, self.cluster = tokens.token(instance or secrets.token_bytes(16), "worker", cluster), cluster
@@ -144,9 +145,6 @@ class WorkerLoop:
                 self._await()
                 while self.queue and not self.stopping:
                     self._work()
-                    if self.executor.broke is not None:
-                        raise DeviceError(f"{self.device.name}: {self.executor.broke.message}")
-                    self._tick()
                     self._housekeeping()
                 self._housekeeping()
         finally:
@@ -166,33 +164,25 @@ class WorkerLoop:
             self._receive(int(1000 * GUARD_S))
 
     def _work(self) -> None:
-        """Carry out what comes next: in the order in which it came, but computes of several sessions, and the graphs for
-        them, take turns. Within a session nothing overtakes anything."""
+        """Carry out what comes next, and take in what came meanwhile: sessions take turns, and within a session nothing
+        overtakes anything."""
+        start = time.monotonic()
         waiting: dict[Key, int] = {}
-        for i, (rid, message) in enumerate(self.queue if self._turn(self.queue[0]) else ()):
-            session = getattr(message.header, "session", None)
-            if session is None:
-                break  # what concerns a peer as a whole keeps its place
+        for rid, session, i in self.queue.firsts():
             waiting.setdefault((self.state.routes.get(rid, b""), session), i)
-        waiting = {key: i for key, i in waiting.items() if self._turn(self.queue[i])}
-        if not waiting:
-            rid, message = self.queue.popleft()
-            self._carry_out(self._handle(rid, message))
-            return
-        chosen = self.turns.choose(waiting, time.monotonic())
-        if chosen is None:
+        chosen = self.turns.choose(waiting, start) if waiting else None
+        if waiting and chosen is None:
             self._receive(1)
             return
-        rid, message = self.queue[waiting[chosen]]
-        del self.queue[waiting[chosen]]
-        start = time.monotonic()
+        rid, message = self.queue.take(waiting[chosen] if chosen is not None else 0)
         self._carry_out(self._handle(rid, message))
-        end = time.monotonic()
-        self.turns.ran(chosen, end - start, end)
-
-    @staticmethod
-    def _turn(waiting: tuple[bytes, Message]) -> bool:
-        return isinstance(waiting[1].header, (m.StageCompute, m.GraphPut))
+        if self.executor.broke is not None:
+            raise DeviceError(f"{self.device.name}: {self.executor.broke.message}")
+        done = time.monotonic()
+        self._tick()
+        if chosen is not None:  # to have taken in what one sends costs time too
+            took_s = (time.monotonic() - start) / (FLOOD_SHARE if self.queue.flood(rid, message) else 1.0)
+            self.turns.ran(chosen, took_s, done, isinstance(message.header, (m.StageCompute, m.GraphPut)))
 
     def stop(self) -> None:
         self.stopping = True
@@ -209,11 +199,15 @@ class WorkerLoop:
         self._forget(self.state.gone(now))
         self.executor.leases.expire(self._tick)
         if self.uplink is not None:
+            broker = self.state.peers.get(self.uplink.token)
+            if broker is not None:
+                self.uplink.quiet(now - broker.seen_s, now)
             self.uplink.look(now)
         self._carry_out(self.links.tick(now))
         self.turns.keep(self.state.sessions)
         waiting = {rid for rid, _ in self.queue}
         self.route = {rid: s for rid, s in self.route.items() if rid in self.state.routes or rid in waiting}
+        self.callers.keep(self.route.keys())
 
     def _probe(self, now: float, at_once: bool = False) -> None:
         """Send something to brokers that say nothing: where a connection is closed, that is when it shows."""
@@ -229,6 +223,8 @@ class WorkerLoop:
             self._free(key)
         for token in tokens:
             self._carry_out(self.links.drop(token))
+        if self.sockets.allowed is not None and tokens:
+            self.sockets.allowed.forget(tokens)
 
     def _make_room(self) -> bool:
         """Free what belongs to brokers that are asleep. Returns: whether there was any."""
@@ -237,7 +233,8 @@ class WorkerLoop:
         return len(self.state.sessions) < before
 
     def _free(self, key: tuple[bytes, int]) -> None:
-        self.executor.free_session(key)
+        """Nobody can ask for a session any more: its broker has gone. Whoever used it may come through another one."""
+        self.executor.free_session(key, keep_s=limits.ORPHANED_S)
         self.state.drop(key)
 
     def _receive(self, timeout_ms: int) -> None:
@@ -249,14 +246,14 @@ class WorkerLoop:
                 if uplink is not None and s is uplink.monitor:
                     uplink.monitored(happening([f.bytes for f in raw]), self.clock.now_s())
                     continue
-                if s in listeners:
-                    listeners[s].heard(raw[-1])
-                self._arrived(s, [f.buffer if len(f) > 4096 else f.bytes for f in raw], raw[-1])
-                if len(self.queue) >= limits.MAX_INFLIGHT_PER_CLIENT:
+                caller = listeners[s].heard(raw[-1]) if s in listeners else ANYBODY
+                if caller is not None:
+                    self._arrived(s, [f.buffer if len(f) > 4096 else f.bytes for f in raw], raw[-1], caller)
+                if len(self.queue) >= limits.MAX_INFLIGHT_PER_CLIENT * max(1, len(self.state.sessions)):
                     break
         self.sockets.guard()
 
-    def _arrived(self, s: zmq.Socket[Any], frames: list[Frame], frame: zmq.Frame) -> None:
+    def _arrived(self, s: zmq.Socket[Any], frames: list[Frame], frame: zmq.Frame, caller: Caller) -> None:
         self.state.wire_in_bytes += sum(len(f) for f in frames)
         name = next((n for n, linked in self.linked.items() if linked is s), None)
         if name is not None:
@@ -267,6 +264,9 @@ class WorkerLoop:
         if not frames:  # our front: this peer is no longer connected to it
             self.state.closed(self.state.routes.get(rid, b""), self.clock.now_s())
             return
+        if self.callers.is_another(rid, caller):
+            self.state.closed(self.state.routes.pop(rid, b""), self.clock.now_s())
+            self.callers.forget(rid)
         self.route[rid] = s
         try:
             message = decode(frames)
@@ -286,6 +286,12 @@ class WorkerLoop:
             return
         if not self.state.admit(rid, message, self.clock.now_s()):
             return
+        if isinstance(message.header, m.Hello) and s in self.sockets.listeners:
+            try:
+                self.callers.greet(rid, caller, message.header.role)
+            except ProtocolError as e:
+                self._carry_out([self.state.refuse(rid, message, e)])
+                return
         if self.executor.traces:
             key = self.state.routes.get(rid, b""), getattr(message.header, "session", 0)
             self.executor.traces.arrived(key, message, time.monotonic_ns())
@@ -296,15 +302,10 @@ class WorkerLoop:
         elif isinstance(message.header, m.HandOver):
             answer, ready = self.state.handed(rid, message, self.clock.now_s())
             for waited in ready:
-                self._insert(*waited)
+                self.queue.insert(*waited)
             self._carry_out([answer])
         else:
-            self.queue.append((rid, message))
-
-    def _insert(self, rid: bytes, message: Message) -> None:
-        """What waited for activations runs before all that its peer sent after it."""
-        at = (i for i, (r, q) in enumerate(self.queue) if r == rid and q.seq > message.seq)
-        self.queue.insert(next(at, len(self.queue)), (rid, message))
+            self.queue.append(rid, message)
 
     def _over_link(self, name: Name, frames: list[Frame]) -> None:
         try:
@@ -322,11 +323,8 @@ class WorkerLoop:
             self._send(Send(rid, refusal))
 
     def _cancel(self, rid: bytes, message: Message, h: m.Cancel) -> None:
-        kept = deque((r, q) for r, q in self.queue if (r, q.seq) != (rid, h.seq))
-        for r, q in self.queue:
-            if (r, q.seq) == (rid, h.seq):
-                self._carry_out([self.state.refuse(r, q, Cancelled(f"{q.command.name} was cancelled"))])
-        self.queue = kept
+        for r, q in self.queue.remove(lambda r, q: (r, q.seq) == (rid, h.seq)):
+            self._carry_out([self.state.refuse(r, q, Cancelled(f"{q.command.name} was cancelled"))])
         self._carry_out(self.state.unpark(rid, h.session, h.seq))
         self._carry_out(self.state.handle(rid, message))
         if self.running == (rid, h.session, h.seq):
@@ -340,8 +338,14 @@ class WorkerLoop:
             if isinstance(h, m.PeerDial):
                 return self._dial_peer(rid, message, h, now)
             if isinstance(h, m.PeerListen):
-                self.state.broker_of(rid, "PEER_LISTEN")
+                broker = self.state.broker_of(rid, "PEER_LISTEN")
+                if self.sockets.allowed is not None:
+                    self.sockets.allowed.name(broker, h.keys)
                 return [Send(rid, message.answer(m.PeerAddress(self._listen_for_peers(), self.instance)))]
+            if isinstance(h, m.FetchTensor):
+                return self.links.fetches.begin(rid, message, now)
+            if message.reply and message.command == Command.READ_WEIGHT:
+                return self.links.fetches.take(rid, message)
             if not isinstance(h, m.Hello):
                 return self.state.handle(rid, message)
             if self.route.get(rid) is self.peers_only and self.peers_only is not None and h.role != "peer":
@@ -366,6 +370,8 @@ class WorkerLoop:
         if self.cluster and not tokens.belongs(h.token, "broker", self.cluster):
             uplink.hang_up("the broker that answers there is not that of this worker's cluster", now)
             return []
+        if self.sockets.allowed is not None and rid == uplink.control:
+            self.sockets.allowed.forget({h.token})  # it names anew whose links it wants
         before = uplink.answered(h.token)
         if before:  # it was another one: nobody can ask any more for what that held
             self._forget({before})
@@ -395,6 +401,8 @@ class WorkerLoop:
                     self.executor.traces.sent(instruction.key, instruction.request.seq, time.monotonic_ns())
             elif isinstance(instruction, Send):
                 self._send(instruction)
+            elif isinstance(instruction, Later):
+                self.queue.append(instruction.rid, instruction.message)
             else:
                 self._link(instruction)
 
@@ -403,7 +411,7 @@ class WorkerLoop:
         s = self.linked.get(name)
         if isinstance(instruction, Dial):
             try:
-                s = self.linked[name] = self.sockets.dealer(instruction.endpoint)
+                s = self.linked[name] = self.sockets.dealer(instruction.endpoint, instruction.key)
                 self.sockets.add(s)
                 s.connect(instruction.endpoint)
             except (Unavailable, zmq.ZMQError) as e:
@@ -436,7 +444,9 @@ class WorkerLoop:
         if s is None or s.closed:
             return
         frames = encode(instruction.message)
-        self.state.wire_out_bytes += sum(len(f) for f in frames)
+        n = sum(len(f) for f in frames)
+        self.state.wire_out_bytes += n
+        self.state.handed_out_bytes += n if instruction.message.command == Command.READ_WEIGHT else 0
         if self.uplink is None or s not in self.uplink.channels:
             frames.insert(0, instruction.rid)
         try:

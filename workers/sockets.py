@@ -7,8 +7,10 @@ from typing import Any
 
 import zmq
 
-from config.auth import Listener, new_socket, require_curve
+from config.allowed import Allowed
+from config.auth import Listener, new_socket
 from config.keys import KeyPair
+from config.zap import Authenticator
 
 GUARD_S = 0.05
 """So often listeners look at who is connected to them."""
@@ -16,17 +18,19 @@ GUARD_S = 0.05
 
 class Sockets:
     """Attributes:
+    allowed: whose keys are let in.
     listeners: by their sockets.
     quiet: strangers that are refused are not named: standard error is that of a program that people look at.
     """
 
     def __init__(self, keys: KeyPair | None, quiet: bool) -> None:
         self.keys, self.quiet = keys, quiet
+        self.allowed = Allowed(keys) if keys is not None else None
         self.context: zmq.Context[Any] = zmq.Context()
         self.poller = zmq.Poller()
         self.listeners: dict[zmq.Socket[Any], Listener] = {}
         self._open: list[zmq.Socket[Any]] = []
-        self._auth: Any = None
+        self._auth: Authenticator | None = None
         self._guarded_s = 0.0
 
     def keys_for(self, endpoint: str) -> KeyPair | None:
@@ -34,19 +38,20 @@ class Sockets:
         return self.keys if endpoint.startswith("tcp://") else None
 
     def bind(self, endpoint: str) -> Listener:
-        """Listen. Errors: ConfigError when the endpoint cannot be bound."""
-        keys = self.keys_for(endpoint)
-        if keys is not None and self._auth is None:
-            self._auth = require_curve(self.context, keys)
+        """Listen. Errors: ConfigError when the endpoint cannot be bound, or a wrong key is not refused there."""
+        allowed = self.allowed if self.keys_for(endpoint) is not None else None
+        if allowed is not None and self._auth is None:
+            self._auth = Authenticator(self.context, allowed)
         advice = "is another worker on this port? Choose another with -p"
-        listener = Listener(self.context, endpoint, keys, advice, who="" if self.quiet else "worker")
+        listener = Listener(self.context, endpoint, allowed, advice, who="" if self.quiet else "worker")
         self.listeners[listener.socket] = listener
         self.add(listener.socket)
         return listener
 
-    def dealer(self, endpoint: str) -> zmq.Socket[Any]:
-        """A DEALER that may be connected there; whoever asked adds it. Errors: Unavailable when none can be opened."""
-        return new_socket(self.context, zmq.DEALER, self.keys_for(endpoint), server=False)
+    def dealer(self, endpoint: str, other: bytes = b"") -> zmq.Socket[Any]:
+        """A DEALER that may be connected there; whoever asked adds it. `other`: the public key of who listens there, if that
+        is not the cluster's. Errors: Unavailable when none can be opened."""
+        return new_socket(self.context, zmq.DEALER, self.keys_for(endpoint), server=False, other=other)
 
     def add(self, s: zmq.Socket[Any]) -> None:
         """Look at it from now on."""

@@ -33,7 +33,9 @@ from workers.work import (
     Key,
     Note,
     Read,
+    Seek,
     Send,
+    Serve,
     Work,
     Write,
 )
@@ -111,6 +113,8 @@ class WorkerState:
         the peer says that it knows some. Returns: sessions that must be freed."""
         stale: list[Key] = []
         peer = self.peers.get(header.token)
+        if peer is not None and peer.hands != (header.role == "peer"):
+            raise ProtocolError("HELLO: this token is that of a peer in another role")
         if header.role.endswith("-bulk"):
             if peer is None or peer.epoch != header.epoch:
                 raise ProtocolError("HELLO: a bulk channel follows its control channel, with the same token and epoch")
@@ -120,7 +124,6 @@ class WorkerState:
             mine = [key for key in self.sessions if key[0] == header.token]
             stale = [] if header.session else mine
             for key in mine:
-                self.sessions[key].uploads.clear()
                 self.arrivals.unpark(*key)
             self.routes = {r: token for r, token in self.routes.items() if token != header.token}
             peer = self.peers[header.token] = Peer(header.epoch, rid, now_s, header.role == "peer")
@@ -165,15 +168,22 @@ class WorkerState:
         if token is None:
             raise ProtocolError(f"{what}: expected HELLO first")
         if self.peers[token].hands:
-            raise ProtocolError(f"{what}: a worker may only hand activations over to another")
+            raise ProtocolError(f"{what}: a worker may only hand activations over to another, and read weights whose hash "
+                                "it knows")  # fmt: skip
+        return token
+
+    def worker_of(self, rid: bytes, what: str) -> bytes:
+        """The token of another worker behind a routing id. Errors: ProtocolError when it is none."""
+        token = self.routes.get(rid, b"")
+        peer = self.peers.get(token)
+        if peer is None or not peer.hands:
+            raise ProtocolError(f"{what}: expected a HELLO as peer first")
         return token
 
     def handed(self, rid: bytes, message: Message, now_s: float) -> tuple[Send, list[tuple[bytes, Message]]]:
         """HAND_OVER, as it arrives. Returns: its answer, and computes that can run now, each with its routing id."""
-        peer = self.peers.get(self.routes.get(rid, b""))
         try:
-            if peer is None or not peer.hands:
-                raise ProtocolError("HAND_OVER: expected a HELLO as peer first")
+            self.worker_of(rid, "HAND_OVER")
             self.payload_in_bytes += sum(len(p) for p in message.payload)
             ready = self.arrivals.handed(message, now_s)
         except GgmqError as e:
@@ -193,6 +203,8 @@ class WorkerState:
         h = message.header
         if isinstance(h, m.Ping) and rid in self.routes:
             return [Send(rid, message.answer(h))]
+        if isinstance(h, m.ReadWeight):
+            return [Serve(rid, (self.worker_of(rid, "READ_WEIGHT"), 0), message, h)]
         token = self.broker_of(rid, message.command.name)
         self.payload_in_bytes += sum(len(p) for p in message.payload)
         match h:
@@ -200,6 +212,8 @@ class WorkerState:
                 return [Count(rid, (token, 0), message)]
             case m.DeviceQuery():
                 return [Describe(rid, (token, 0), message)]
+            case m.HaveWeights():
+                return [Seek(rid, (token, 0), message, h)]
             case m.Release():
                 return [GiveUp(rid, (token, 0), message)]
             case m.Cancel():
@@ -214,9 +228,7 @@ class WorkerState:
         if session_id is None:
             raise ProtocolError(f"{message.command.name}: not a request that a worker takes")
         key = (token, session_id)
-        session = self.sessions.get(key)
-        if session is None:
-            raise HandleError(f"{message.command.name}: session {session_id} has nothing on this device")
+        session = self._known(key, message.command.name)
         match h:
             case m.FreeBuffer():
                 self._extent(session, h.buffer, 0, 0, "FREE_BUFFER")
@@ -228,7 +240,7 @@ class WorkerState:
                     del session.uploads[upload]
                 return [Free(rid, key, message, h)]
             case m.SetTensor():
-                return self._set_tensor(rid, key, session, message, h)
+                return self.set_tensor(rid, key, message, h)
             case m.SetTensorHash():
                 self._extent(session, h.buffer, h.offset, h.n_bytes, "SET_TENSOR_HASH")
                 _check_size(h.type, h.ne, h.n_bytes)
@@ -258,6 +270,24 @@ class WorkerState:
                 self.n_computes += 1
                 return [Compute(rid, key, complete, complete.header, graph)]
         raise ProtocolError(f"{message.command.name}: not a request that a worker takes")
+
+    def _known(self, key: Key, what: str) -> Session:
+        session = self.sessions.get(key)
+        if session is None:
+            raise HandleError(f"{what}: session {key[1]} has nothing on this device")
+        return session
+
+    def fetching(self, rid: bytes, message: Message, h: m.FetchTensor) -> tuple[Key, int]:
+        """FETCH_TENSOR. Returns: the session's key, and how many bytes of the weight have come already.
+
+        Errors: ProtocolError, HandleError.
+        """
+        key = (self.broker_of(rid, "FETCH_TENSOR"), h.session)
+        session, w = self._known(key, "FETCH_TENSOR"), h.weight
+        self._extent(session, h.buffer, h.offset, w.n_bytes, "FETCH_TENSOR")
+        _check_size(h.type, h.ne, w.n_bytes)
+        known = session.uploads.get((h.buffer, h.offset))
+        return key, known[2] if known is not None and known[:2] == (w.hash, w.n_bytes) else 0
 
     def _session(self, key: Key) -> Session:
         session = self.sessions.get(key)
@@ -291,10 +321,12 @@ class WorkerState:
         session.graphs[h.digest] = graph
         return [Compile(rid, key, message, h, graph)]
 
-    def _set_tensor(
-        self, rid: bytes, key: Key, session: Session, message: Message, h: m.SetTensor
-    ) -> list[Instruction]:
-        data = message.payload[0]
+    def set_tensor(self, rid: bytes, key: Key, message: Message, h: m.SetTensor) -> list[Instruction]:
+        """A chunk, which is the message's payload: of SET_TENSOR, or one that another worker sent for FETCH_TENSOR.
+
+        Errors: ProtocolError, HandleError.
+        """
+        session, data = self._known(key, "SET_TENSOR"), message.payload[0]
         self._extent(session, h.buffer, h.offset, h.n_bytes, "SET_TENSOR")
         if h.at + len(data) > h.n_bytes:
             raise ProtocolError(f"SET_TENSOR: chunk of bytes {h.at}..{h.at + len(data)} of a tensor of {h.n_bytes}")
@@ -330,7 +362,17 @@ class WorkerState:
         """The device has done it."""
         if isinstance(work, EndSession):
             self.sessions.pop(work.key, None)
+        if isinstance(work, Fetch) and isinstance(header, m.Found):
+            self._resumed(work.key, work.h, header.at)
         return [Send(work.rid, work.request.answer(header, payload))]
+
+    def _resumed(self, key: Key, h: m.SetTensorHash, at: int) -> None:
+        """So many bytes of a weight are there, and chunks may go on behind them."""
+        session = self.sessions.get(key)
+        if session is not None:
+            session.uploads.pop((h.buffer, h.offset), None)
+            if at:
+                session.uploads[h.buffer, h.offset] = (h.hash, h.n_bytes, at)
 
     def failed(self, work: Work, error: GgmqError) -> list[Instruction]:
         """The device could not; what the request had entered is taken back."""
@@ -341,9 +383,15 @@ class WorkerState:
                     session.buffers.pop(h.buffer, None)
                 case Compile(h=h):
                     session.graphs.pop(h.digest, None)
-                case Write(h=h):
-                    session.uploads.pop((h.buffer, h.offset), None)
+                case Write():
+                    self.failed_write(work)
         return [self.refuse(work.rid, work.request, error)]
+
+    def failed_write(self, work: Write) -> None:
+        """A chunk could not be stored: nothing comes behind it."""
+        session = self.sessions.get(work.key)
+        if session is not None:
+            session.uploads.pop((work.h.buffer, work.h.offset), None)
 
     def drop(self, key: Key) -> None:
         """Forget a session whose peer is gone."""

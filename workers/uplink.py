@@ -8,9 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import zmq
+from msgspec import structs
 
 from config.auth import close_monitored, monitor_of
 from config.reaching import Happening, Reaching
+from config.stuck import Stuck, Way
 from config.terminal import print_line
 from protocol import limits
 from protocol import messages as m
@@ -19,6 +21,8 @@ from protocol.frames import Message, encode
 from protocol.messages import Command
 from workers.sockets import Sockets
 
+QUIET_S = 2.0
+"""A broker that says nothing for so long may be reached by another connection."""
 REFUSED_REDIAL_S = 5.0
 """So often a worker tries whose broker has another key, another version, or is none: somebody must change that first."""
 
@@ -46,13 +50,15 @@ class Uplink:
         self.reaching: Reaching | None = None
         self.redial_s = 0.0
         self.said = ""
-        self._n_channels = 0
+        self._n_channels = self._n_dials = 0
+        self._stuck: Stuck | None = None
 
     def dial(self, now_s: float) -> None:
         """Connect, control and bulk, and say HELLO.
 
         Errors: ConfigError for an endpoint that is none, Unavailable when no socket can be opened.
         """
+        self._n_dials += 1
         self.control = self._channel("worker")
         self.bulk = self._channel("worker-bulk")
         keys = self._sockets.keys_for(self.endpoint)
@@ -72,7 +78,8 @@ class Uplink:
         self._n_channels += 1
         rid = self.channels[s] = b"dial" + self._n_channels.to_bytes(8)
         with contextlib.suppress(zmq.Again):  # ZeroMQ has given the connection up already: that is found out beside
-            s.send_multipart(encode(Message(Command.HELLO, self._hello(role))), zmq.DONTWAIT)
+            hello = structs.replace(self._hello(role), session=self._n_dials)
+            s.send_multipart(encode(Message(Command.HELLO, hello)), zmq.DONTWAIT)
         return rid
 
     def answered(self, token: bytes) -> bytes:
@@ -110,6 +117,16 @@ class Uplink:
             self.hang_up("it closed the connection, or was stopped or killed", now_s)
         elif self.reaching is not None:
             self.reaching.happened(what, now_s)
+
+    def quiet(self, for_s: float, now_s: float) -> None:
+        """The broker has said nothing for so long; while it is well it asks several times a second."""
+        if for_s < QUIET_S or self.redial_s or self.reaching is not None:
+            self._stuck = None
+            return
+        if self._stuck is None:
+            self._stuck = Stuck(self.endpoint, self._sockets.keys_for(self.endpoint), now_s)
+        if self._stuck.look(now_s) is not Way.UNKNOWN:
+            self.hang_up(f"it says nothing for {for_s:.0f} s over this connection", now_s, 0.01)
 
     def look(self, now_s: float) -> None:
         """Say why the broker is not reached, and dial it afresh: ZeroMQ does not after some refusals, nor looks names up."""

@@ -88,4 +88,50 @@ class Note(Work, frozen=True):
     h: m.TraceQuery
 
 
+class Seek(Work, frozen=True):
+    """HAVE_WEIGHTS: which weights others could read from here."""
+
+    h: m.HaveWeights
+
+
+class Serve(Work, frozen=True):
+    """READ_WEIGHT: a chunk of a weight, for another worker."""
+
+    h: m.ReadWeight
+
+
 Instruction = Send | Work
+
+Name = tuple[bytes, int]
+"""A link to another worker: the token of the broker that asked for it, and its number."""
+
+
+class Dial(Struct, frozen=True):
+    """Connect to a worker. `key`: its public key, if that is not the cluster's."""
+
+    name: Name
+    endpoint: str
+    key: bytes = b""
+
+
+class ToPeer(Struct, frozen=True):
+    """Send over a link."""
+
+    name: Name
+    message: Message
+
+
+class HangUp(Struct, frozen=True):
+    """Close a link's connection."""
+
+    name: Name
+
+
+class Later(Struct, frozen=True):
+    """Take this message in its turn, as if it had come from there."""
+
+    rid: bytes
+    message: Message
+
+
+LinkInstruction = Instruction | Dial | ToPeer | HangUp | Later

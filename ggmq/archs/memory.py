@@ -115,6 +115,10 @@ class LayerMemory(Struct, frozen=True):
     def has_window(self, window: int) -> bool:
         return isinstance(self.keeps, Cells) and self.keeps.window == window
 
+    def slot_bytes(self, slot: int) -> list[tuple[int, int]]:
+        """Where a slot's bytes lie in the buffer: offset and length of each state."""
+        return [(at + slot * row_bytes(kind, n), row_bytes(kind, n)) for kind, n, _, at in self.parts().values()]
+
     def page_bytes(self, page: int) -> list[tuple[int, int]]:
         """Where a page's bytes lie in the buffer: offset and length of each part."""
         sizes = [(PAGE * row_bytes(kind, n), at) for kind, n, _, at in self.parts().values()]

@@ -84,7 +84,7 @@ def _terminated(signum: int, frame: FrameType | None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from ggmq.cli import bench, clusters, inspect, logits, models, run, serve, top, trace
+    from ggmq.cli import bench, clusters, drain, inspect, keys, logits, models, run, serve, top, trace
 
     p = Parser(
         prog="ggmq",
@@ -100,7 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("worker", help="lend devices of this host (the same as the command `worker`)", add_help=False)
     models.add(commands)
     clusters.add(commands)
+    drain.add(commands)
     inspect.add(commands)
+    keys.add(commands)
     logits.add(commands)
     bench.add(commands)
     trace.add(commands)

@@ -48,6 +48,7 @@ def _bench(args: argparse.Namespace) -> int:
             **{key: statistics.median(getattr(r, key) for r in runs) for key in runs[0].__slots__},
             "load_s": model.load_s, "load_and_token_s": model.load_s + first_token_s,
             "sent_bytes": report.sent_bytes, "cached_bytes": report.cached_bytes, "kept_bytes": report.kept_bytes,
+            "fetched_bytes": report.fetched_bytes,
             "worker_rss_bytes": sum(rss), "weights_and_kv_bytes": sum(a.weight_bytes + a.kv_bytes for a in stages),
         }  # fmt: skip
         lines = [safe_line(stage_line(model.infos, a)) for a in stages]

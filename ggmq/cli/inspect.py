@@ -1,9 +1,8 @@
-"""`ggmq info`, `ggmq tokenize`, `ggmq cache`, `ggmq keys`."""
+"""`ggmq info`, `ggmq tokenize`, `ggmq cache`."""
 
 from __future__ import annotations
 
 import argparse
-import shlex
 import subprocess
 import sys
 from collections import Counter
@@ -12,9 +11,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from config.auth import new_keys
 from config.installed import module_command, module_environment
-from config.keys import HOME_KEY_FILE, default_key_file, write_keys
 from config.terminal import print_line, safe_line, safe_text
 from ggmq.archs import open_arch
 from ggmq.archs.keys import READ, unread
@@ -41,10 +38,6 @@ def add(commands: Any) -> None:
     c.add_argument("what", choices=["list", "verify", "clear"])
     c.add_argument("--cache-dir", type=Path)
     c.set_defaults(run=_cache)
-    k = commands.add_parser("keys", help="the cluster key", description="Make the key that lets hosts use each other.")
-    k.add_argument("what", choices=["new"])
-    k.add_argument("--keys", type=Path, help=f"file to write (default {default_key_file()})")
-    k.set_defaults(run=_keys)
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -120,13 +113,3 @@ def _cache(args: argparse.Namespace) -> int:
     print(safe_text(done.stdout), end="", flush=True)
     print(safe_text(done.stderr), end="", file=sys.stderr, flush=True)
     return done.returncode
-
-
-def _keys(args: argparse.Namespace) -> int:
-    path = args.keys or default_key_file()
-    write_keys(path, new_keys())
-    print_line(f"wrote {path}")
-    print_line("copy it to each host of the cluster; with its name or address for HOST:")
-    print_line(f"  ssh HOST 'mkdir -p -m 700 {Path(HOME_KEY_FILE).parent}'")
-    print_line(f"  scp -p {shlex.quote(str(path))} HOST:{HOME_KEY_FILE}")
-    return 0

@@ -30,7 +30,9 @@ from ggmq.cli.options import (
 from ggmq.cli.session import check_speculation, engine_of, model_config, note, open_session, print_summary
 from ggmq.engine import Engine, chosen_seed
 from ggmq.gguf import GGUF
+from ggmq.keeping import PATIENCE_S
 from ggmq.sampling import SamplingParams
+from ggmq.service import MEND_S
 from ggmq.tokenizer import StreamDecoder, Vocabulary, well_formed
 from protocol.errors import ConfigError
 
@@ -48,6 +50,9 @@ def add_bus(p: argparse.ArgumentParser) -> None:
                    help="threads of the local workers together (default: all cores)")  # fmt: skip
     p.add_argument("--pin", action="store_true", help="keep each thread of the local workers on a CPU of its own")
     p.add_argument("--cache", action="store_true", help="local workers keep weights in a cache instead of reading the file")
+    p.add_argument("--wait", type=real(0.1, 86_400), metavar="SECONDS",
+                   help="wait so long for lost workers, or a broker that has gone, where nobody takes their place "
+                   f"(default {PATIENCE_S:g}; `ggmq serve`: {MEND_S:g})")  # fmt: skip
     p.add_argument("-ngl", "--n-gpu-layers", "--gpu-layers", dest="ngl", type=layers, metavar="N",
                    help="layers on the lent devices; the first others stay on this host (default: all)")  # fmt: skip
     p.add_argument("-ts", "--tensor-split", type=shares, metavar="A,B,...",

@@ -7,6 +7,7 @@ import contextlib
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from config.terminal import print_line
 from ggmq.bus import BusConfig
@@ -20,7 +21,7 @@ from ggmq.placement import Assignment
 from ggmq.tokenizer import Vocabulary
 from protocol import messages as m
 from protocol.dtypes import GGMLType
-from protocol.errors import ConfigError
+from protocol.errors import ConfigError, WorkerLost
 
 MIB = 1 << 20
 
@@ -40,7 +41,8 @@ def model_config(args: argparse.Namespace, n_ctx: int = 0, n_seq: int = 1, n_bat
         path=model_path(args), ctx_size=n_ctx or args.ctx_size, n_seq=n_seq, n_batch=n_batch, tensor_split=args.tensor_split,
         ngl=args.ngl, activations=GGMLType[args.activations.upper()], cache_type_k=GGMLType[args.cache_type_k.upper()],
         cache_type_v=GGMLType[args.cache_type_v.upper()], prompt_cache=getattr(args, "prompt_cache", None),
-        prompt_cache_bytes=getattr(args, "prompt_cache_mib", 0) * MIB, bus=bus_config(args),
+        prompt_cache_bytes=getattr(args, "prompt_cache_mib", 0) * MIB, patience_s=getattr(args, "wait", None),
+        bus=bus_config(args),
     )  # fmt: skip
 
 
@@ -62,7 +64,19 @@ def engine_of(args: argparse.Namespace, model: Model, vocabulary: Vocabulary) ->
     """The engine that the options describe. Errors: as `_draft_path`'s, and what loading a draft model raises."""
     path = _draft_path(args)
     draft = load_draft(path, model, vocabulary) if path is not None else None
-    return Engine(model, vocabulary.end_ids, args.batch_size, args.spec, draft)
+    return Engine(model, vocabulary.end_ids, args.batch_size, args.spec, draft, told=_tell)
+
+
+def _tell(event: str, **figures: Any) -> None:
+    """What becomes of workers meanwhile."""
+    match event:
+        case "worker lost":
+            if isinstance(figures["error"], WorkerLost):
+                note(f"{figures['error']}; others take its place")
+        case "recovered":
+            note(f"all layers are there again, after {figures['seconds']:.1f} s")
+        case "moved":
+            note("layers have moved to other workers")
 
 
 def _draft_path(args: argparse.Namespace) -> Path | None:
@@ -82,6 +96,8 @@ def print_summary(model: Model) -> None:
     """One line for the load, one for each stage."""
     r = model.report
     sent, found = f"{r.sent_bytes / MIB:.1f} MiB sent", f"{r.cached_bytes / MIB:.1f} MiB from caches or files"
+    if r.fetched_bytes:
+        found += f", {r.fetched_bytes / MIB:.1f} MiB from other workers"
     kept = f", {r.kept_bytes / MIB:.1f} MiB there from a run before" if r.kept_bytes else ""
     print(f"load    {model.ready_s:8.2f} s  {sent}, {found}{kept}", file=sys.stderr)
     if len(model.stages) > 1 and not model.direct:

@@ -29,7 +29,7 @@ from protocol.errors import GgmqError, Unavailable
 def status(args: argparse.Namespace) -> int:
     """Exit code 1 when a process of a cluster does not run, or its broker does not answer."""
     if args.broker:
-        with _client(args.broker, find_keys(args.keys, args.insecure), b"") as client:
+        with open_client(args.broker, find_keys(args.keys, args.insecure), b"") as client:
             found = [{"broker": args.broker, "devices": _devices(client, {})}]
     else:
         states = running.all_states()
@@ -52,7 +52,7 @@ def _cluster(state: ClusterState) -> dict[str, Any]:
                            "processes": [_process(p) for p in state.processes], "devices": [], "error": ""}  # fmt: skip
     try:
         keys = find_keys(expanded(state.keys) if state.keys else None, state.insecure)
-        with _client(state.endpoint, keys, bytes.fromhex(state.id)) as client:
+        with open_client(state.endpoint, keys, bytes.fromhex(state.id)) as client:
             out["devices"] = _devices(client, _planned(Path(state.file), client.devices()))
     except GgmqError as e:
         out["error"] = str(e)
@@ -86,7 +86,8 @@ def _devices(client: Client, planned: dict[int, dict[str, Any]]) -> list[dict[st
     for i, d in enumerate(client.devices()):
         if d.state == "none":
             continue
-        entry: dict[str, Any] = {"device": i, "worker": d.worker, "name": d.name, "state": d.state}
+        entry: dict[str, Any] = {"device": i, "worker": d.worker, "name": d.name, "state": d.state,
+                                 "retired": d.retired}  # fmt: skip
         if d.state == "ready":
             s = client.stats(i)
             entry |= {"total_bytes": d.total_bytes, "free_bytes": s.free_bytes, "buffer_bytes": s.buffer_bytes,
@@ -97,7 +98,8 @@ def _devices(client: Client, planned: dict[int, dict[str, Any]]) -> list[dict[st
 
 
 @contextlib.contextmanager
-def _client(endpoint: str, keys: KeyPair | None, cluster: bytes) -> Iterator[Client]:
+def open_client(endpoint: str, keys: KeyPair | None, cluster: bytes) -> Iterator[Client]:
+    """A client, until the block ends. cluster: as `connect`'s. Errors: as `connect`'s."""
     client = connect(endpoint, keys, note, cluster)
     try:
         yield client
@@ -118,6 +120,7 @@ def _print(c: dict[str, Any]) -> None:
         if d["state"] != "ready":
             print_line(begin + d["state"])
             continue
+        begin += "to be left, " if d["retired"] else ""
         loaded = f"{d['buffer_bytes'] // MIB} MiB loaded in {d['n_buffers']} buffers of {d['n_sessions']} sessions"
         kept = f", {d['kept_bytes'] // MIB} MiB kept for the next run" if d["kept_bytes"] else ""
         p = d["planned"]

@@ -15,11 +15,13 @@ from pathlib import Path
 import msgspec
 
 from config import launch, running
+from config.handing import hand_out, place_of_key
 from config.installed import module_command
-from config.keys import KeyPair
+from config.keys import KeyPair, require
 from config.launch import LocalStart
 from config.load import load_cluster
 from config.remote import RemoteStart
+from config.roles import Role
 from config.running import ClusterState, Process
 from config.schema import ClusterFile, WorkerSection, expanded
 from config.terminal import print_line, safe_text
@@ -39,12 +41,27 @@ class Starting:
 
     Attributes:
         state: of the whole cluster, as its file has it.
+        keys: the cluster's.
         mine: the processes begun here; they end with an `up` that fails.
+        handed: hosts, with places there, that are known to have a key.
     """
 
     cluster: ClusterFile
     state: ClusterState
+    keys: KeyPair | None
     mine: list[LocalStart | RemoteStart] = field(default_factory=list)
+    handed: set[tuple[str, str]] = field(default_factory=set)
+
+    def hand_out(self, w: WorkerSection) -> None:
+        """Give a worker's host a key of its own, if it has none. Errors: Unavailable, ConfigError."""
+        place = place_of_key(self.cluster, w)
+        if self.keys is None or (w.host, place) in self.handed:
+            return
+        self.handed.add((w.host, place))
+        name = hand_out(self.keys, w, place, f"{self.cluster.name}-{w.name}")
+        if name:
+            print_line(f"gave {w.host} a worker's key of its own, {name}, as {place} there; `ggmq keys remove {name}` takes "
+                       "back what it may")  # fmt: skip
 
     def began(self, start: LocalStart | RemoteStart) -> None:
         """Keep track of a process, in the place of one of its name that died."""
@@ -68,6 +85,7 @@ def up(args: argparse.Namespace) -> int:
         state = running.read_state(running.state_path(cluster.name))
         alive = [p for p in state.processes if launch.alive(p)] if state is not None else []
         keys = keys_of_cluster(cluster)
+        require(keys, Role.CLUSTER, "`ggmq up`", "run it on the main host, where the cluster's key is")
         _check_reach(args.cluster, cluster, keys)
         if state is None or not alive:
             state = ClusterState(cluster.name, str(args.cluster.resolve()), cluster.broker.listen, cluster.security.keys,
@@ -75,7 +93,7 @@ def up(args: argparse.Namespace) -> int:
         elif not state.id:
             raise ConfigError(f"cluster {cluster.name} is up (from {state.file}), begun by another version of ggmq; "
                               f"`ggmq down {args.cluster}` ends it")  # fmt: skip
-        starting = Starting(cluster, state)
+        starting = Starting(cluster, state, keys)
         missing = _missing_processes(cluster, alive)
         for p in alive:
             if p.name not in _wanted(cluster):
@@ -151,6 +169,7 @@ def _start(starting: Starting, names: Sequence[str]) -> None:
         w, device = described
         options = launch.worker_options(cluster, w, device, _dialled(cluster, state))
         if w.launcher == "ssh":
+            starting.hand_out(w)
             starting.began(RemoteStart(name, w, options, tag, state.id))
         else:
             command = [*launch.local_command(w), *options]

@@ -118,6 +118,21 @@ def test_without_a_link_a_route_passes_through_here() -> None:
     assert only.link == A and only.message.header.give is None
 
 
+def test_a_fetch_goes_over_the_link_of_its_two_devices_whatever_a_client_says() -> None:
+    state, session = two_workers()
+    link(state, session)
+    first = linked_route(state, session)[0].message.header.give
+    fetch = m.FetchTensor(session, 1, 0, 0, (1, 1, 1, 1), m.Weight(bytes(32), 4), 1, link=77)
+    (sent,) = ask(state, fetch, 6, 0)
+    assert (sent.link, sent.bulk, sent.message.header) == (A, True, msgspec.structs.replace(fetch, link=first.link))
+    (answer,) = state.handle(FromWorker(A, sent.message.answer(m.Found(False, 3)), 1.0, True))
+    assert answer.message.header == m.Found(False, 3)
+    (answer,) = ask(state, msgspec.structs.replace(fetch, source=9), 7, 0)
+    assert answer.message.header.code == "handle"
+    (sent,) = ask(state, m.HaveWeights([m.Weight(bytes(32), 4)]), 8, 1)
+    assert sent.link == B
+
+
 def test_a_link_is_one_clients() -> None:
     state, session = two_workers()
     link(state, session)
@@ -451,7 +466,7 @@ class Bus(RuleBasedStateMachine):
             answer = m.Hello(PROTOCOL_VERSION, "worker", instance, devices=[DEVICE])
             self.take(self.state.handle(FromWorker(link, self.asked.pop(link).message.answer(answer), self.now)))
 
-    @rule(device=st.integers(0, 3), kind=st.integers(0, 5))
+    @rule(device=st.integers(0, 3), kind=st.integers(0, 7))
     def ask(self, device: int, kind: int) -> None:
         self.seq += 1
         self.owed.add(self.seq)
@@ -459,7 +474,8 @@ class Bus(RuleBasedStateMachine):
         header: m.Header = [
             m.AllocBuffer(self.session, self.seq, 1), m.GraphCompute(self.session, b"1" * 16, 0, route),
             m.StatsQuery(), m.Drain(self.session), m.Link(self.session, [device % 2, 1 - device % 2]),
-            m.Cancel(self.session, self.seq - 1),
+            m.Cancel(self.session, self.seq - 1), m.HaveWeights([]),
+            m.FetchTensor(self.session, 1, 0, 0, (1, 1, 1, 1), m.Weight(bytes(32), 4), 1 - device % 2),
         ][kind]  # fmt: skip
         self.take(ask(self.state, header, self.seq, device, self.now))
 
@@ -501,3 +517,25 @@ class Bus(RuleBasedStateMachine):
 
 TestBus = pytest.mark.filterwarnings("default")(Bus.TestCase)
 TestBus.settings = settings(stateful_step_count=40)
+
+
+def test_a_device_that_is_to_be_left_is_told_of_and_its_session_ends_with_its_last_buffer() -> None:
+    state = BrokerState("t", 10)
+    hello(state, A)
+    hello(state, B)
+    session = client(state)
+    state.handle(Tick(0.9))
+    (alloc,) = ask(state, m.AllocBuffer(session, 1, 64), 2, device=1)
+    state.handle(FromWorker(B, alloc.message.answer(m.Found(False)), 1.0))
+    (answer,) = ask(state, m.Retire(True), 3, device=1)
+    assert answer.message.header == m.Ok() and state.devices[1].retired
+    out = state.handle(Tick(1.1))
+    assert [(i.rid, i.message.header) for i in out if isinstance(i, ToClient)] == [(CLIENT, m.DeviceQuery())]
+    assert not [i for i in state.handle(Tick(1.2)) if isinstance(i, ToClient)], "it is told once"
+    (free,) = ask(state, m.FreeBuffer(session, 1), 4, device=1)
+    ok, drain = state.handle(FromWorker(B, free.message.answer(m.Ok()), 1.3))
+    assert ok.message.header == m.Ok() and drain.message.header == m.Drain(session) and drain.link == B
+    assert not state.devices[1].holders
+    assert ask(state, m.Retire(False), 5, device=1) and not state.devices[1].retired
+    (refused,) = ask(state, m.Retire(True), 6, device=9)
+    assert refused.message.header.code == "handle"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ggmq.placement import SCRATCH_BYTES, DeviceMemory, ModelSizes, place, share_layers
+from ggmq.placement import SCRATCH_BYTES, DeviceMemory, ModelSizes, place, refill, regrown, share_layers
 from protocol.errors import ConfigError, OutOfMemory
 
 MIB = 1 << 20
@@ -83,3 +85,56 @@ def test_splits_that_fit_nothing_are_refused(split: list[float]) -> None:
 def test_no_device_is_an_error_that_says_what_to_do() -> None:
     with pytest.raises(ConfigError, match="start a worker"):
         place(model(1), [])
+
+
+# -- when a device is gone ------------------------------------------------------------------------------------------------
+
+
+@given(st.data(), st.integers(2, 24), st.lists(st.integers(0, 400), min_size=2, max_size=6), st.booleans())
+def test_layers_of_lost_devices_go_to_others_and_the_rest_stays(
+    data: st.DataObject, n: int, free: list[int], rounded: bool
+) -> None:  # fmt: skip
+    d, sizes = devices(*free), model(n)
+    try:
+        stages = place(sizes, d, data.draw(st.none() | st.lists(st.integers(1, 5), min_size=1, max_size=len(free))))
+    except OutOfMemory:
+        return
+    gone = data.draw(st.sets(st.sampled_from([a.device for a in stages]), min_size=1))
+    kept = [a for a in stages if a.device not in gone]
+    taken = {a.device: a.weight_bytes + a.kv_bytes for a in kept}
+    left = [DeviceMemory(x.index, x.name, x.free_bytes - taken.get(x.index, 0)) for x in d if x.index not in gone]
+    cuts = [a.layers for a in stages] if rounded else ()
+    try:
+        again = refill(sizes, kept, left, cuts)
+    except (OutOfMemory, ConfigError):
+        lost = sum(len(a.layers) for a in stages if a.device in gone)
+        assert not any(x.free_bytes - SCRATCH_BYTES > (n + lost) * 22 * MIB for x in left), "there was room for all of it"
+        return
+    assert [il for a in again for il in a.layers] == list(range(n))
+    assert again[0].first and again[-1].last and sum(a.first for a in again) == sum(a.last for a in again) == 1
+    for a in again:
+        assert a.device not in gone
+        own = [il for il in a.layers if all(il not in k.layers or k.device == a.device for k in kept)]
+        assert own == list(a.layers), "what is kept stays where it is"
+        assert (a.weight_bytes, a.kv_bytes) == (10 * MIB * len(a.layers) + 5 * MIB * (a.first + a.last), MIB * len(a.layers))
+    for x in left:
+        new = sum(a.weight_bytes + a.kv_bytes for a in again if a.device == x.index) - taken.get(x.index, 0)
+        assert new <= max(0, x.free_bytes - SCRATCH_BYTES)
+    if rounded:
+        assert [a.layers for a in again] == [a.layers for a in stages]
+    else:
+        assert all(a.device != b.device for a, b in pairwise(again))
+
+
+@given(st.data(), st.integers(3, 20))
+def test_layers_that_others_had_taken_go_back_to_a_new_device(data: st.DataObject, n: int) -> None:
+    sizes, d = model(n), devices(1000, 1000, 1000)
+    stages = place(sizes, d[:2], [1, 1] if n % 2 else [2, 1])
+    a = data.draw(st.integers(0, n - 1))
+    layers = range(a, data.draw(st.integers(a + 1, n)))
+    again = regrown(sizes, stages, layers, d[2])
+    assert [il for x in again for il in x.layers] == list(range(n))
+    assert [x.layers for x in again if x.device == 2] == [layers]
+    assert again[0].first and again[-1].last and sum(x.first for x in again) == sum(x.last for x in again) == 1
+    with pytest.raises(OutOfMemory):
+        regrown(sizes, stages, layers, devices(5)[0])

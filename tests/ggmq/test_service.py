@@ -146,7 +146,10 @@ def test_a_worker_is_killed_and_the_text_goes_on() -> None:
         assert [a.text for a in again] == [a.text for a in alone]
         until(lambda: any(d.info.state == "lost" for d in watch.picture.devices.values()), 2)
         assert "recovered" in [event for event, _ in seen]
-        assert len(service.model.stages) == 2  # another worker was started in its place
+        until(lambda: len(service.model.stages) == 2, 20)  # another worker was started, and has what the other had taken
+        again = [Asked(service, "Once upon a time", n=450, params=params)]
+        again[0].done()
+        assert again[0].text == alone[0].text
 
 
 def test_a_worker_sleeps_too_long_and_the_text_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,8 @@ from tests.soak.resources import Resources
 SHORTEST_S = 0.5
 VICTIMS = ("idle worker", "second stage", "broker", "client", "first stage")
 MOMENTS = ("mid-generation", "upload", "idle")
+PATIENCE_S = 0.1
+"""Whoever waits no longer for a broker says so as soon as it knows that it has gone."""
 HEARD_S = 5.0
 """The most until a client knows that its broker is gone; what is promised is 1.5 s, a loaded machine may need longer."""
 
@@ -131,7 +133,7 @@ def _kill_in_upload(ground: Ground, step: Step) -> bool:
                     c.on_wait = overdue_after(2 * HEARD_S)
                     start = time.monotonic()
 
-            tell(c, step.rng.sample(list(ground.workers), 2), progress=gone)
+            tell(c, step.rng.sample(list(ground.workers), 2), progress=gone, patience_s=PATIENCE_S)
     except GgmqError:
         return _heard(step, "upload", start)
     except Overdue as e:
@@ -143,7 +145,8 @@ def _kill_in_upload(ground: Ground, step: Step) -> bool:
 
 def _kill_busy(ground: Ground, step: Step) -> bool:
     """A process: a plain error and exit code 1."""
-    p = ground.run(PROMPTS[0], N_LONG, *ground.shares([w for w in ground.workers if w.endswith("-ref")]))
+    workers = ground.shares([w for w in ground.workers if w.endswith("-ref")])
+    p = ground.run(PROMPTS[0], N_LONG, *workers, "--wait", str(PATIENCE_S))
     try:
         if not p.writes(len(PROMPTS[0]) + step.rng.randint(1, 200), 30):
             step.fail(f"mid-generation: the run told no story: {p.story()}")

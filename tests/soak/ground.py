@@ -180,7 +180,7 @@ class Ground:
         """End everything. Returns: what lies where nothing should, then removes it."""
         self.end_all()
         left = [f"in the temporary folder: {p.name}" for p in (self.folder / "tmp").iterdir()]
-        left += [f"in the cache: {p.name}" for p in (self.folder / "cache").rglob(".part-*")]
+        left += [f"in the cache: {p.name}" for p in (self.folder / "cache").rglob(".part-locked-*")]
         shutil.rmtree(self.folder, ignore_errors=True)
         return left
 
@@ -228,12 +228,14 @@ class Ground:
 
 
 def tell(
-    client: Client, names: Sequence[str], prompt: str = PROMPTS[0], n: int = N_TOKENS, progress: Progress | None = None
-) -> str:
+    client: Client, names: Sequence[str], prompt: str = PROMPTS[0], n: int = N_TOKENS, progress: Progress | None = None,
+    patience_s: float | None = None,
+) -> str:  # fmt: skip
     """Place the model on these workers, load it, generate. Errors: what the client, the runner and the engine raise."""
     arch = open_arch(GGUF(BUNDLED))
     vocabulary = Vocabulary(arch.gguf)
-    model = place_model(ModelConfig(BUNDLED, N_CTX, tensor_split=[1] * len(names)), arch, client, names)
+    config = ModelConfig(BUNDLED, N_CTX, tensor_split=[1] * len(names), patience_s=patience_s)
+    model = place_model(config, arch, client, names)
     model.load(progress)
     banned = vocabulary.end_ids if n == N_LONG else frozenset()
     engine = Engine(model, vocabulary.end_ids)

@@ -13,7 +13,8 @@ from tests.support.supervised import Figures, Supervised, figures_of, until, zom
 
 MAX_GROWTH_BYTES = 20 * MIB
 MAX_MORE_FDS = 8
-MAX_MORE_THREADS = 2
+MAX_MORE_THREADS = 4
+"""A worker has some from when another first reads weights from it: for those who connect, its cache and its model folder."""
 MAX_MORE_OWN_FDS = 24
 """libzmq keeps some slots of a context's closed sockets."""
 SETTLE_S = 20.0

@@ -47,15 +47,17 @@ class Attacker:
     """
 
     def __init__(
-        self, port: int, token: bytes, epoch: int = 5, role: str = "broker", patience_s: float = 20.0
+        self, port: int, token: bytes, epoch: int = 5, role: str = "broker", patience_s: float = 20.0,
+        session: int = 0,
     ) -> None:  # fmt: skip
+        """session: not 0 where it knows of sessions from an epoch before."""
         self.patience_s = patience_s
         self.context: zmq.Context[Any] = zmq.Context()
         self.socket = self.context.socket(zmq.DEALER)
         self.socket.linger = 0
         self.socket.connect(f"tcp://127.0.0.1:{port}")
         self.epoch, self.seq = epoch, 0
-        hello = m.Hello(PROTOCOL_VERSION, role, token, epoch)
+        hello = m.Hello(PROTOCOL_VERSION, role, token, epoch, session)
         self.socket.send_multipart(encode(Message(Command.HELLO, hello, epoch=epoch)))
         answer = self.reply().header
         assert isinstance(answer, m.Hello)

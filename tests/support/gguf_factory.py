@@ -41,10 +41,11 @@ TENSORS = [tensor("w", [32, 2]), tensor("v", [4], 0, 256)]
 VALID = file(KEYS, TENSORS, bytes(256 + 16))
 
 
-def tiny_model(path: Path, arch: str, seed: int = 1, n_layer: int = 3, **metadata: Any) -> Path:
-    """A random F32 model of an architecture with the llama tensor names, and no vocabulary."""
+def tiny_model(path: Path, arch: str, seed: int = 1, n_layer: int = 3, n_ff: int = 96, **metadata: Any) -> Path:
+    """A random F32 model of an architecture with the llama tensor names, and no vocabulary. Some of its weights have
+    256 n_ff bytes."""
     rng = np.random.default_rng(seed)
-    n_embd, n_head, n_kv, d, n_ff, n_vocab = 64, 4, 2, 16, 96, 50
+    n_embd, n_head, n_kv, d, n_vocab = 64, 4, 2, 16, 50
     w = gguf.GGUFWriter(path, arch)
     w.add_context_length(128)
     w.add_embedding_length(n_embd)

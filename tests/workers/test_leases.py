@@ -102,7 +102,7 @@ def test_leases_end_in_their_order_by_time_by_number_and_for_want_of_memory(monk
     leases.expire()
     assert not leases and device.info().free_bytes == 99 * MIB
     none = Leases(device, 0.0, lambda: now[0])
-    none.leave(b"\1" * 32, taken)
+    none.leave(b"\1" * 32, taken.buffer)
     assert not none and device.info().free_bytes == 100 * MIB
 
 
@@ -112,7 +112,8 @@ def test_two_sessions_that_had_the_same_leave_two_buffers() -> None:
     buffers = [device.alloc(MIB) for _ in range(3)]
     for b in buffers:
         leases.leave(NAME, b)
-    assert [leases.take(NAME, MIB) for _ in range(4)] == [*reversed(buffers), None]
+    taken = [leases.take(NAME, MIB) for _ in range(4)]
+    assert [lease and lease.buffer for lease in taken] == [*reversed(buffers), None]
 
 
 # -- a real worker -----------------------------------------------------------------------------------------------------

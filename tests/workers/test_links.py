@@ -116,7 +116,8 @@ def test_only_the_instance_that_was_meant_is_a_peer(
 def test_a_peer_may_hand_over_and_nothing_else(brokers: tuple[Attacker, Attacker], peer: Attacker) -> None:
     _, second = brokers
     for header in (m.AllocBuffer(SESSION, 1, 8), m.Drain(SESSION), m.StatsQuery(), m.StageCompute(SESSION, DIGEST, 0),
-                   m.PeerListen(), m.PeerDial(1, "tcp://127.0.0.1:1", b"", 0)):  # fmt: skip
+                   m.PeerListen(), m.PeerDial(1, "tcp://127.0.0.1:1", b"", 0), m.HaveWeights([]),
+                   m.FetchTensor(SESSION, 1, 0, 0, (32, 1, 1, 1), m.Weight(bytes(32), 128), 0, 1)):  # fmt: skip
         assert peer.code(header) == "protocol"
     assert peer.code(m.HandOver(TICKET, 1), X.tobytes()) == "ok"
     assert peer.code(m.HandOver(TICKET, 1), X.tobytes()) == "protocol"

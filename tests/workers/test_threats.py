@@ -208,6 +208,8 @@ def test_20000_fuzzed_messages_change_nothing(
         (m.CopyTensor(SESSION, 52, 0, 53, 0, 8, 8), ()), (m.GraphPut(SESSION, good.digest), (good.frame,)),
         (m.StageCompute(SESSION, b"1" * 16, 0), ()), (m.GraphCompute(SESSION, b"1" * 16, 0), ()),
         (m.Cancel(SESSION, 3), ()), (m.Ping(1), ()), (m.StatsQuery(), ()),
+        (m.FetchTensor(SESSION, 52, 0, 0, (32, 1, 1, 1), m.Weight(bytes(32), 128), 0, 1), ()),
+        (m.ReadWeight(m.Weight(bytes(32), 128), 0), ()), (m.HaveWeights([m.Weight(bytes(32), 128, "a.gguf", 9)]), ()),
     ]:  # fmt: skip
         seeds.append([bytes(f) for f in encode(Message(m.COMMAND_OF[type(header)], header, payload, epoch=attacker.epoch))])
     sent = 0

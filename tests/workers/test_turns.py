@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import heapq
+import random
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from workers.turns import AWAY_S, WAIT_S, Key, Turns
+from protocol import messages as m
+from protocol.frames import Message
+from workers.turns import AWAY_S, MANY, WAIT_S, Key, Turns, Waiting
 
 POLL_S = 0.001
 
@@ -94,3 +97,58 @@ def test_alone_nobody_waits_and_what_is_no_more_is_forgotten() -> None:
     turns.ran(a, 1.0, 2.0)
     turns.keep([b])
     assert turns.choose([b], 2.0) == b
+
+
+def request(session: int, seq: int) -> Message:
+    header = m.FreeBuffer(session, 1) if session else m.StatsQuery()
+    return Message(m.COMMAND_OF[type(header)], header, seq=seq)
+
+
+def firsts(waiting: Waiting) -> list[tuple[bytes, int, int]]:
+    """As the class says, by going through all."""
+    found: dict[tuple[bytes, int], int] = {}
+    for i, (rid, message) in enumerate(waiting):
+        if message.command == m.Command.HELLO:
+            break
+        found.setdefault((rid, getattr(message.header, "session", 0)), i)
+    return [(*place, i) for place, i in found.items()]
+
+
+@given(st.integers(0, 1 << 32))
+def test_within_a_session_nothing_overtakes_anything(seed: int) -> None:
+    rng, waiting, seq = random.Random(seed), Waiting(), 0
+    came: list[tuple[bytes, Message]] = []
+    for _ in range(60):
+        kind = rng.random()
+        rid, seq = rng.choice([b"a", b"b"]), seq + 1
+        if kind < 0.55:
+            came.append((rid, request(rng.randrange(3), seq)))
+            waiting.append(*came[-1])
+        elif kind < 0.6:
+            came.append((rid, Message(m.Command.HELLO, m.Hello(1, "broker"), seq=seq)))
+            waiting.append(*came[-1])
+        elif kind < 0.65 and came:
+            gone = rng.choice(came)
+            assert waiting.remove(lambda r, q, gone=gone: (r, q) == gone) == [gone]  # type: ignore[misc]
+            came.remove(gone)
+        elif came:
+            found = list(waiting.firsts())
+            assert found == firsts(waiting)
+            i = rng.choice(found)[2] if found else 0
+            taken = waiting.take(i)
+            assert taken == came.pop(i)
+        assert list(waiting) == came and len(waiting) == len(came)
+
+
+def test_who_has_many_requests_waiting_is_not_gone_through_for_each() -> None:
+    waiting = Waiting()
+    for i in range(MANY + 1):
+        waiting.append(b"a", request(1, i))
+    assert waiting.flood(b"a", request(1, 0)) and not waiting.flood(b"a", request(2, 0))
+    assert list(waiting.firsts()) == [(b"a", 1, 0)]
+    waiting.append(b"b", request(1, 5))
+    assert list(waiting.firsts()) == [(b"a", 1, 0), (b"b", 1, MANY + 1)]
+    waiting.take(0)
+    assert not waiting.flood(b"a", request(1, 0))
+    waiting.insert(b"b", request(1, 4))
+    assert [q.seq for _, q in waiting][-2:] == [4, 5]

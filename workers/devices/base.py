@@ -129,6 +129,10 @@ class Device(ABC, Generic[B]):
         """Whether others need the memory that is only kept for later."""
         return False
 
+    def scratch_bytes(self) -> int:
+        """What plans have left behind for those that come, and is not free for buffers."""
+        return 0
+
     @abstractmethod
     def alloc(self, n_bytes: int) -> B:
         """A zeroed buffer. Errors: OutOfMemory with both figures."""

@@ -86,6 +86,9 @@ class CUDADevice(Device[CUDABuffer]):
         free, total = self.driver.memory()
         return free < SHORT_SHARE * total
 
+    def scratch_bytes(self) -> int:
+        return self._arena.n_bytes if self._arena is not None else 0
+
     @property
     def arena(self) -> int:
         if self._arena is None:
