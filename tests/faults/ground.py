@@ -94,11 +94,10 @@ class Ground:
         missing = [p for p in prompts if len(self._pieces.get(p, ())) < n]
         if missing:
             vocabulary = Vocabulary(GGUF(self.path))
-            bus = BusConfig(workers=1)
-            config = ModelConfig(self.path, self.sizes.n_ctx, bus=bus)
+            config = ModelConfig(self.path, self.sizes.n_ctx, bus=BusConfig(workers=1))
             with load(config) as model:
+                engine = Engine(model, vocabulary.end_ids)
                 for prompt in missing:
-                    engine = Engine(model, vocabulary.end_ids)
                     engine.start(vocabulary.encode(prompt), SamplingParams(temperature=0, banned=vocabulary.end_ids))
                     decoder = StreamDecoder(vocabulary)
                     self._pieces[prompt] = [decoder.feed(t) for t in engine.generate(n)]
