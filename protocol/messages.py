@@ -49,6 +49,8 @@ class Command(IntEnum):
 REPLY = 0x80
 
 U64 = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+Epoch = Annotated[int, Meta(ge=0, lt=1 << 32)]
+"""As wide as a frame's prefix has it."""
 Size = Annotated[int, Meta(ge=0, le=limits.MAX_BUFFER_BYTES)]
 Handle = Annotated[int, Meta(ge=1, le=(1 << 63) - 1)]
 Short = Annotated[str, Meta(max_length=256)]
@@ -92,7 +94,7 @@ class Hello(Header, frozen=True):
     version: U64
     role: Short
     token: Annotated[bytes, Meta(max_length=32)] = b""
-    epoch: U64 = 0
+    epoch: Epoch = 0
     session: U64 = 0
     software: Short = ""
     devices: Annotated[list[DeviceInfo], Meta(max_length=256)] = []

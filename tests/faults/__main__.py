@@ -31,6 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--tokens", type=int, metavar="N", help="made of each prompt (default: 300, 48 of another model)")
     p.add_argument("--longest-stop", type=float, default=60.0, metavar="S", help="of a process (default %(default)s s)")
     p.add_argument("--minutes-limit", type=float, default=240.0, metavar="M", help="begin no run later (%(default)s)")
+    p.add_argument("--quick", action="store_true", help="a scenario that counts messages or steps takes few")
     p.add_argument("-o", "--output", choices=["table", "json"], default="table")
     return p
 
@@ -42,7 +43,7 @@ def main() -> int:
     print(f"seed {seed}", file=sys.stderr, flush=True)
     other = args.model is not None or args.params is not None
     sizes = Sizes(n_tokens=args.tokens or (48 if other else BUNDLED_SIZES.n_tokens), longest_stop_s=args.longest_stop)
-    ground = Ground(sizes, args.model)
+    ground = Ground(sizes, args.model, args.quick)
     report = Report(seed, 60 * args.minutes_limit)
     start = time.monotonic()
     interrupted = False

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ggmq.bus import BusConfig
+from ggmq.engine import Engine
+from ggmq.gguf import GGUF
+from ggmq.model import ModelConfig, load
+from ggmq.sampling import SamplingParams
+from ggmq.tokenizer import StreamDecoder, Vocabulary
 from tests.support.fixtures import BUNDLED, ROOT
 
 GGMQ = [sys.executable, "-m", "ggmq"]
@@ -51,7 +56,7 @@ class Ground:
 
     def __post_init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="faults-"))
-        self._texts: dict[tuple[str, int], str] = {}
+        self._pieces: dict[str, list[str]] = {}
         self._n = 0
 
     @property
@@ -81,17 +86,22 @@ class Ground:
                 "-c", str(self.sizes.n_ctx)]  # fmt: skip
 
     def text(self, prompt: str, n: int) -> str:
-        """What an undisturbed run makes behind a prompt. Errors: RuntimeError when it does not end well."""
-        if (prompt, n) not in self._texts:
-            folder = self.run_folder()
-            command = [*GGMQ, *self.run_options(prompt, n), "--workers", "1", "--insecure", "--no-display-prompt"]
-            done = subprocess.run(command, cwd=ROOT, env=self.env(folder), capture_output=True, text=True, timeout=1800,
-                                  stdin=subprocess.DEVNULL)  # fmt: skip
-            shutil.rmtree(folder, ignore_errors=True)
-            if done.returncode:
-                raise RuntimeError(f"the undisturbed run ended with code {done.returncode}: {done.stderr[-400:]}")
-            self._texts[prompt, n] = done.stdout.removesuffix("\n")
-        return self._texts[prompt, n]
+        """What so many tokens behind a prompt say, undisturbed. Errors: what the engine raises."""
+        return self.texts([prompt], n)[0]
+
+    def texts(self, prompts: Sequence[str], n: int) -> list[str]:
+        """Of several prompts, by one worker."""
+        missing = [p for p in prompts if len(self._pieces.get(p, ())) < n]
+        if missing:
+            vocabulary = Vocabulary(GGUF(self.path))
+            config = ModelConfig(self.path, self.sizes.n_ctx, bus=BusConfig(workers=1))
+            with load(config) as model:
+                engine = Engine(model, vocabulary.end_ids)
+                for prompt in missing:
+                    engine.start(vocabulary.encode(prompt), SamplingParams(temperature=0, banned=vocabulary.end_ids))
+                    decoder = StreamDecoder(vocabulary)
+                    self._pieces[prompt] = [decoder.feed(t) for t in engine.generate(n)]
+        return ["".join(self._pieces[p][:n]) for p in prompts]
 
     def prompts(self, n_seqs: int, is_long: bool) -> Sequence[str]:
         """Prompts of texts that are made at once."""

@@ -1,8 +1,11 @@
-"""The bad network as a process of a run's."""
+"""Networks of a run: a bad one as a process, a link of the kernel's to a network namespace."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
+import shutil
 import subprocess
 import sys
 from typing import Any
@@ -45,3 +48,71 @@ class BadNetwork:
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 pipe.close()
+
+
+def no_namespaces() -> str:
+    """Why there are no network namespaces here; empty: there are."""
+    if sys.platform != "linux" or os.geteuid():
+        return "network namespaces need Linux and root"
+    if shutil.which("ip") is None:
+        return "network namespaces need `ip`, which is not here"
+    tried = subprocess.run(["ip", "netns", "add", f"ggmq-try-{os.getpid()}"], capture_output=True, text=True)
+    if tried.returncode:
+        return f"network namespaces: {tried.stderr.strip()}"
+    _ip("netns", "del", f"ggmq-try-{os.getpid()}")
+    return ""
+
+
+def _ip(*args: str) -> None:
+    subprocess.run(["ip", *args], check=True, capture_output=True)
+
+
+_numbers = itertools.count(os.getpid() % 50 * 1000)
+
+
+class Namespace:
+    """A network namespace at a link to this host.
+
+    Attributes:
+        outer, inner: addresses of this host and of who is inside.
+        command: what has a command run inside.
+    """
+
+    def __init__(self) -> None:
+        """Errors: CalledProcessError where there are none."""
+        n = next(_numbers)
+        self.name, self._link = f"ggmq-{os.getpid()}-{n}", f"gq{n}"
+        net = f"10.213.{n // 64 % 256}."
+        self.outer, self.inner = net + str(n % 64 * 4 + 1), net + str(n % 64 * 4 + 2)
+        self.command = ["ip", "netns", "exec", self.name]
+        _ip("netns", "add", self.name)
+        _ip("link", "add", self._link, "type", "veth", "peer", "name", "eth0", "netns", self.name)
+        _ip("addr", "add", f"{self.outer}/30", "dev", self._link)
+        self._inside("addr", "add", f"{self.inner}/30", "dev", "eth0")
+        self._inside("link", "set", "lo", "up")
+        self._inside("link", "set", "eth0", "up")
+        _ip("link", "set", self._link, "up")
+        self._inside("route", "add", "default", "via", self.outer)
+
+    def _inside(self, *args: str) -> None:
+        _ip("-n", self.name, *args)
+
+    def link(self, up: bool) -> None:
+        _ip("link", "set", self._link, "up" if up else "down")
+
+    def one_way(self, inwards: bool, there: bool) -> None:
+        """A hole for what goes inwards, or outwards."""
+        change = "add" if there else "del"
+        if inwards:
+            _ip("route", change, "blackhole", f"{self.inner}/32")
+        else:
+            self._inside("route", change, "blackhole", f"{self.outer}/32")
+
+    def rate(self, mbit: float) -> None:
+        """What the link takes inwards."""
+        bucket = ["tbf", "rate", f"{mbit:g}mbit", "burst", "32kbit", "latency", "400ms"]
+        subprocess.run(["tc", "qdisc", "replace", "dev", self._link, "root", *bucket], check=True, capture_output=True)
+
+    def end(self) -> None:
+        subprocess.run(["ip", "link", "del", self._link], capture_output=True)
+        subprocess.run(["ip", "netns", "del", self.name], capture_output=True)

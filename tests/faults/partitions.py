@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 
 from tests.faults.ground import LIMIT_S, Ground
+from tests.faults.network import no_namespaces
 from tests.faults.playing import play
-from tests.faults.report import Run
+from tests.faults.report import Run, Skipped
 from tests.faults.resume import any_setup
 from tests.faults.setups import Live, Setup
 
@@ -68,3 +69,28 @@ def cut(ground: Ground, run: Run) -> None:
         _back(run, live, time.monotonic())
 
     play(ground, run, setup, run.rng.choice(("upload", "decode", "decode")), fault, then)
+
+
+def link(ground: Ground, run: Run) -> None:
+    """A worker behind a link of its own: down and up again, or a hole one way. The kernel sends again, by its own clock."""
+    if why := no_namespaces():
+        raise Skipped(why)
+    cut_s = min(run.rng.choice(CUTS_S), ground.sizes.longest_stop_s)
+    kind = run.rng.choice(("down", "inwards", "outwards"))
+    setup = any_setup(run, Setup("bus", run.rng.random() < 0.3, listens=run.rng.random() < 0.5, apart=True))
+    victim = f"w{run.rng.randrange(setup.n_workers)}"
+    run.did(f"link of {victim} {kind} for {cut_s:g} s")
+
+    def turn(live: Live, off: bool) -> None:
+        space = live.spaces[victim]
+        if kind == "down":
+            space.link(not off)
+        else:
+            space.one_way(kind == "inwards", off)
+
+    def then(live: Live) -> None:
+        time.sleep(cut_s)
+        turn(live, False)
+        _back(run, live, time.monotonic())
+
+    play(ground, run, setup, "decode", lambda live: turn(live, True), then)

@@ -21,7 +21,7 @@ MIN_TOKENS = 20
 MOMENT_S = 60.0
 
 
-def await_moment(run: Run, live: Live, streams: Sequence[Stream], undisturbed: Calm, moment: str) -> None:
+def await_moment(run: Run, live: Live, streams: Sequence[Stream], undisturbed: Calm | None, moment: str) -> None:
     """Until a moment of texts that have just been asked for.
 
     load: from the start of the client on. upload: bytes have passed (of a proxied setup). cache write: entries are there.
@@ -31,6 +31,7 @@ def await_moment(run: Run, live: Live, streams: Sequence[Stream], undisturbed: C
     u = run.rng.random()
     came = True
     if moment == "load":
+        assert undisturbed is not None  # play measured it
         time.sleep(u * undisturbed.begin_s)
     elif moment == "upload":
         wanted = int(u * 0.95 * live.ground.path.stat().st_size) + sum(n.n_bytes() for n in live.networks.values())
@@ -40,6 +41,7 @@ def await_moment(run: Run, live: Live, streams: Sequence[Stream], undisturbed: C
         came = until(lambda: len(list(live.cache_folder.glob("*"))) > n, MOMENT_S, 0.0005)
     elif moment == "prefill":
         came = live.setup.serves or streams[0].wait_begun(LIMIT_S)
+        assert undisturbed is not None  # play measured it
         time.sleep(u * undisturbed.first_s)
     elif moment in ("decode", "end"):
         i = run.rng.randrange(len(streams))
@@ -60,14 +62,14 @@ def longest_pause(stream: Stream, since_s: float) -> float | None:
 
 
 def judge(
-    run: Run, live: Live, streams: Sequence[Stream], prompts: Sequence[str], fault_s: float, undisturbed: Calm,
+    run: Run, live: Live, streams: Sequence[Stream], prompts: Sequence[str], fault_s: float, undisturbed: Calm | None,
     began_s: float, limit_s: float = LIMIT_S,
 ) -> None:  # fmt: skip
     """Wait for the texts, compare them, measure."""
     ground = live.ground
     n = live.n_tokens
     problems = live.wait(streams, limit_s)
-    expected = [ground.text(p, n) for p in prompts]
+    expected = ground.texts(prompts, n)
     texts = [made(s) for s in streams]
     run.complete = not problems and all(len(t) >= len(e) for t, e in zip(texts, expected, strict=True))
     run.identical = all(e.startswith(t) for t, e in zip(texts, expected, strict=True))
@@ -83,33 +85,33 @@ def judge(
     if pauses and run.complete:
         run.pause_s, stream = max(pauses, key=lambda p: p[0])
         i = streams.index(stream)
-        run.pause_tokens = run.pause_s / _token_s(stream, fault_s, n / max(1, len(expected[i])), undisturbed)
+        token_s = _token_s(stream, fault_s, n / max(1, len(expected[i]))) or (undisturbed.token_s if undisturbed else 0.0)
+        run.pause_tokens = run.pause_s / token_s if token_s else None
     noticed = live.noticed(fault_s)
     if noticed is not None:
         run.noticed_s = noticed - fault_s
-    if run.complete:
+    if run.complete and undisturbed is not None:
         run.extra_s = max(0.0, max(s.pieces[-1][0] for s in streams) - began_s - undisturbed.total_s)
 
 
-def _token_s(stream: Stream, fault_s: float, tokens_per_char: float, undisturbed: Calm) -> float:
-    """How long a token took before the fault."""
+def _token_s(stream: Stream, fault_s: float, tokens_per_char: float) -> float:
+    """How long a token took before the fault, in seconds; 0 when there were too few to tell."""
     times = [t for t in stream.made_times() if t <= fault_s]
     n = tokens_per_char * (sum(len(piece) for t, piece in stream.pieces if t <= fault_s) - len(stream.shown))
-    return (times[-1] - times[0]) / n if n >= MIN_TOKENS and times[-1] > times[0] else undisturbed.token_s
+    return (times[-1] - times[0]) / n if n >= MIN_TOKENS and times[-1] > times[0] else 0.0
 
 
-def serves_on(run: Run, live: Live) -> None:
-    """A server answers as before when everything is over."""
-    if not live.setup.serves:
-        return
+def one_text(live: Live, run: Run, when: str) -> None:
+    """Ask for a text; one that does not come, or is another, is a failure."""
     prompts = live.ground.prompts(1, False)
     streams = live.begin(prompts)
     problems = live.wait(streams)
     if problems or made(streams[0]) != live.ground.text(prompts[0], live.n_tokens):
-        run.fail(f"afterwards: {problems or 'another text'}")
+        run.complete, run.identical = run.complete and not problems, run.identical and bool(problems)
+        run.fail(f"{when}: {'; '.join(problems) or 'another text'}")
 
 
-Action = Callable[[Live], None]
+Action = Callable[[Live], object]
 
 
 def play(
@@ -121,11 +123,10 @@ def play(
     moment: as `await_moment`'s, or idle: shortly before anything is asked.
     """
     run.did(setup.words())
-    undisturbed = calm(ground, setup)
+    undisturbed = calm(ground, setup) if moment in ("load", "prefill") or not ground.quick else None
     with living(ground, setup) as live:
         prompts = ground.prompts(setup.n_seqs, setup.is_long)
-        for prompt in prompts:
-            ground.text(prompt, live.n_tokens)
+        ground.texts(prompts, live.n_tokens)  # made before anything is measured
         if moment == "idle":
             fault_s = time.monotonic()
             fault(live)
@@ -140,5 +141,6 @@ def play(
             fault(live)
         then(live)
         judge(run, live, streams, prompts, fault_s, undisturbed, began_s, limit_s)
-        serves_on(run, live)
+        if setup.serves:
+            one_text(live, run, "afterwards")
         check(live)

@@ -15,6 +15,10 @@ SAID = 300
 MAX_SAID = 2
 
 
+class Skipped(Exception):
+    """What a scenario needs is not here."""
+
+
 @dataclass
 class Run:
     """One run of a scenario, with a chance of its own: the same seed chooses the same.

@@ -8,16 +8,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tests.faults import brokers, partitions, resume, slow, stops
+from tests.faults import brokers, caches, flood, fuzz, leaks, partitions, resume, slow, stops, wire
 from tests.faults.ground import Ground
-from tests.faults.report import Report, Run
+from tests.faults.report import Report, Run, Skipped
 
 N_SAID = 10
 """So often a long scenario says how far it is."""
-
-
-class Skipped(Exception):
-    """What a scenario needs is not here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +36,23 @@ SCENARIOS: dict[str, Scenario] = {
     "stop": Scenario(stops.stop, 30),
     "hang": Scenario(stops.hang, 20),
     "slow-link": Scenario(slow.thin_link, 6),
+    "slow-tbf": Scenario(slow.thin_real_link, 6),
     "slow-way": Scenario(slow.long_way, 6),
     "slow-compute": Scenario(slow.long_compute, 3),
     "partition-hole": Scenario(partitions.black_hole, 30),
     "partition-cut": Scenario(partitions.cut, 30),
+    "partition-link": Scenario(partitions.link, 30),
+    "wire": Scenario(wire.doubled, 20),
+    "fuzz-worker": Scenario(fuzz.worker, 1),
+    "fuzz-broker": Scenario(fuzz.broker, 1),
     "broker": Scenario(brokers.killed_broker, 40),
+    "flood": Scenario(flood.strangers, 6),
+    "cache-full": Scenario(caches.full, 3),
+    "cache-damaged": Scenario(caches.damaged, 9),
+    "cache-writers": Scenario(caches.two_writers, 5),
+    "cache-killed": Scenario(caches.killed_writer, 10),
+    "leaks-steps": Scenario(leaks.steps, 1),
+    "leaks-sessions": Scenario(leaks.sessions, 1),
 }
 
 

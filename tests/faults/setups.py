@@ -20,12 +20,13 @@ from config.running import read_state
 from ggmq.cluster import connect
 from protocol.errors import GgmqError
 from tests.faults.ground import GGMQ, LIMIT_S, READY_S, WORKER, Ground
-from tests.faults.network import BadNetwork
+from tests.faults.network import BadNetwork, Namespace
 from tests.faults.streams import Stream, Talker, ask
 from tests.support.fixtures import ROOT, free_port
 from tests.support.processes import children_of
 from tests.support.supervised import until
 
+LOOPBACK = "127.0.0.1"
 WATCH_S = 0.02
 LOST = re.compile(r"was lost|take its place|takes its place|worker lost|closed the connection|answers nothing")
 """How clients say that something has gone."""
@@ -40,9 +41,11 @@ class Setup:
     n_seqs: texts at once, of a server.
     is_long: prompts take a while to be read.
     listens: workers of a broker listen and it connects to them; else they dial in.
-    cache: folder of weights that the workers of a bus share, by name; empty: none.
+    cache: of weights, which the workers of a bus share: `cold`; `warm`, the same in all runs; a folder. Empty: none.
     proxied: a bad network lies between the broker and each worker.
     n_tokens: made of each prompt; 0: as many as the ground's sizes say.
+    drafts: tokens may be guessed; else every run takes the same steps.
+    apart: workers of a bus are in network namespaces of their own.
     """
 
     how: Literal["local", "bus", "cluster"] = "local"
@@ -56,6 +59,8 @@ class Setup:
     proxied: bool = False
     device: str = "CPU"
     n_tokens: int = 0
+    drafts: bool = True
+    apart: bool = False
 
     @property
     def prefix(self) -> str:
@@ -95,6 +100,7 @@ class Live:
         self.broker: Talker | None = None
         self.workers: dict[str, Talker] = {}
         self.networks: dict[str, BadNetwork] = {}
+        self.spaces: dict[str, Namespace] = {}
         self.states: list[tuple[float, str, str]] = []
         self.streams: list[Stream] = []
         self.endpoint = self.url = ""
@@ -127,7 +133,9 @@ class Live:
     def _start_bus(self) -> None:
         s = self.setup
         port = free_port()
-        self.endpoint = f"tcp://127.0.0.1:{port}"
+        self.endpoint = f"tcp://{LOOPBACK}:{port}"
+        if s.apart:
+            self.spaces = {name: Namespace() for name in self._names}
         if s.listens:
             self._ports = {name: free_port() for name in self._names}
             for name in self._names:
@@ -146,26 +154,32 @@ class Live:
     def start_broker(self) -> None:
         """Or another one on its port."""
         ports = {n: self.networks[n].port if n in self.networks else p for n, p in self._ports.items()}
-        rpc = ["--rpc", ",".join(f"127.0.0.1:{p}" for p in ports.values())] if ports else []
-        self.broker = Talker([*GGMQ, "broker", "--listen", self.endpoint, "--insecure", *rpc], self.env)
+        addresses = [f"{self.spaces[n].inner if n in self.spaces else LOOPBACK}:{p}" for n, p in ports.items()]
+        rpc = ["--rpc", ",".join(addresses)] if ports else []
+        listen = self.endpoint.replace(LOOPBACK, "0.0.0.0") if self.setup.apart else self.endpoint
+        self.broker = Talker([*GGMQ, "broker", "--listen", listen, "--insecure", *rpc], self.env)
 
     def start_worker(self, name: str, *options: str) -> None:
         """Or another one of that name."""
         s = self.setup
+        space = self.spaces.get(name)
         if s.listens:
-            where = ["-p", str(self._ports[name])]
+            where = ["-p", str(self._ports[name]), "-H", space.inner if space else LOOPBACK]
+        elif space:
+            where = ["--broker", self.endpoint.replace(LOOPBACK, space.outer)]
         elif name in self.networks:
             where = ["--broker", f"tcp://127.0.0.1:{self.networks[name].port}"]
         else:
             where = ["--broker", self.endpoint]
         cache = ["--cache-dir", str(self.cache_folder)] if s.cache else []
-        self.workers[name] = Talker([*WORKER, *where, "--insecure", "-d", s.device, "-t", "1", "--name", name, *cache,
-                                     *options], self.env)  # fmt: skip
+        within = space.command if space else []
+        self.workers[name] = Talker([*within, *WORKER, *where, "--insecure", "-d", s.device, "-t", "1", "--name", name,
+                                     *cache, *options], self.env)  # fmt: skip
 
     @property
     def cache_folder(self) -> Path:
-        """Shared by all runs where it is to be warm."""
-        return (self.ground.folder if self.setup.cache == "warm" else self.folder) / "cache"
+        cache = self.setup.cache
+        return Path(cache) if "/" in cache else (self.ground.folder if cache == "warm" else self.folder) / "cache"
 
     def _start_cluster(self) -> None:
         s = self.setup
@@ -200,7 +214,8 @@ class Live:
             shares = [str(int(name in self._names[: s.n_workers])) for name in self._order()]
         else:
             where = ["--workers", str(n), "-dev", s.device, "-t", str(n)]
-        return [*where, "--insecure", *(["-ts", ",".join(shares)] if s.spare else [])]
+        drafts = [] if s.drafts else ["--spec", "off"]
+        return [*where, "--insecure", *drafts, *(["-ts", ",".join(shares)] if s.spare else [])]
 
     def _start_server(self) -> None:
         options = [] if self.setup.how == "cluster" else self.ground.model_options()
@@ -221,6 +236,8 @@ class Live:
             self.streams = [ask(self.url, p, n) for p in prompts]
             return self.streams
         (prompt,) = prompts
+        if self.client is not None:
+            self.client.end()
         self.client = Talker([*GGMQ, *self.ground.run_options(prompt, n), *self._bus_options()], self.env, shown=prompt)
         self.streams = [self.client.stream]
         return self.streams
@@ -264,6 +281,10 @@ class Live:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._found[name], number)
         return name in self._found
+
+    def port(self, name: str) -> int:
+        """That a worker listens on."""
+        return self._ports[name]
 
     @property
     def names(self) -> list[str]:
@@ -365,7 +386,7 @@ class Live:
                 p.end()
         if self._is_up:
             self._ggmq("down", str(self._file))
-        for network in self.networks.values():
+        for network in (*self.networks.values(), *self.spaces.values()):
             network.end()
         if self._watcher is not None:
             self._watcher.join(10)
@@ -388,7 +409,8 @@ _calms: dict[tuple[Path, Setup], Calm] = {}
 
 def calm(ground: Ground, setup: Setup) -> Calm:
     """How long it takes undisturbed, measured once. Errors: RuntimeError when even that does not end well."""
-    plain = dataclasses.replace(setup, spare=False, proxied=False, listens=False, cache="warm" if setup.cache else "")
+    cache = "warm" if setup.cache else ""
+    plain = dataclasses.replace(setup, spare=False, proxied=False, apart=False, listens=False, cache=cache)
     key = (ground.folder, plain)
     if key not in _calms:
         with living(ground, plain) as live:
@@ -396,7 +418,7 @@ def calm(ground: Ground, setup: Setup) -> Calm:
             prompts = ground.prompts(plain.n_seqs, plain.is_long)
             streams = live.begin(prompts)
             problems = live.wait(streams)
-            expected = [ground.text(p, live.n_tokens) for p in prompts]
+            expected = ground.texts(prompts, live.n_tokens)
             if problems or [made(s) for s in streams] != expected:
                 raise RuntimeError(f"{plain.words()}, undisturbed: {problems or 'another text'}")
             shown = start if plain.serves else streams[0].pieces[0][0]

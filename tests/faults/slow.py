@@ -7,8 +7,9 @@ import threading
 import time
 
 from tests.faults.ground import Ground
+from tests.faults.network import no_namespaces
 from tests.faults.playing import play
-from tests.faults.report import Run
+from tests.faults.report import Run, Skipped
 from tests.faults.setups import Live, Setup, calm
 
 MBIT = 10.0
@@ -84,3 +85,22 @@ def long_compute(ground: Ground, run: Run) -> None:
         play(ground, run, setup, "prefill", fault, check=check)
     finally:
         over.set()
+
+
+def thin_real_link(ground: Ground, run: Run) -> None:
+    """As `thin_link`, by the kernel's own token bucket."""
+    if why := no_namespaces():
+        raise Skipped(why)
+    setup = Setup("bus", listens=run.rng.random() < 0.5, apart=True, n_workers=run.rng.choice((2, 3)), n_tokens=N_FEW)
+    began_s = time.monotonic()
+
+    def fault(live: Live) -> None:
+        for space in live.spaces.values():
+            space.rate(MBIT)
+
+    def check(live: Live) -> None:
+        if evicted := live.evicted(began_s):
+            run.fail(f"slow is not dead: {evicted[0]}")
+
+    run.did(f"tbf {MBIT:g} Mbit/s")
+    play(ground, run, setup, "idle", fault, check=check)

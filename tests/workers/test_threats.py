@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import msgpack
 import numpy as np
 import pytest
 import zmq
 
+from protocol import PROTOCOL_VERSION
 from protocol import messages as m
 from protocol.dtypes import GGMLType
 from protocol.encoding import encode_graph, graph_digest
@@ -177,6 +179,17 @@ def test_nothing_is_done_before_hello(worker: tuple[int, subprocess.Popen[bytes]
     finally:
         raw.close()
         a.close()
+
+
+def test_an_epoch_that_no_prefix_holds_is_refused(attacker: Attacker) -> None:
+    """A worker that took it could not say it."""
+    hello = bytes(encode(Message(Command.HELLO, m.Hello(PROTOCOL_VERSION, "broker", random.randbytes(16), 1)))[1])
+    wide = msgpack.packb(msgpack.unpackb(hello) | {"epoch": 1 << 32})
+    attacker.seq += 1
+    prefix = bytes(encode(Message(Command.HELLO, m.Ok(), seq=attacker.seq))[0])
+    attacker.socket.send_multipart([prefix, wide])
+    reply = attacker.wait(attacker.seq).header
+    assert isinstance(reply, m.Error) and reply.code == "protocol" and "4294967295" in reply.message
 
 
 def test_20000_fuzzed_messages_change_nothing(
