@@ -50,7 +50,8 @@ def resume_run(ground: Ground, run: Run) -> None:
 
 def resume_bus(ground: Ground, run: Run) -> None:
     moment = _moment(run, "load", "prefill")
-    setup = Setup("bus", listens=run.rng.random() < 0.5, is_long=moment == "prefill", cache=run.rng.choice(("", "warm")))
+    listens, cached = run.rng.random() < 0.5, run.rng.random() < 0.5 or ground.model is not None
+    setup = Setup("bus", listens=listens, is_long=moment == "prefill", cache="warm" if cached else "")
     killed(ground, run, any_setup(run, setup), moment)
 
 
