@@ -8,6 +8,7 @@ import secrets
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from tests.faults.ground import Ground, Sizes
@@ -16,6 +17,8 @@ from tests.faults.report import Report
 from tests.faults.scenarios import SCENARIOS, run_all
 
 BUNDLED_SIZES = Sizes()
+OTHER_SIZES = Sizes(n_tokens=48, n_ctx=2048, n_sentences=6)
+"""Models of random weights have a token for each character of a prompt."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -42,7 +45,8 @@ def main() -> int:
     seed = secrets.randbits(31) if args.seed is None else args.seed
     print(f"seed {seed}", file=sys.stderr, flush=True)
     other = args.model is not None or args.params is not None
-    sizes = Sizes(n_tokens=args.tokens or (48 if other else BUNDLED_SIZES.n_tokens), longest_stop_s=args.longest_stop)
+    sizes = OTHER_SIZES if other else BUNDLED_SIZES
+    sizes = replace(sizes, n_tokens=args.tokens or sizes.n_tokens, longest_stop_s=args.longest_stop)
     ground = Ground(sizes, args.model, args.quick)
     report = Report(seed, 60 * args.minutes_limit)
     start = time.monotonic()

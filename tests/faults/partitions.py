@@ -20,7 +20,8 @@ BACK_S = 30.0
 def _back(run: Run, live: Live, healed_s: float) -> None:
     """Measure how long it takes from the healing on until texts go on and everybody is known again."""
     stream = live.streams[0]
-    if not stream.ended.is_set() and stream.wait_made(stream.n_made + 1, LIMIT_S):
+    n = stream.n_made
+    if n and not stream.ended.is_set() and stream.wait_made(n + 1, LIMIT_S):
         run.figures["goes on after healing, s"] = time.monotonic() - healed_s
     try:
         live.await_ready(live.names, BACK_S)

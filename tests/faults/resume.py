@@ -13,6 +13,9 @@ from tests.faults.setups import Live, Setup
 
 def killed(ground: Ground, run: Run, setup: Setup, moment: str, n_kills: int = 1) -> None:
     """Kill workers that have layers, one after the other, the first at a moment, the others some time later."""
+    if moment == "load" and setup.how != "local":
+        # a spare worker is made by shares of the layers, which must be as many as the workers that are there
+        setup = dataclasses.replace(setup, spare=False)
     victims = run.rng.sample([f"{setup.prefix}{i}" for i in range(setup.n_workers)], n_kills)
     waits = [run.rng.random() for _ in victims]
 
@@ -47,7 +50,8 @@ def resume_run(ground: Ground, run: Run) -> None:
 
 def resume_bus(ground: Ground, run: Run) -> None:
     moment = _moment(run, "load", "prefill")
-    setup = Setup("bus", listens=run.rng.random() < 0.5, is_long=moment == "prefill", cache=run.rng.choice(("", "warm")))
+    listens, cached = run.rng.random() < 0.5, run.rng.random() < 0.5 or ground.model is not None
+    setup = Setup("bus", listens=listens, is_long=moment == "prefill", cache="warm" if cached else "")
     killed(ground, run, any_setup(run, setup), moment)
 
 
@@ -85,5 +89,5 @@ def resume_cache(ground: Ground, run: Run) -> None:
 
 def resume_end(ground: Ground, run: Run) -> None:
     """When the text is there and the client takes its leave."""
-    setup = Setup(run.rng.choice(("local", "bus", "cluster")), run.rng.random() < 0.3)  # type: ignore[arg-type]
+    setup = Setup(run.rng.choice(("local", "bus", "cluster")), run.rng.random() < 0.3)
     killed(ground, run, any_setup(run, setup), "end")

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tests.faults import brokers, caches, flood, fuzz, leaks, partitions, resume, slow, stops, wire
+from tests.faults import brokers, caches, drains, flood, fuzz, leaks, partitions, resume, slow, stops, wire
 from tests.faults.ground import Ground
 from tests.faults.report import Report, Run, Skipped
 
@@ -33,6 +33,7 @@ SCENARIOS: dict[str, Scenario] = {
     "resume-upload": Scenario(resume.resume_upload, 20),
     "resume-cache": Scenario(resume.resume_cache, 20),
     "resume-end": Scenario(resume.resume_end, 20),
+    "drain": Scenario(drains.drained, 30),
     "stop": Scenario(stops.stop, 30),
     "hang": Scenario(stops.hang, 20),
     "slow-link": Scenario(slow.thin_link, 6),

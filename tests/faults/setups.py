@@ -386,8 +386,10 @@ class Live:
                 p.end()
         if self._is_up:
             self._ggmq("down", str(self._file))
-        for network in (*self.networks.values(), *self.spaces.values()):
+        for network in self.networks.values():
             network.end()
+        for space in self.spaces.values():
+            space.end()
         if self._watcher is not None:
             self._watcher.join(10)
         shutil.rmtree(self.folder, ignore_errors=True)
