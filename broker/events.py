@@ -52,6 +52,16 @@ class Unreached:
 
 
 @dataclass(frozen=True, slots=True)
+class LinkCarried:
+    """What TCP tells of a worker's connections (`config.carrying`): told while a PING is unanswered."""
+
+    link: Link
+    n_bytes: int
+    network_s: float
+    now_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerEnded:
     """A process that was started here is no more."""
 
@@ -71,7 +81,7 @@ class Tick:
     now_s: float
 
 
-Event = FromClient | FromWorker | LinkOpened | LinkLost | Unreached | WorkerEnded | ClientLost | Tick
+Event = FromClient | FromWorker | LinkOpened | LinkLost | Unreached | LinkCarried | WorkerEnded | ClientLost | Tick
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from broker.events import (
     FromWorker,
     Instruction,
     Link,
+    LinkCarried,
     LinkLost,
     LinkOpened,
     Redial,
@@ -31,6 +32,7 @@ from broker.events import (
 from broker.state import BrokerState
 from broker.tracing import Traces
 from config.auth import Listener, close_monitored, happening, monitor_of, new_socket, require_curve
+from config.carrying import carried
 from config.clock import LivedClock
 from config.keys import KeyPair
 from config.reaching import Happening, Reaching
@@ -68,7 +70,7 @@ class BrokerLoop:
         self.note: Callable[[str], None] = lambda text: None
         self._n_noted, self._noted_s = 0, 0.0
         self.children: dict[str, Callable[[], int | None]] = {}
-        self.clock = LivedClock()
+        self.clock = LivedClock(longest_step_s=3 * TICK_S)
         self._listeners: list[Listener] = []
         self._dealers: dict[Link, tuple[zmq.Socket[Any], zmq.Socket[Any]]] = {}
         self._monitors: dict[zmq.Socket[Any], Link] = {}
@@ -76,8 +78,9 @@ class BrokerLoop:
         self._owner: dict[zmq.Socket[Any], tuple[Link, bool]] = {}
         self._dialled: dict[tuple[int, bytes], tuple[Link, bool]] = {}
         self._rids: dict[tuple[Link, bool], tuple[int, bytes]] = {}
+        self._fds: dict[tuple[Link, bool], int] = {}
         self._tokens: dict[bytes, Link] = {}
-        self._early: dict[bytes, tuple[tuple[int, bytes], Message, float]] = {}
+        self._early: dict[bytes, tuple[tuple[int, bytes], Message, int, float]] = {}
         self._traces = Traces()
         self._auth: Any = None
         self._stopping = False
@@ -148,6 +151,7 @@ class BrokerLoop:
                 del self.children[name]
                 self._handle(WorkerEnded(name, GONE, now))
         self._look_at_unreached(now)
+        self._look_at_late(now)
         self._handle(Tick(now))
         if now - self._noted_s > NOTED_S:
             if self._n_noted > MAX_NOTES:
@@ -155,7 +159,7 @@ class BrokerLoop:
             self._n_noted, self._noted_s = 0, now
         for listener in self._listeners:
             listener.guard()
-        self._early = {t: e for t, e in self._early.items() if now - e[2] < limits.RECONNECT_S}
+        self._early = {t: e for t, e in self._early.items() if now - e[3] < limits.RECONNECT_S}
 
     def _is_unreached(self, link: Link) -> bool:
         """Whether a worker that listens has not answered HELLO yet."""
@@ -169,6 +173,15 @@ class BrokerLoop:
                 if reason != self.state.workers[link].lost:
                     self.note(f"{link.removeprefix('tcp://')}: {reason}; dialling on")
                 self._handle(Unreached(link, reason, now))
+
+    def _look_at_late(self, now: float) -> None:
+        """What is on its way to and from workers that have not answered a PING yet."""
+        for link, worker in list(self.state.workers.items()):
+            if worker.ready and worker.pinged_s:
+                control, bulk = (carried(self._fds.get((link, b), -1)) for b in (False, True))
+                if control is not None:
+                    n_bytes = control.n_bytes + (bulk.n_bytes if bulk is not None else 0)
+                    self._handle(LinkCarried(link, n_bytes, control.network_s, now))
 
     def _handle(self, event: Event) -> None:
         if self._traces or (isinstance(event, FromClient) and isinstance(event.message.header, m.TraceQuery)):
@@ -217,6 +230,7 @@ class BrokerLoop:
                 continue
             if s in self._owner:
                 link, bulk = self._owner[s]
+                self._fds.setdefault((link, bulk), int(raw[-1].get(zmq.SRCFD)))
                 self._worker_frames(link, bulk, frames, now)
                 if s.closed:
                     return
@@ -267,24 +281,27 @@ class BrokerLoop:
         h = message.header
         if isinstance(h, m.Hello) and h.role.startswith("worker") and not message.reply:
             bulk = h.role.endswith("-bulk")
-            self._dialled_in(where, h, message, bulk, now)
+            fd = int(frame.get(zmq.SRCFD)) if self._listeners[index].endpoint.startswith("tcp://") else -1
+            self._dialled_in(where, h, message, bulk, fd, now)
             return
         self._handle(FromClient(peer, message, now))
 
-    def _dialled_in(self, where: tuple[int, bytes], h: m.Hello, message: Message, bulk: bool, now: float) -> None:
+    def _dialled_in(
+        self, where: tuple[int, bytes], h: m.Hello, message: Message, bulk: bool, fd: int, now: float
+    ) -> None:
         """A worker's HELLO on one of its channels; the two connections may arrive in either order."""
         link = self._tokens.get(h.token) if bulk else f"dial/{where[0]}.{where[1].hex()}"
         if link is None or (bulk and (link, True) in self._rids):  # it comes before, or again before, its control channel
             if len(self._early) < limits.MAX_SESSIONS:
-                self._early[h.token] = (where, message, now)
+                self._early[h.token] = (where, message, fd, now)
             return
-        self._tokens[h.token] = link
+        self._tokens[h.token], self._fds[link, bulk] = link, fd
         self._dialled[where] = (link, bulk)
         self._rids[(link, bulk)] = where
         self._handle(FromWorker(link, message, now, bulk))
         early = self._early.pop(h.token, None)
         if early is not None and not bulk and isinstance(early[1].header, m.Hello):
-            self._dialled_in(early[0], early[1].header, early[1], True, now)
+            self._dialled_in(early[0], early[1].header, early[1], True, early[2], now)
 
     def _reject(self, peer: bytes, frames: list[Frame], error: ProtocolError) -> None:
         refusal = refusal_of(frames, error)
@@ -328,6 +345,8 @@ class BrokerLoop:
 
     def _close(self, link: Link) -> None:
         self._reaching.pop(link, None)
+        for bulk in (False, True):
+            self._fds.pop((link, bulk), None)
         for monitor in [k for k, v in self._monitors.items() if v == link]:
             self._poller.unregister(monitor)
             self._monitors.pop(monitor)

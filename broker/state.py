@@ -13,6 +13,7 @@ from broker.events import (
     FromClient,
     FromWorker,
     Instruction,
+    LinkCarried,
     LinkLost,
     LinkOpened,
     Tick,
@@ -72,6 +73,9 @@ class BrokerState:
                 return self.membership.closed(event.link, event.reason)
             case Unreached():
                 self.membership.unreached(event)
+                return []
+            case LinkCarried():
+                self.membership.carried(event)
                 return []
             case WorkerEnded():
                 return self.membership.ended(event.worker, event.reason)
