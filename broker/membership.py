@@ -207,19 +207,6 @@ class Membership:
             worker.pinged_s = event.now_s
         worker.carried = event.n_bytes
 
-    def carried(self, event: LinkCarried) -> None:
-        """Bytes on their way to a worker, or from it, may have the PING or its answer behind them: as long as they come, it
-        is the link that takes time. A process that hangs sends none, and its host soon takes none more."""
-        worker = self.traffic.workers.get(event.link)
-        if worker is None or not worker.pinged_s:
-            return
-        worker.network_s = min(max(0.0, event.network_s - limits.NETWORK_S), limits.NETWORK_MOST_S)
-        if worker.carried >= 0 and event.n_bytes - worker.carried < limits.MOVED_BYTES:
-            return
-        if worker.carried >= 0:
-            worker.pinged_s = event.now_s
-        worker.carried = event.n_bytes
-
     # -- time ----------------------------------------------------------------------------------------------------------
 
     def tick(self, now_s: float) -> list[Instruction]:

@@ -72,10 +72,6 @@ class Worker(Struct):
         """Whether it should have answered a PING by now."""
         return self.pinged_s > 0 and now_s - self.pinged_s > limits.PING_DEADLINE_S + self.network_s
 
-    def late(self, now_s: float) -> bool:
-        """Whether it should have answered a PING by now."""
-        return self.pinged_s > 0 and now_s - self.pinged_s > limits.PING_DEADLINE_S + self.network_s
-
 
 class Pending(Struct):
     """A request under way at the worker of one device. The base of all kinds.
