@@ -63,6 +63,16 @@ class LinkStuck:
 
 
 @dataclass(frozen=True, slots=True)
+class LinkCarried:
+    """What TCP tells of a worker's connections (`config.carrying`): told while a PING is unanswered."""
+
+    link: Link
+    n_bytes: int
+    network_s: float
+    now_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerEnded:
     """A process that was started here is no more."""
 
@@ -82,7 +92,8 @@ class Tick:
     now_s: float
 
 
-Event = FromClient | FromWorker | LinkOpened | LinkLost | LinkStuck | Unreached | WorkerEnded | ClientLost | Tick
+Event = (FromClient | FromWorker | LinkOpened | LinkLost | LinkStuck | LinkCarried | Unreached | WorkerEnded | ClientLost
+         | Tick)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from broker.events import (
     FromWorker,
     Instruction,
     Link,
+    LinkCarried,
     LinkLost,
     LinkOpened,
     LinkStuck,
@@ -34,6 +35,7 @@ from broker.state import BrokerState
 from broker.tracing import Traces
 from config.allowed import Allowed, list_beside
 from config.auth import Listener, close_monitored, happening, monitor_of, new_socket
+from config.carrying import carried
 from config.clock import LivedClock
 from config.keys import KeyPair, require
 from config.reaching import Happening, Reaching
@@ -76,7 +78,7 @@ class BrokerLoop:
         self.note: Callable[[str], None] = lambda text: None
         self._n_noted, self._noted_s = 0, 0.0
         self.children: dict[str, Callable[[], int | None]] = {}
-        self.clock = LivedClock()
+        self.clock = LivedClock(longest_step_s=3 * TICK_S)
         self._listeners: list[Listener] = []
         self._dealers: dict[Link, tuple[zmq.Socket[Any], zmq.Socket[Any]]] = {}
         self._monitors: dict[zmq.Socket[Any], Link] = {}
@@ -84,9 +86,10 @@ class BrokerLoop:
         self._owner: dict[zmq.Socket[Any], tuple[Link, bool]] = {}
         self._dialled: dict[Where, tuple[Link, bool]] = {}
         self._rids: dict[tuple[Link, bool], Where] = {}
+        self._fds: dict[tuple[Link, bool], int] = {}
         self._tokens: dict[bytes, Link] = {}
         self._stuck: dict[Link, Stuck] = {}
-        self._early: dict[tuple[bytes, str, int], tuple[Where, Message, float]] = {}
+        self._early: dict[tuple[bytes, str, int], tuple[Where, Message, int, float]] = {}
         self._dials: dict[Link, int] = {}
         self._allowed: Allowed | None = None
         self._callers: Callers[Where] = Callers()
@@ -172,6 +175,7 @@ class BrokerLoop:
                 del self.children[name]
                 self._handle(WorkerEnded(name, GONE, now))
         self._look_at_unreached(now)
+        self._look_at_late(now)
         self._look_at_silent(now)
         self._look_at_keys(now)
         self._handle(Tick(now))
@@ -181,9 +185,9 @@ class BrokerLoop:
             self._n_noted, self._noted_s = 0, now
         for listener in self._listeners:
             listener.guard()
-        self._early = {t: e for t, e in self._early.items() if now - e[2] < limits.RECONNECT_S}
+        self._early = {t: e for t, e in self._early.items() if now - e[3] < limits.RECONNECT_S}
         self._owners = {t: c for t, c in self._owners.items() if t in self._tokens or self.state.devices.known(t)}
-        early = {where for where, _, _ in self._early.values()}
+        early = {where for where, _, _, _ in self._early.values()}
         self._callers.keep({(peer[0], peer[1:]) for peer in self.state.clients} | self._dialled.keys() | early)
 
     def _look_at_keys(self, now: float) -> None:
@@ -220,6 +224,15 @@ class BrokerLoop:
                 if reason != self.state.workers[link].lost:
                     self.note(f"{link.removeprefix('tcp://')}: {reason}; dialling on")
                 self._handle(Unreached(link, reason, now))
+
+    def _look_at_late(self, now: float) -> None:
+        """What is on its way to and from workers that have not answered a PING yet."""
+        for link, worker in list(self.state.workers.items()):
+            if worker.ready and worker.pinged_s:
+                control, bulk = (carried(self._fds.get((link, b), -1)) for b in (False, True))
+                if control is not None:
+                    n_bytes = control.n_bytes + (bulk.n_bytes if bulk is not None else 0)
+                    self._handle(LinkCarried(link, n_bytes, control.network_s, now))
 
     def _look_at_silent(self, now: float) -> None:
         """A worker that listens and is silent may only have a connection over which nothing comes any more."""
@@ -279,6 +292,7 @@ class BrokerLoop:
                 continue
             if s in self._owner:
                 link, bulk = self._owner[s]
+                self._fds.setdefault((link, bulk), int(raw[-1].get(zmq.SRCFD)))
                 self._worker_frames(link, bulk, frames, now)
                 if s.closed:
                     return
@@ -338,14 +352,15 @@ class BrokerLoop:
             if isinstance(h, m.Hello):
                 self._callers.greet(where, caller, h.role)
             if isinstance(h, m.Hello) and h.role.startswith("worker") and not message.reply:
-                self._dialled_in(where, h, message, caller, now)
+                fd = int(frame.get(zmq.SRCFD)) if self._listeners[index].endpoint.startswith("tcp://") else -1
+                self._dialled_in(where, h, message, caller, fd, now)
                 return
         except ProtocolError as e:
             self._do([self.state.traffic.refuse(peer, message, e)])
             return
         self._handle(FromClient(peer, message, now))
 
-    def _dialled_in(self, where: Where, h: m.Hello, message: Message, caller: Caller, now: float) -> None:
+    def _dialled_in(self, where: Where, h: m.Hello, message: Message, caller: Caller, fd: int, now: float) -> None:
         """A worker's HELLO on one of its channels; the two connections may arrive in either order.
 
         Errors: ProtocolError when another key has said HELLO with its token: others know that too.
@@ -358,15 +373,16 @@ class BrokerLoop:
         link = self._tokens.get(h.token) if bulk else f"dial/{where[0]}.{where[1].hex()}"
         if link is None or (bulk and self._dials.get(link) != h.session):  # it comes before its control channel
             if len(self._early) < limits.MAX_SESSIONS:
-                self._early[(h.token, caller.key, h.session)] = (where, message, now)
+                self._early[(h.token, caller.key, h.session)] = (where, message, fd, now)
             return
+        self._fds[link, bulk] = fd
         self._tokens[h.token], self._owners[h.token], self._dials[link] = link, caller, h.session
         self._dialled[where] = (link, bulk)
         self._rids[(link, bulk)] = where
         self._handle(FromWorker(link, message, now, bulk, _own_key(caller)))
         early = self._early.pop((h.token, caller.key, h.session), None)
         if early is not None and not bulk and isinstance(early[1].header, m.Hello):
-            self._dialled_in(early[0], early[1].header, early[1], caller, now)
+            self._dialled_in(early[0], early[1].header, early[1], caller, early[2], now)
 
     def _reject(self, peer: bytes, frames: list[Frame], error: ProtocolError) -> None:
         refusal = refusal_of(frames, error)
@@ -411,6 +427,8 @@ class BrokerLoop:
     def _close(self, link: Link) -> None:
         self._reaching.pop(link, None)
         self._dials.pop(link, None)
+        for bulk in (False, True):
+            self._fds.pop((link, bulk), None)
         for monitor in [k for k, v in self._monitors.items() if v == link]:
             self._poller.unregister(monitor)
             self._monitors.pop(monitor)

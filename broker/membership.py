@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from broker.events import CloseLink, FromWorker, Instruction, Link, Redial, ToWorker, Unreached
-from broker.records import Drained, PassedCompute, Pending, RelayedCompute, Worker
+from broker.events import CloseLink, FromWorker, Instruction, Link, LinkCarried, Redial, ToWorker, Unreached
+from broker.records import Drained, Pending, Worker
 from broker.traffic import Traffic
 from protocol import PROTOCOL_VERSION, limits, tokens
 from protocol import messages as m
@@ -194,6 +194,19 @@ class Membership:
             facts.append(f"sessions {', '.join(map(str, sessions[:MAX_NAMED]))}" + ", ..." * (len(sessions) > MAX_NAMED))
         self.notes.append(f"worker {devices} {what} ({'; '.join(facts)})")
 
+    def carried(self, event: LinkCarried) -> None:
+        """Bytes on their way to a worker, or from it, may have the PING or its answer behind them: as long as they come, it
+        is the link that takes time. A process that hangs sends none, and its host soon takes none more."""
+        worker = self.traffic.workers.get(event.link)
+        if worker is None or not worker.pinged_s:
+            return
+        worker.network_s = min(max(0.0, event.network_s - limits.NETWORK_S), limits.NETWORK_MOST_S)
+        if worker.carried >= 0 and event.n_bytes - worker.carried < limits.MOVED_BYTES:
+            return
+        if worker.carried >= 0:
+            worker.pinged_s = event.now_s
+        worker.carried = event.n_bytes
+
     # -- time ----------------------------------------------------------------------------------------------------------
 
     def tick(self, now_s: float) -> list[Instruction]:
@@ -204,20 +217,17 @@ class Membership:
                 if now_s - worker.opened_s > limits.RECONNECT_S:
                     out += self.closed(link, worker.lost or NO_HELLO)
                 continue
-            waited_s = now_s - worker.pinged_s if worker.pinged_s and worker.ready else 0.0
-            if waited_s > limits.PING_DEADLINE_S and (waited_s > limits.COMPUTE_STALL_S or not self._computes(link)):
+            if worker.ready and worker.late(now_s):
                 out += self._fall_silent(link, worker, now_s)
             interval_s = limits.PING_INTERVAL_S if worker.ready else limits.PROBE_S
             if now_s - max(worker.heard_s, worker.asked_s) >= interval_s:
                 out.append(self._ping(link, worker, now_s))
         return out
 
-    def _computes(self, link: Link) -> bool:
-        pending = self.traffic.pending.items()
-        return any(key[0] == link and isinstance(p, PassedCompute | RelayedCompute) for key, p in pending)
-
     def _ping(self, link: Link, worker: Worker, now_s: float) -> ToWorker:
         """Sent while others are unanswered too: where a connection is closed, that is when it shows."""
-        worker.pinged_s, worker.asked_s = worker.pinged_s or now_s, now_s
+        if not worker.pinged_s:
+            worker.pinged_s, worker.carried = now_s, -1
+        worker.asked_s = now_s
         worker.seq += 1
         return ToWorker(link, False, Message(Command.PING, m.Ping(worker.seq), (), False, 0, worker.epoch, worker.seq))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from msgspec import Struct, field
 
 from broker.events import Link
+from protocol import limits
 from protocol import messages as m
 from protocol.frames import Frame, Message
 
@@ -46,6 +47,8 @@ class Worker(Struct):
     opened_s, heard_s: when this epoch began, and when the worker last showed life.
     key: its public key, if it has one of its own. `named`: such keys of others that it was told, for their links to it.
     pinged_s: when the oldest PING left that nothing came after; 0: there is none. `asked_s`: when the last one left.
+    carried: bytes that its connections had carried when they were looked at last; -1: not since that PING left.
+    network_s: what the network takes there and back beyond what is usual.
     """
 
     epoch: int
@@ -59,9 +62,15 @@ class Worker(Struct):
     pinged_s: float = 0.0
     asked_s: float = 0.0
     heard_s: float = 0.0
+    carried: int = -1
+    network_s: float = 0.0
     hello: m.Hello | None = None
     key: bytes = b""
     named: frozenset[bytes] = frozenset()
+
+    def late(self, now_s: float) -> bool:
+        """Whether it should have answered a PING by now."""
+        return self.pinged_s > 0 and now_s - self.pinged_s > limits.PING_DEADLINE_S + self.network_s
 
 
 class Pending(Struct):

@@ -13,6 +13,7 @@ from broker.events import (
     FromClient,
     FromWorker,
     Instruction,
+    LinkCarried,
     LinkLost,
     LinkOpened,
     LinkStuck,
@@ -75,6 +76,9 @@ class BrokerState:
                 return self.membership.stuck(event.link)
             case Unreached():
                 self.membership.unreached(event)
+                return []
+            case LinkCarried():
+                self.membership.carried(event)
                 return []
             case WorkerEnded():
                 return self.membership.ended(event.worker, event.reason)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from broker.devices import DeviceEntry, Devices, State
 from broker.events import Link, ToClient, ToWorker
 from broker.records import Client, Pending, PendingKey, Worker
-from protocol import limits
 from protocol import messages as m
 from protocol.errors import GgmqError, WorkerLost
 from protocol.frames import Frame, Message
@@ -31,9 +30,7 @@ class Traffic:
 
     def states(self) -> dict[Link, State]:
         """What the workers that are there do: ready or silent."""
-        late = self.now_s - limits.PING_DEADLINE_S
-        return {link: "silent" if w.silent or (w.pinged_s and w.pinged_s < late) else "ready"
-                for link, w in self.workers.items() if w.ready or w.silent}  # fmt: skip
+        return {link: "silent" if w.silent else "ready" for link, w in self.workers.items() if w.ready or w.silent}
 
     def device(self, device: int) -> tuple[DeviceEntry, Worker]:
         """A device and its worker. Errors: HandleError, WorkerLost."""

@@ -53,10 +53,13 @@ MAX_LIST_BYTES = 32 * 1024
 """A page of a list: what is longer is asked for page by page."""
 
 PING_INTERVAL_S = 0.25
-PING_DEADLINE_S = 1.5
-"""A worker that answers no PING for this long is silent; if it was idle, what waits for it is answered."""
-COMPUTE_STALL_S = 60.0
-"""The same while a graph runs: a single large node may keep the compute loop from answering."""
+PING_DEADLINE_S = 1.0
+"""A worker that answers no PING for this long is silent, whether it computes or not: what waits for it is answered. With the
+interval and a broker's ticks that is within 1.5 s of its last word."""
+NETWORK_S, NETWORK_MOST_S = 0.2, 4.0
+"""So much of that is for the network. Where TCP measures more, the worker has more, up to so much."""
+MOVED_BYTES = 4096
+"""A connection that carries so much, more than PINGs are, is one over which something is on its way."""
 RETURN_S = 60.0
 """For this long a model's owner waits for a silent worker, or for a broker that answers nothing."""
 RECONNECT_S = 6.0

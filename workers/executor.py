@@ -24,7 +24,7 @@ from workers.leases import Content, Leases, written
 from workers.links import Links
 from workers.sources import Sources
 from workers.state import WorkerState
-from workers.ticks import Tick, completing, nothing, paced
+from workers.ticks import PIECE_BYTES, Tick, completing, nothing, paced, pieces
 from workers.tracing import Traces
 from workers.uploads import Uploads
 from workers.work import (
@@ -118,7 +118,7 @@ class Executor:
         took = time.perf_counter() - start
         self.n_fallbacks += len(plan.fallbacks)
         done = m.ComputeDone(h.spent_s + took, h.spent_nodes + plan.n_nodes)
-        payload = tuple(bytes(o) for o in out)  # sockets may send later than the next run writes: copies leave
+        payload = tuple(_copied(o, pace) for o in out)  # sockets may send later than the next run writes
         return self.state.done(work, done, payload) if h.give is None else self.links.give(work, h.give, done, payload)
 
     def _do(self, work: Work, pace: Tick, tick: Tick) -> tuple[m.Header, Sequence[bytes | memoryview]]:
@@ -345,6 +345,16 @@ def _run_noted(plan: Plan, work: Compute, tick: Tick, noted: TracedCompute) -> l
 
 def _weight(h: m.SetTensor | m.SetTensorHash) -> Part:
     return Part(h.offset, h.n_bytes, h.type, h.ne, h.hash)
+
+
+def _copied(data: memoryview, tick: Tick) -> bytes | memoryview:
+    if len(data) <= PIECE_BYTES:
+        return bytes(data)
+    copy = memoryview(bytearray(len(data)))
+    for at, n in pieces(len(data)):
+        copy[at : at + n] = data[at : at + n]
+        tick()
+    return copy
 
 
 def _part(offset: int, n_bytes: int) -> range:

@@ -21,6 +21,8 @@ from workers.state import WorkerState
 from workers.work import Compute, Dial, HangUp, LinkInstruction, Name, Send, ToPeer
 
 EPOCH = 1
+STUCK_S = 1.0
+"""What was handed over and not acknowledged for so long may not be soon: TCP tries ever more seldom."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,10 @@ class _Link:
     heard_s: float = 0.0
     given: dict[int, _Given] = field(default_factory=dict)
 
+    def stuck(self, now_s: float) -> bool:
+        """Whether nothing may come over it for a while, though its other end can be reached by a new connection."""
+        return any(now_s - (g.due_s - limits.HAND_OVER_S) > STUCK_S for g in self.given.values())
+
 
 class Links:
     """Attributes:
@@ -68,7 +74,7 @@ class Links:
         assert isinstance(h, m.PeerDial)  # the command has this header
         name = (self.state.broker_of(rid, "PEER_DIAL"), h.link)
         known = self.links.get(name)
-        if known is not None and known.dial == h:
+        if known is not None and known.dial == h and not known.stuck(now_s):
             if known.up:
                 return [Send(rid, message.answer(m.Found(True)))]
             known.asked.append((rid, message))

@@ -11,6 +11,7 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -28,8 +29,10 @@ from config.roles import ANYBODY, Caller, Callers
 from config.terminal import print_line
 from protocol import PROTOCOL_VERSION, limits, tokens
 from protocol import messages as m
+from protocol.encoding import decode_graph
 from protocol.errors import Cancelled, DeviceError, GgmqError, ProtocolError, Unavailable, VersionError
 from protocol.frames import Frame, Message, decode, encode, refusal_of
+from protocol.graph import Graph
 from protocol.messages import Command
 from workers.cache import Cache, ModelFolder
 from workers.devices.base import Device
@@ -37,11 +40,14 @@ from workers.executor import Executor
 from workers.links import Links
 from workers.sockets import GUARD_S, Sockets
 from workers.state import WorkerState
+from workers.ticks import alongside
 from workers.turns import FLOOD_SHARE, Turns, Waiting
 from workers.uplink import Uplink
 from workers.work import Compute, Dial, HangUp, Key, Later, LinkInstruction, Name, Send, ToPeer, Work
 
 HOUSEKEEPING_S = 0.1
+LARGE_GRAPH_BYTES = 1 << 16
+"""A graph of so many bytes is read in some hundredths of a second."""
 LAST_WORDS_MS = 1000
 """A worker whose device broke waits so long until the answer that says so has gone."""
 
@@ -87,6 +93,7 @@ class WorkerLoop:
         self.peers_only: zmq.Socket[Any] | None = None
         self.peer_endpoint = ""
         self.executor.make_room = self._make_room
+        self.state.decode = self._decode
 
     # -- ways to be reached --------------------------------------------------------------------------------------------
 
@@ -236,6 +243,11 @@ class WorkerLoop:
         """Nobody can ask for a session any more: its broker has gone. Whoever used it may come through another one."""
         self.executor.free_session(key, keep_s=limits.ORPHANED_S)
         self.state.drop(key)
+
+    def _decode(self, frame: Frame) -> Graph:
+        if len(frame) < LARGE_GRAPH_BYTES:
+            return decode_graph(frame)
+        return alongside.do(partial(decode_graph, frame), self._tick)
 
     def _receive(self, timeout_ms: int) -> None:
         """Take in all that has arrived, controls before bulk; what is refused is answered here."""

@@ -49,6 +49,14 @@ def view(memory: Bytes, t: Tensor, start: int) -> Array:
     return np.ndarray(shape, dtype, memory.data, start, strides)
 
 
+def spread(a: Array, n: int, axis: int) -> Array:
+    """Each element along an axis n times, as NumPy's `repeat`, which keeps the interpreter's lock while it copies."""
+    shape = (*a.shape[: axis + 1], n, *a.shape[axis + 1 :])
+    out = np.empty(shape, a.dtype)
+    out[...] = np.expand_dims(a, axis + 1)
+    return out.reshape(*a.shape[:axis], -1, *a.shape[axis + 1 :])
+
+
 def bf16_to_f32(x: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
     return (x.astype(np.uint32) << 16).view(np.float32)
 

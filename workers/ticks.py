@@ -101,6 +101,52 @@ class Job(Generic[T]):
         return self._result[0]
 
 
+class Alongside:
+    """A thread for what one call computes for long, while its caller looks at the sockets.
+
+    That the caller can answer says nothing of whether the call gets on, so it is that thread's processor time that counts: a
+    tick is given only if it has run since the last one. One that waits for what never comes is as silent as it would be
+    without the other; where the system does not tell (macOS), that it has not ended counts.
+
+    Threads: call from one.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: SimpleQueue[Job[Any]] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def do(self, what: Callable[[], T], tick: Tick) -> T:
+        """Its result, or what it raised. It is done whole: Cancelled is raised when it has been."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, daemon=True, name="ggmq-compute")
+            self._thread.start()
+        job = Job(what)
+        self._jobs.put(job)
+        ran = self._ran_s()
+        with completing(tick) as steady:
+            while not job.wait(nothing, TICK_S):
+                before, ran = ran, self._ran_s()
+                if ran != before or ran < 0:
+                    steady()
+        return job.outcome()
+
+    def _ran_s(self) -> float:
+        """The thread's processor time; below 0: it is not known."""
+        if self._thread is None or self._thread.ident is None or not hasattr(time, "pthread_getcpuclockid"):
+            return -1.0
+        return time.clock_gettime(time.pthread_getcpuclockid(self._thread.ident))
+
+    def _run(self) -> None:
+        while True:
+            job = self._jobs.get()
+            job.run()
+            del job  # nothing of it is kept while the next one is awaited
+
+
+alongside = Alongside()
+"""The one of a worker's process, whose device and sockets have one thread."""
+
+
 class Aside:
     """A thread for what a disk may take long over. It does jobs in the order in which they were started.
 

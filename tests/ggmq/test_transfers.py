@@ -27,7 +27,7 @@ from protocol.errors import GgmqError, Unavailable, WorkerLost
 from protocol.limits import MAX_CHUNK_BYTES
 from tests.support.fixtures import free_port
 from tests.support.gguf_factory import tiny_model
-from tests.support.processes import WORKER, started, until
+from tests.support.processes import WORKER, await_port, started, until
 
 pytestmark = pytest.mark.usefixtures("kernels")
 MIB = 1 << 20
@@ -58,6 +58,7 @@ def bus(n: int, *options: str, folders: tuple[Path, ...] = ()) -> Iterator[tuple
             blocks.append(started([*WORKER, "-d", "CPU", "-t", "1", "-p", str(port), "--insecure", *cache, *options]))
         processes = [b.__enter__() for b in blocks]
         for port in ports:
+            await_port(port)
             local.add_remote(f"127.0.0.1:{port}")
         client = local.start()
         addresses = [d.address for d in client.devices()]

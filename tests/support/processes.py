@@ -6,6 +6,7 @@ import contextlib
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -61,6 +62,17 @@ def await_devices(endpoint: str, n: int, within_s: float = 30.0) -> None:
         return False
 
     until(there, within_s)
+
+
+def await_port(port: int, within_s: float = 60.0) -> None:
+    """Until somebody listens there; a busy host may take long to start a process."""
+
+    def listens() -> bool:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return True
+        return False
+
+    until(listens, within_s)
 
 
 def rss_bytes(pid: int) -> int:

@@ -7,8 +7,9 @@ import mmap
 import socket
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -29,7 +30,7 @@ from workers.devices.system import (
 )
 from workers.kernels import reference
 from workers.tensors import Bytes
-from workers.ticks import PIECE_BYTES, TICK_S, Tick, completing, nothing, pieces
+from workers.ticks import PIECE_BYTES, TICK_S, Tick, alongside, completing, nothing, paced, pieces
 
 SHORT_SHARE = 0.05
 """A host with a smaller share of its memory free is short of it."""
@@ -251,13 +252,23 @@ class HostMemory:
         return reference.Node(node.index, node.op, node.tensor, node.params, self.array(node.index), src, list(node.src))
 
 
-Step = Callable[[], None]
+Step = Callable[[Tick], None]
+ASIDE_COST = 20_000_000
+"""A node of which NumPy has so much to do is computed beside the thread that looks at the sockets."""
+
+
+def compute(node: reference.Node, cost: int, tick: Tick) -> None:
+    """One node by its definition. Sums of NumPy would run in another order in parts, so a long one is done aside."""
+    if cost < ASIDE_COST:
+        reference.run(node)
+    else:
+        alongside.do(partial(reference.run, node), tick)
 
 
 class HostPlan(Plan):
     """Bound nodes, run one after the other. `steps`: what is called in turn, and the node that each begins with."""
 
-    def __init__(self, memory: HostMemory, steps: Sequence[tuple[Step, int]]) -> None:
+    def __init__(self, memory: HostMemory, steps: Iterable[tuple[Step, int]]) -> None:
         self.graph = graph = memory.lowered.graph
         self.inputs = [memory.bytes(i) for i in graph.inputs]
         self.outputs = [memory.bytes(i) for i in graph.outputs]
@@ -278,14 +289,18 @@ class HostPlan(Plan):
         for i, (target, data) in enumerate(zip(self.inputs, inputs, strict=True)):
             if len(target) != len(data):
                 raise HandleError(f"input {i}: expected {len(target)} bytes, got {len(data)}")
+        pace = paced(tick)
         for target, data in zip(self.inputs, inputs, strict=True):
-            target[:] = memoryview(data).cast("B")
+            source = memoryview(data).cast("B")
+            for at, n in pieces(len(source)):
+                target[at : at + n] = source[at : at + n]
+                pace()
         due = time.monotonic() + TICK_S
         with np.errstate(all="ignore"):
             for step, index in self.steps:
                 begun_ns = time.monotonic_ns() if notes is not None else 0
                 try:
-                    step()
+                    step(tick)
                 except GgmqError:
                     raise
                 except MemoryError as e:

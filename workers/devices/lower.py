@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -17,11 +18,14 @@ from protocol.errors import HandleError
 from protocol.graph import Graph, Tensor
 from protocol.ops import Op, op_of
 from workers.devices.base import Buffer
+from workers.ticks import Tick, alongside
 
 ALIGN = 64
 SCRATCH = 0
 """The number of a plan's own memory; on the wire it stands for no buffer."""
 PRODUCTS = ("MUL_MAT", "MUL_MAT_ID")
+LARGE_GRAPH = 500
+"""A graph of so many tensors is lowered in some hundredths of a second."""
 
 
 def aligned(n_bytes: int) -> int:
@@ -65,13 +69,16 @@ class Node:
 
     @property
     def cost(self) -> int:
-        """About how many multiplications it is."""
-        each = 64
-        if self.op.name in PRODUCTS:
-            each = self.req(0).ne[0]
+        """About how many multiplications it is in NumPy; an element that is read or written is as 64 of them."""
+        n = self.tensor.n_elements
+        cost = 64 * max(n, *(t.n_elements for t in self.src if t is not None), 0)
+        if self.op.name in (*PRODUCTS, "OUT_PROD"):
+            cost += n * self.req(0).ne[0 if self.op.name in PRODUCTS else 1]
+        elif self.op.name in ("FLASH_ATTN_EXT", "PAGED_ATTN"):
+            cost += 2 * n * self.req(1).ne[1]
         elif self.op.name == "SSM_SCAN":
-            each = 4 * self.req(0).ne[0]
-        return self.tensor.n_elements * each
+            cost += 64 * n * self.req(0).ne[0]
+        return cost
 
 
 class RopeKey(NamedTuple):
@@ -155,6 +162,15 @@ def lower(graph: Graph, patterns: Collection[tuple[str, ...]] = (), runs: Collec
             n_products[node.tensor.src[1]] += 1
     whole = tuple(_apart(groups, places))
     return Lowered(graph, whole, tuple(places), scratch_bytes, tuple(n_products), _weights(graph))
+
+
+def lower_aside(
+    graph: Graph, tick: Tick, patterns: Collection[tuple[str, ...]] = (), runs: Collection[tuple[str, ...]] = ()
+) -> Lowered:
+    """As `lower`; a large graph takes a while."""
+    if len(graph.tensors) < LARGE_GRAPH:
+        return lower(graph, patterns, runs)
+    return alongside.do(partial(lower, graph, patterns, runs), tick)
 
 
 def lay_out(graph: Graph, groups: Iterable[Sequence[Node]] = ()) -> tuple[dict[int, int], int]:

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from functools import partial
 
 from protocol.graph import Graph
-from workers.devices.host import HostBuffer, HostDevice, HostMemory, HostPlan
-from workers.devices.lower import lower
-from workers.kernels import reference
+from workers.devices.host import HostBuffer, HostDevice, HostMemory, HostPlan, Step, compute
+from workers.devices.lower import lower_aside
 from workers.tensors import Bytes
 from workers.ticks import Tick, nothing
 
@@ -22,6 +21,10 @@ class ReferenceDevice(HostDevice[HostBuffer]):
         return HostBuffer(n_bytes, memory, room)
 
     def compile(self, graph: Graph, buffers: Mapping[int, HostBuffer], tick: Tick = nothing) -> HostPlan:
-        lowered = lower(graph)
+        lowered = lower_aside(graph, tick)
         memory = HostMemory(lowered, buffers, self.arena)
-        return HostPlan(memory, [(partial(reference.run, memory.reference(n)), n.index) for n in lowered.nodes])
+        steps: list[tuple[Step, int]] = []
+        for n in lowered.nodes:
+            steps.append((partial(compute, memory.reference(n), n.cost), n.index))
+            tick()
+        return HostPlan(memory, steps)

@@ -58,8 +58,8 @@ def _tile_chunk(  # type: ignore[no-untyped-def]
 
 @njit(nogil=True)
 def attend(  # type: ignore[no-untyped-def]
-    q, q_row, q_head, q_seq, d, n_tokens, n_head, n_seq, k, k_row, k_head, k_seq, v, v_row, v_head, v_seq, d_v,
-    n_head_kv, n_kv, mask, mask_row, mask_seq, scale, softcap, sinks, y, parts, scratch, t, n_threads
+    q, q_row, q_head, d, n_tokens, n_head, k, k_row, k_head, v, v_row, v_head, d_v, n_head_kv, n_kv, mask, mask_row, scale,
+    softcap, sinks, y, parts, scratch, t, n_threads
 ):  # fmt: skip
     """With `parts` the chunks are tasks of their own."""
     group = n_head // n_head_kv
@@ -72,24 +72,23 @@ def attend(  # type: ignore[no-untyped-def]
     queries, masks, states = lists, lists + 8 * TILE, lists + 24 * TILE
     totals = lists + 32 * TILE
     fresh = totals + TILE * size
-    work = n_seq * n_head_kv * n_tiles * per_tile
+    work = n_head_kv * n_tiles * per_tile
     for task in range(work * t // n_threads, work * (t + 1) // n_threads):
         chunk, rest = task % per_tile, task // per_tile
-        tile, rest = rest % n_tiles, rest // n_tiles
-        kv_head, seq = rest % n_head_kv, rest // n_head_kv
+        tile, kv_head = rest % n_tiles, rest // n_tiles
         first = tile * TILE
         n = min(TILE, n_queries - first)
         for i in range(n):
             token, head = (first + i) // group, kv_head * group + (first + i) % group
-            store64(queries + 8 * i, q + token * q_row + head * q_head + seq * q_seq)
-            store64(masks + 8 * i, mask + token * mask_row + seq * mask_seq if mask != 0 else 0)
+            store64(queries + 8 * i, q + token * q_row + head * q_head)
+            store64(masks + 8 * i, mask + token * mask_row if mask != 0 else 0)
             if parts != 0:
-                at = ((seq * n_tokens + token) * n_head + head) * n_chunks + chunk
+                at = (token * n_head + head) * n_chunks + chunk
                 store64(states + 8 * i, parts + at * size)
             else:
                 store64(states + 8 * i, fresh + i * size)
                 _clear(totals + i * size, d_v)
-        keys, values = k + kv_head * k_head + seq * k_seq, v + kv_head * v_head + seq * v_seq
+        keys, values = k + kv_head * k_head, v + kv_head * v_head
         for c in range(chunk, chunk + in_task):
             _tile_chunk(queries, masks, n, d, keys, k_row, values, v_row, d_v, c * CHUNK, min(n_kv, (c + 1) * CHUNK),
                         scale, softcap, states, scratch)  # fmt: skip
@@ -99,16 +98,15 @@ def attend(  # type: ignore[no-untyped-def]
         if parts == 0:
             for i in range(n):
                 token, head = (first + i) // group, kv_head * group + (first + i) % group
-                at = y + 4 * d_v * ((seq * n_tokens + token) * n_head + head)
-                _finish(totals + i * size, sink(sinks, head), d_v, at)
+                _finish(totals + i * size, sink(sinks, head), d_v, y + 4 * d_v * (token * n_head + head))
 
 
 @njit(nogil=True)
 def merge_parts(  # type: ignore[no-untyped-def]
-    d_v, n_tokens, n_head, n_seq, n_kv, sinks, y, parts, scratch, t, n_threads
+    d_v, n_tokens, n_head, n_kv, sinks, y, parts, scratch, t, n_threads
 ):  # fmt: skip
     n_chunks, size = (n_kv + CHUNK - 1) // CHUNK, state_bytes(d_v)
-    rows = n_seq * n_tokens * n_head
+    rows = n_tokens * n_head
     for r in range(rows * t // n_threads, rows * (t + 1) // n_threads):
         _clear(scratch, d_v)
         for c in range(n_chunks):

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from protocol.rules import PAGE_CELLS
-from workers.tensors import Array
+from workers.tensors import Array, spread
 
 
 def seen_cells(n_seen: int, window: int) -> Array:
@@ -48,11 +48,11 @@ def attention(
         at = pages[row, cells // PAGE_CELLS] * PAGE_CELLS + cells % PAGE_CELLS
         k, v = keys(at), values(at)
         group = n_head // len(k)
-        score = np.einsum("hd,hcd->hc", q[:, token], np.repeat(k, group, 0)) * scale
+        score = np.einsum("hd,hcd->hc", q[:, token], spread(k, group, 0)) * scale
         if softcap:
             score = softcap * np.tanh(score / softcap)
         peak = np.maximum(score.max(1, initial=-np.inf), sink)[:, None]
         e = np.exp(score - np.where(np.isfinite(peak), peak, 0))
         total = e.sum(1) + np.exp(sink - np.where(np.isfinite(peak), peak, 0)[:, 0])
-        out.append(np.einsum("hc,hcd->hd", e, np.repeat(v, group, 0)) / np.where(total > 0, total, 1)[:, None])
+        out.append(np.einsum("hc,hcd->hd", e, spread(v, group, 0)) / np.where(total > 0, total, 1)[:, None])
     return np.array(out)[None]

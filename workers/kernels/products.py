@@ -397,7 +397,9 @@ def product(  # type: ignore[no-untyped-def]
     """
     n_groups = (n_rows + GROUP - 1) // GROUP
     n_blocks = k // BLOCK[kind]
-    first, last = n_groups * t // n_threads, n_groups * (t + 1) // n_threads
+    each = 2 if _PAIRED and kind < N_QUANTIZED and n >= MIN_PAIRED else 1
+    n_shares = (n_groups + each - 1) // each
+    first, last = each * (n_shares * t // n_threads), min(n_groups, each * (n_shares * (t + 1) // n_threads))
     g = first
     while g < last:
         whole = GROUP * (g + 1) <= n_packed

@@ -17,8 +17,8 @@ import msgspec
 
 WORD = 8
 """Bytes of a field."""
-HEADER = 2
-"""Words before the fields: the opcode, and 1 if the threads wait for each other first."""
+HEADER = 3
+"""Words before the fields: the opcode, 1 if the threads wait for each other first, and which part it is (`part_word`)."""
 TEAM_ARGUMENTS = ("scratch", "t", "n_threads")
 """What a kernel can take besides its fields."""
 
@@ -32,6 +32,12 @@ Flag: TypeAlias = bool
 Float32: TypeAlias = float
 FORMS = {"Address": "q", "Bytes": "q", "Count": "q", "NodeIndex": "q", "Code": "q", "Flag": "q", "Float32": "f4x"}
 """How a field of each kind lies in its word, as `struct` writes it."""
+
+
+def part_word(part: int, n_parts: int) -> int:
+    """One of the equal parts that a step is done in. Kernels divide their work over threads, so part p of P is what threads
+    p * T to p * T + T - 1 of P * T would do: no sum runs in another order."""
+    return part << 32 | n_parts
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True, gc=False):

@@ -89,7 +89,11 @@ def tile_to(b: Array, shape: tuple[int, ...]) -> Array:
     """ggml's broadcast: `b` repeated (not only stretched) to `shape`."""
     if b.shape == shape:
         return b
-    return np.tile(b, tuple(n // m for n, m in zip(shape, b.shape, strict=True)))
+    if 0 in shape:
+        return np.empty(shape, b.dtype)
+    out = np.empty([part for n, m in zip(shape, b.shape, strict=True) for part in (n // m, m)], b.dtype)
+    out[...] = b.reshape([part for m in b.shape for part in (1, m)])  # NumPy's `tile` keeps the interpreter's lock meanwhile
+    return out.reshape(shape)
 
 
 # -- elementwise -------------------------------------------------------------------------------------------------------
@@ -336,7 +340,10 @@ def _set_rows(n: Node) -> None:
 
 def _spread(a: Array, b: Array) -> Array:
     """Source 0 of a product repeated over the batch dimensions of source 1: consecutive copies, as ggml does."""
-    return a.repeat(b.shape[0] // a.shape[0], 0).repeat(b.shape[1] // a.shape[1], 1)
+    for axis in (0, 1):
+        if a.shape[axis] != b.shape[axis]:
+            a = tensors.spread(a, b.shape[axis] // a.shape[axis], axis)
+    return a
 
 
 @kernel("MUL_MAT")

@@ -316,30 +316,25 @@ class SsmScan(Step, frozen=True, kw_only=True):
 
 @step("flash.attend", "FLASH_ATTN_EXT")
 class Attend(Step, frozen=True, kw_only=True):
-    """FLASH_ATTN_EXT; of `mask`, `sinks` and `parts` 0 means none. With `parts` a `MergeParts` must follow."""
+    """FLASH_ATTN_EXT of one sequence; of `mask`, `sinks`, `parts` 0 means none. With `parts` a `MergeParts` must follow."""
 
     q: Address
     q_row: Bytes
     q_head: Bytes
-    q_seq: Bytes
     d: Count
     n_tokens: Count
     n_head: Count
-    n_seq: Count
     k: Address
     k_row: Bytes
     k_head: Bytes
-    k_seq: Bytes
     v: Address
     v_row: Bytes
     v_head: Bytes
-    v_seq: Bytes
     d_v: Count
     n_head_kv: Count
     n_kv: Count
     mask: Address
     mask_row: Bytes
-    mask_seq: Bytes
     scale: Float32
     softcap: Float32
     sinks: Address
@@ -354,7 +349,6 @@ class MergeParts(Step, frozen=True, kw_only=True):
     d_v: Count
     n_tokens: Count
     n_head: Count
-    n_seq: Count
     n_kv: Count
     sinks: Address
     y: Address

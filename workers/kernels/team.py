@@ -1,8 +1,8 @@
 """What the threads of a team do: run the steps of a plan, warm through a token, with barriers only before steps that depend.
 
-A step is a row of words: its opcode, 1 if the threads wait for each other before it, then the fields of its record
-(`steps`), with which its kernel is called. Helpers are threads inside one compiled function that never takes the
-interpreter's lock; between plans they spin a little, then sleep on a futex.
+A step is a row of words: its opcode, 1 if the threads wait for each other before it, which part of how many it is, then the
+fields of its record (`steps`), with which its kernel is called. Helpers are threads inside one compiled function that never
+takes the interpreter's lock; between plans they spin a little, then sleep on a futex.
 """
 
 from __future__ import annotations
@@ -146,15 +146,17 @@ def _run(control, t, n_threads, futex):  # type: ignore[no-untyped-def]
     clock = control + CLOCK
     for i in range(first, last):
         step = program + WORD * WORDS * i
+        parts = load64(step + 2 * WORD)
+        own, n_own = (parts >> 32) * n_threads + t, (parts & 0xFFFFFFFF) * n_threads
         if n_threads > 1 and load64(step + WORD):
             _barrier(control, n_threads, futex)
         if profile != 0 and t == 0:
             start = _now_ns(clock)
-            _step(load64(step), step + WORD * HEADER, control, scratch, t, n_threads)
+            _step(load64(step), step + WORD * HEADER, control, scratch, own, n_own)
             store64(profile + 16 * i, start)
             store64(profile + 16 * i + 8, _now_ns(clock))
         else:
-            _step(load64(step), step + WORD * HEADER, control, scratch, t, n_threads)
+            _step(load64(step), step + WORD * HEADER, control, scratch, own, n_own)
     if n_threads > 1:
         _barrier(control, n_threads, futex)
 

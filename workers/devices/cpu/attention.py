@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import numpy as np
 
 from protocol.dtypes import TYPES, GGMLType
@@ -9,14 +12,19 @@ from protocol.limits import MAX_ROPE_POSITION
 from workers import tensors
 from workers.devices.bindings import Bindings
 from workers.devices.cpu.binding import F16, F32, Binder
+from workers.devices.cpu.program import PART_COST
 from workers.devices.lower import Node, RopeKey, Span
 from workers.kernels import layout, steps
+from workers.kernels.costs import OF_ATTENTION, cells_seen
 from workers.kernels.rotary import rope_turn
+from workers.ticks import Tick, nothing
 
 BINDINGS = Bindings()
 
 SPLIT_QUERIES = 64
 """With fewer queries than this the context is divided over threads too."""
+PARTS_BYTES = 16 << 20
+"""About as much memory a divided attention over a long context needs between its halves."""
 
 
 @BINDINGS.of("ROPE")
@@ -45,7 +53,7 @@ def _rope_table(b: Binder, n: Node, key: RopeKey) -> tuple[Span, Span]:
     array = b.memory.array(key.factors) if key.factors >= 0 else None
     made = None
 
-    def fill() -> None:
+    def fill(tick: Tick = nothing) -> None:
         nonlocal made
         factors = None if array is None else tensors.load(array, GGMLType.F32)
         known = b"" if factors is None else factors.tobytes()
@@ -83,21 +91,60 @@ def set_rows(b: Binder, n: Node) -> bool:
     return True
 
 
-def _parts(b: Binder, n_queries: int, n_kv: int, d_v: int) -> Span:
-    """Where the halves of an attention that is divided over the context meet."""
-    n_bytes = layout.parts_bytes(n_queries, n_kv, d_v)
-    return b.scratch.shared(("parts", n_bytes), n_bytes)[0]
+class Heads(NamedTuple):
+    """Of an attention: cells, those that a query goes through, heads of queries and of keys, elements of a key and value."""
+
+    n_kv: int
+    n_seen: int
+    n_head: int
+    n_head_kv: int
+    d: int
+    d_v: int
+
+    def cost(self, n_queries: int) -> int:
+        """What so many queries cost."""
+        return OF_ATTENTION * n_queries * self.n_seen * (self.d + self.d_v)
 
 
-def _add(
-    b: Binder, n: Node, attend: steps.Attend | steps.PagedAttend, merge: steps.MergeParts, between: Span | None
-) -> None:
-    """An attention in one step, or in two with `between` them."""
-    if between is None:
-        b.add(n, attend)
+class Queries(NamedTuple):
+    """Tokens that one step takes, what of the result is theirs, and where the parts of a divided context meet, if it is."""
+
+    first: int
+    n: int
+    result: Span
+    between: Span | None
+
+
+def _queries(b: Binder, n: Node, heads: Heads, first: int, n_tokens: int) -> Iterator[Queries]:
+    """The queries of consecutive tokens of the result, some at a time, so that each step looks at few tables of pages.
+
+    Where a tile of them over the whole context is much by itself, the context is divided, as it is for few queries.
+    """
+    size, divided = n_tokens, heads.cost(layout.TILE) > PART_COST
+    if divided:
+        tile = -(-layout.TILE * heads.n_head_kv // heads.n_head)
+        size = max(tile, min(SPLIT_QUERIES, PARTS_BYTES // layout.parts_bytes(heads.n_head, heads.n_kv, heads.d_v)))
+    elif heads.cost(n_tokens * heads.n_head) > PART_COST:
+        size = SPLIT_QUERIES
+    result, row = b.place(n.index), 4 * heads.n_head * heads.d_v
+    for at in range(first, first + n_tokens, size):
+        m = min(size, first + n_tokens - at)
+        between = None
+        if divided or m * heads.n_head_kv < SPLIT_QUERIES:
+            n_bytes = layout.parts_bytes(m * heads.n_head, heads.n_kv, heads.d_v)
+            between = b.scratch.shared(("parts", n_bytes), n_bytes)[0]
+        start = result.start + row * at
+        yield Queries(at, m, Span(result.buffer, start, start + row * m), between)
+
+
+def _add(b: Binder, n: Node, some: Queries, attend: steps.Attend | steps.PagedAttend, merge: steps.MergeParts) -> None:
+    """An attention in one step, or in two with what is between them."""
+    reads = [b.place(j) for j in n.tensor.src if j >= 0]
+    if some.between is None:
+        b.program.add(n, attend, reads, [some.result])
         return
-    b.program.add(n, attend, [b.place(j) for j in n.tensor.src if j >= 0], [between])
-    b.program.add(n, merge, [between], [b.place(n.index)])
+    b.program.add(n, attend, reads, [some.between])
+    b.program.add(n, merge, [some.between], [some.result])
 
 
 @BINDINGS.of("FLASH_ATTN_EXT")
@@ -112,23 +159,24 @@ def flash_attn_ext(b: Binder, n: Node) -> bool:
         return False
     src = n.tensor.src
     d, d_v, n_tokens, n_head, n_seq, n_kv = q.ne[0], v.ne[0], q.ne[1], q.ne[2], q.ne[3], k.ne[1]
-    split = n_tokens * n_seq * k.ne[2] < SPLIT_QUERIES
-    between = _parts(b, n_tokens * n_head * n_seq, n_kv, d_v) if split else None
-    parts = b.memory.address(between) if between is not None else 0
     sinks = b.address(src[4]) if len(src) > 4 and src[4] >= 0 else 0
-    y = b.address(n.index)
-    attend = steps.Attend(
-        q=b.address(src[0]), q_row=q.nb[1], q_head=q.nb[2], q_seq=q.nb[3], d=d, n_tokens=n_tokens, n_head=n_head,
-        n_seq=n_seq, k=b.address(src[1]), k_row=k.nb[1], k_head=k.nb[2], k_seq=k.nb[3], v=b.address(src[2]),
-        v_row=v.nb[1], v_head=v.nb[2], v_seq=v.nb[3], d_v=d_v, n_head_kv=k.ne[2], n_kv=n_kv,
-        mask=b.address(src[3]) if mask is not None else 0, mask_row=mask.nb[1] if mask is not None else 0,
-        mask_seq=mask.nb[3] if mask is not None and mask.ne[3] > 1 else 0, scale=n.params["scale"],
-        softcap=n.params["logit_softcap"], sinks=sinks, y=y, parts=parts,
-    )  # fmt: skip
+    mask_row, mask_seq = (mask.nb[1], mask.nb[3] if mask.ne[3] > 1 else 0) if mask is not None else (0, 0)
     b.need(layout.attention_scratch_bytes(d, d_v))
-    merge = steps.MergeParts(d_v=d_v, n_tokens=n_tokens, n_head=n_head, n_seq=n_seq, n_kv=n_kv, sinks=sinks, y=y,
-                             parts=parts)  # fmt: skip
-    _add(b, n, attend, merge, between)
+    heads = Heads(n_kv, n_kv, n_head, k.ne[2], d, d_v)
+    for seq in range(n_seq):
+        for some in _queries(b, n, heads, seq * n_tokens, n_tokens):
+            token = some.first - seq * n_tokens
+            parts = b.memory.address(some.between) if some.between is not None else 0
+            y = b.memory.address(some.result)
+            attend = steps.Attend(
+                q=b.address(src[0]) + token * q.nb[1] + seq * q.nb[3], q_row=q.nb[1], q_head=q.nb[2], d=d, n_tokens=some.n,
+                n_head=n_head, k=b.address(src[1]) + seq * k.nb[3], k_row=k.nb[1], k_head=k.nb[2],
+                v=b.address(src[2]) + seq * v.nb[3], v_row=v.nb[1], v_head=v.nb[2], d_v=d_v, n_head_kv=k.ne[2], n_kv=n_kv,
+                mask=b.address(src[3]) + token * mask_row + seq * mask_seq if mask is not None else 0, mask_row=mask_row,
+                scale=n.params["scale"], softcap=n.params["logit_softcap"], sinks=sinks, y=y, parts=parts,
+            )  # fmt: skip
+            merge = steps.MergeParts(d_v=d_v, n_tokens=some.n, n_head=n_head, n_kv=n_kv, sinks=sinks, y=y, parts=parts)
+            _add(b, n, some, attend, merge)
     return True
 
 
@@ -141,20 +189,19 @@ def paged_attn(b: Binder, n: Node) -> bool:
     if n.params["scale"] <= 0 or any(t.type != F16 and t.ne[0] % TYPES[t.type].block for t in (k, v)):
         return False
     src, (d, n_tokens, n_head, _), d_v, n_kv = n.tensor.src, q.ne, v.ne[0], layout.BLOCK * pages.ne[0]
-    split = n_tokens * k.ne[2] < SPLIT_QUERIES
-    between = _parts(b, n_tokens * n_head, n_kv, d_v) if split else None
-    parts = b.memory.address(between) if between is not None else 0
-    sinks_at, y = b.address(src[6]) if sinks is not None else 0, b.address(n.index)
-    attend = steps.PagedAttend(
-        q=b.address(src[0]), q_row=q.nb[1], q_head=q.nb[2], d=d, n_tokens=n_tokens, n_head=n_head, k=b.address(src[1]),
-        k_row=k.nb[1], k_head=k.nb[2], k_q8=k.type != F16, v=b.address(src[2]), v_row=v.nb[1], v_head=v.nb[2],
-        v_q8=v.type != F16, d_v=d_v, n_head_kv=k.ne[2], pages=b.address(src[3]), n_pages=pages.ne[0],
-        n_sequences=pages.ne[1], n_pool=k.ne[1] // layout.BLOCK, n_seen=b.address(src[4]),
-        rows=b.address(src[5]) if rows is not None else 0, window=n.params["window"], scale=n.params["scale"],
-        softcap=n.params["logit_softcap"], sinks=sinks_at, y=y, parts=parts, node=n.index,
-    )  # fmt: skip
+    sinks_at, window = b.address(src[6]) if sinks is not None else 0, n.params["window"]
     b.need(layout.paged_scratch_bytes(d, d_v))
-    merge = steps.MergeParts(d_v=d_v, n_tokens=n_tokens, n_head=n_head, n_seq=1, n_kv=n_kv, sinks=sinks_at, y=y,
-                             parts=parts)  # fmt: skip
-    _add(b, n, attend, merge, between)
+    for some in _queries(b, n, Heads(n_kv, cells_seen(n_kv, window), n_head, k.ne[2], d, d_v), 0, n_tokens):
+        parts = b.memory.address(some.between) if some.between is not None else 0
+        y = b.memory.address(some.result)
+        attend = steps.PagedAttend(
+            q=b.address(src[0]) + some.first * q.nb[1], q_row=q.nb[1], q_head=q.nb[2], d=d, n_tokens=some.n, n_head=n_head,
+            k=b.address(src[1]), k_row=k.nb[1], k_head=k.nb[2], k_q8=k.type != F16, v=b.address(src[2]), v_row=v.nb[1],
+            v_head=v.nb[2], v_q8=v.type != F16, d_v=d_v, n_head_kv=k.ne[2], pages=b.address(src[3]), n_pages=pages.ne[0],
+            n_sequences=pages.ne[1], n_pool=k.ne[1] // layout.BLOCK, n_seen=b.address(src[4]) + 4 * some.first,
+            rows=b.address(src[5]) + 4 * some.first if rows is not None else 0, window=window, scale=n.params["scale"],
+            softcap=n.params["logit_softcap"], sinks=sinks_at, y=y, parts=parts, node=n.index,
+        )  # fmt: skip
+        merge = steps.MergeParts(d_v=d_v, n_tokens=some.n, n_head=n_head, n_kv=n_kv, sinks=sinks_at, y=y, parts=parts)
+        _add(b, n, some, attend, merge)
     return True

@@ -16,14 +16,12 @@ from protocol.dtypes import GGMLType
 from workers.devices.bindings import Bindings
 from workers.devices.cpu.program import Program
 from workers.devices.cpu.weights import CPUBuffer, Weights
-from workers.devices.host import HostMemory, Step
+from workers.devices.host import HostMemory, Step, compute
 from workers.devices.lower import Lowered, Node, Scratch, Span
-from workers.kernels import layout, records, reference
+from workers.kernels import layout, records
 from workers.ticks import Tick
 
 F32, F16, I32 = GGMLType.F32, GGMLType.F16, GGMLType.I32
-TICK_COST = 400_000_000
-"""Multiplications after which a running plan looks at its sockets: some milliseconds."""
 
 
 class Rows(NamedTuple):
@@ -50,12 +48,12 @@ class Binder:
 
     def __init__(
         self, lowered: Lowered, buffers: Mapping[int, CPUBuffer], memory: HostMemory, weights: Weights, bindings: Bindings,
-        tick: Tick,
+        n_threads: int, tick: Tick,
     ) -> None:  # fmt: skip
         self.lowered, self.buffers, self.memory, self.weights, self.tick = lowered, buffers, memory, weights, tick
         self._bindings = bindings
         self.tensors = lowered.graph.tensors
-        self.program = Program()
+        self.program = Program(n_threads)
         self.scratch = Scratch(lowered)
         self.thread_bytes = layout.PANEL_BYTES  # more than the 192 bytes that a rest of 16 lanes needs
         self.preludes: list[Step] = []
@@ -64,37 +62,25 @@ class Binder:
 
     def bind(self) -> None:
         """Every node, once."""
-        cost = 0
         for group in self.lowered.groups:
+            self.tick()
             if len(group) > 1 and self._try(group):
-                cost = self._paid(cost, group[0])
                 continue
             for node in group:
-                if self._try((node,)):
-                    cost = self._paid(cost, node)
-                else:
+                if not self._try((node,)):
                     self._fall_back(node)
-                    cost = 0
         self.program.flush()
 
     def _try(self, nodes: Sequence[Node]) -> bool:
         binding = self._bindings.get(tuple(n.op.name for n in nodes))
         return binding is not None and all(0 not in n.tensor.ne for n in nodes) and binding(self, *nodes)
 
-    def _paid(self, cost: int, node: Node) -> int:
-        """What has been added since sockets were looked at."""
-        cost += node.cost
-        if cost <= TICK_COST:
-            return cost
-        self.program.flush()
-        return 0
-
     def _fall_back(self, node: Node) -> None:
         for i, t in zip(node.tensor.src, node.src, strict=True):
             if t is not None and t.op == "NONE" and t.buffer in self.buffers:
                 place = self.place(i)
                 self.weights.unpack(self.buffers[t.buffer], place.start, place.end - place.start, self.tick)
-        self.program.add_aside(node, partial(reference.run, self.memory.reference(node)))
+        self.program.add_aside(node, partial(compute, self.memory.reference(node), node.cost))
         self.fallbacks.append(node.op.name)
 
     # -- what bindings ask ---------------------------------------------------------------------------------------------

@@ -15,9 +15,10 @@ import numpy as np
 from protocol.graph import Graph
 from workers.devices.base import Abilities, Source
 from workers.devices.cpu.plan import BINDINGS, PATTERNS, CPUPlan, Profile
+from workers.devices.cpu.program import Pace
 from workers.devices.cpu.weights import Copy, CPUBuffer, Ne, Weights, packable
 from workers.devices.host import HostDevice
-from workers.devices.lower import lower
+from workers.devices.lower import lower_aside
 from workers.devices.system import cpu_model
 from workers.kernels import layout, native
 from workers.tensors import Bytes
@@ -38,6 +39,7 @@ class CPUDevice(HostDevice[CPUBuffer]):
         self._profile = Profile() if os.environ.get("GGMQ_PROFILE", "0") not in ("", "0") else None
         self._kernels, self._cpus = native.Kernels(cpu_model()), cpus
         self._team: native.Team | None = None
+        self._pace = Pace()
         self.weights = Weights(self, lambda: self.team)
 
     def begin(self) -> None:
@@ -124,6 +126,7 @@ class CPUDevice(HostDevice[CPUBuffer]):
         super().trim(tick)
 
     def compile(self, graph: Graph, buffers: Mapping[int, CPUBuffer], tick: Tick = nothing) -> CPUPlan:
-        plan = CPUPlan(lower(graph, PATTERNS), buffers, self.team, self.weights, self.arena, self._profile)
+        lowered = lower_aside(graph, tick, PATTERNS)
+        plan = CPUPlan(lowered, buffers, self.team, self.weights, self.arena, self._pace, self._profile)
         plan.bind(tick)
         return plan

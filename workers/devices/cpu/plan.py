@@ -14,9 +14,9 @@ from workers.devices.base import Plan, StepNote
 from workers.devices.bindings import Bindings
 from workers.devices.cpu import attention, products, rows, scans
 from workers.devices.cpu.binding import Binder
-from workers.devices.cpu.program import Run, Words
+from workers.devices.cpu.program import Pace, Parts, Run, Words
 from workers.devices.cpu.weights import CPUBuffer, Weights
-from workers.devices.host import Arena, HostMemory, HostPlan, Step
+from workers.devices.host import Arena, HostMemory, HostPlan
 from workers.devices.lower import Lowered
 from workers.kernels.native import Team
 from workers.ticks import Tick, paced
@@ -71,7 +71,7 @@ class Bound:
         scratch_bytes: of the arena; thread_bytes: of each thread's own memory.
     """
 
-    def __init__(self, binder: Binder, team: Team, noting: bool) -> None:
+    def __init__(self, binder: Binder, team: Team, pace: Pace, noting: bool) -> None:
         program = binder.program
         self.fallbacks = tuple(binder.fallbacks)
         self.scratch_bytes, self.thread_bytes = binder.scratch.n_bytes, binder.thread_bytes
@@ -80,21 +80,19 @@ class Bound:
         self.titles, self.nodes = ([s.title() for s in program.steps], program.nodes) if noting else ([], [])
         # what runs steps must not hold the plan: a plan that holds itself keeps its buffers
         run = partial(_run_team, team, binder.lowered.graph, self.words, self.stamps)
-        parts: list[tuple[Step, int]] = [(prelude, -1) for prelude in binder.preludes]
-        self._runs: list[Run | None] = [None] * len(parts)
-        for part in program.parts:
-            parts.append((partial(run, part.first, part.last), part.node) if isinstance(part, Run) else part)
-            self._runs.append(part if isinstance(part, Run) else None)
-        self.host = HostPlan(binder.memory, parts)
+        parts = [*((prelude, -1) for prelude in binder.preludes), *program.parts]
+        self._runs = [part if isinstance(part, Run) else None for part in parts]
+        self._parts = Parts(parts, run, pace)
+        self.host = HostPlan(binder.memory, self._parts)
         self.kept = binder.kept
 
     def run_noted(self, inputs: Sequence[bytes | memoryview], tick: Tick) -> tuple[list[memoryview], list[StepNote]]:
         assert self.stamps is not None  # it was bound for it
-        self.stamps.on = True
+        self.stamps.on = self._parts.alone = True
         try:
             out, parts = self.host.run_noted(inputs, tick)
         finally:
-            self.stamps.on = False
+            self.stamps.on = self._parts.alone = False
         notes: list[StepNote] = []
         for run, part in zip(self._runs, parts, strict=True):
             if run is None:
@@ -114,13 +112,13 @@ class CPUPlan(Plan):
     """
 
     def __init__(
-        self, lowered: Lowered, buffers: Mapping[int, CPUBuffer], team: Team, weights: Weights, arena: Arena,
+        self, lowered: Lowered, buffers: Mapping[int, CPUBuffer], team: Team, weights: Weights, arena: Arena, pace: Pace,
         profile: Profile | None,
     ) -> None:  # fmt: skip
         self.graph = lowered.graph
         self.n_nodes = sum(len(group) for group in lowered.groups)
         self._lowered, self._buffers, self._team, self._weights, self._arena = lowered, buffers, team, weights, arena
-        self._profile, self._noting = profile, profile is not None
+        self._pace, self._profile, self._noting = pace, profile, profile is not None
         used = {span.buffer for span in lowered.places}
         self._used_buffers = [buffer for number, buffer in buffers.items() if number in used]
         self._bound: Bound | None = None
@@ -145,10 +143,10 @@ class CPUPlan(Plan):
             self._weights.settle(self._lowered, self._buffers, tick)
             layouts = self._layout()
             memory = HostMemory(self._lowered, self._buffers, self._arena)
-            binder = Binder(self._lowered, self._buffers, memory, self._weights, BINDINGS, tick)
+            binder = Binder(self._lowered, self._buffers, memory, self._weights, BINDINGS, self._team.n_threads, tick)
             binder.bind()
             self._arena.memory(binder.scratch.n_bytes)
-            self._bound = Bound(binder, self._team, self._noting)
+            self._bound = Bound(binder, self._team, self._pace, self._noting)
         self._layouts = layouts
         assert self._bound is not None  # just bound
         return self._bound

@@ -7,16 +7,16 @@ from typing import NamedTuple
 from protocol.dtypes import TYPES, GGMLType, row_bytes
 from protocol.graph import Tensor
 from workers.devices.bindings import Bindings
-from workers.devices.cpu.binding import F16, F32, I32, TICK_COST, Binder
+from workers.devices.cpu.binding import F16, F32, I32, Binder
+from workers.devices.cpu.program import PART_COST
 from workers.devices.lower import SCRATCH, Node, Span
 from workers.kernels import layout, steps
+from workers.kernels.costs import of_products
 
 BINDINGS = Bindings()
 
-STEP_ROWS = 64
-"""A product that is several steps is divided at multiples of this, where groups of rows begin that kernels take together."""
-STEP_COST = 4 * TICK_COST
-"""A product that needs more multiplications is several steps."""
+LEAST_COLUMNS = 64
+"""A product is not several of fewer columns: each unpacks the weights."""
 
 
 class Matrix(NamedTuple):
@@ -90,29 +90,27 @@ def mul_mat(b: Binder, n: Node) -> bool:
         return False
     (w, x), a, z, y = operands, n.req(0), n.req(1), b.address(n.index)
     reads, result = [x.span, b.place(n.tensor.src[0])], b.place(n.index)
-    if a.ne[2] * a.ne[3] == 1:
-        b.need(layout.product_scratch_bytes(w.row_bytes, z.n_rows))
-        size = max(STEP_ROWS, STEP_COST // (a.ne[0] * z.n_rows) // STEP_ROWS * STEP_ROWS)
-        for at in range(0, a.ne[1], size):
-            rows = min(size, a.ne[1] - at)
-            step = steps.MulMat(kind=w.kind, w=w.at + at * w.row_bytes, row_bytes=w.row_bytes, n_rows=rows,
-                                n_packed=max(0, min(rows, w.n_packed - at)), k=a.ne[0], x=x.at, x_bytes=x.n_bytes,
-                                y=y + 4 * at, y_bytes=4 * a.ne[1], n=z.n_rows)  # fmt: skip
-            b.program.add(n, step, reads, [result])
-            if at + size < a.ne[1]:
-                b.program.flush()
-        return True
-    b.need(layout.product_scratch_bytes(w.row_bytes, z.ne[1]))
-    r2, r3, n_bytes = z.ne[2] // a.ne[2], z.ne[3] // a.ne[3], 4 * a.ne[1] * z.ne[1]
-    for i3 in range(z.ne[3]):
-        for i2 in range(z.ne[2]):
-            matrix, batch = (i3 // r3) * a.ne[2] + i2 // r2, i3 * z.ne[2] + i2
-            part = Span(result.buffer, result.start + n_bytes * batch, result.start + n_bytes * (batch + 1))
+    one = a.ne[2] * a.ne[3] == 1
+    n_columns, n_batches = (z.n_rows, 1) if one else (z.ne[1], z.ne[2] * z.ne[3])
+    column_bytes = 4 * a.ne[1]
+    size = _together(w, a.ne[0], n_columns)
+    b.need(layout.product_scratch_bytes(w.row_bytes, size))
+    r2, r3 = z.ne[2] // a.ne[2], z.ne[3] // a.ne[3]
+    for batch in range(n_batches):
+        matrix = 0 if one else batch // z.ne[2] // r3 * a.ne[2] + batch % z.ne[2] // r2
+        for first in range(0, n_columns, size):
+            at, columns = batch * n_columns + first, min(size, n_columns - first)
+            start = result.start + column_bytes * at
             step = steps.MulMat(kind=w.kind, w=w.at + matrix * a.ne[1] * w.row_bytes, row_bytes=w.row_bytes,
-                                n_rows=a.ne[1], n_packed=w.n_packed, k=a.ne[0], x=x.at + batch * z.ne[1] * x.n_bytes,
-                                x_bytes=x.n_bytes, y=y + n_bytes * batch, y_bytes=4 * a.ne[1], n=z.ne[1])  # fmt: skip
-            b.program.add(n, step, reads, [part])
+                                n_rows=a.ne[1], n_packed=w.n_packed, k=a.ne[0], x=x.at + at * x.n_bytes, x_bytes=x.n_bytes,
+                                y=y + column_bytes * at, y_bytes=column_bytes, n=columns)  # fmt: skip
+            b.program.add(n, step, reads, [Span(result.buffer, start, start + column_bytes * columns)])
     return True
+
+
+def _together(w: Matrix, k: int, n_columns: int) -> int:
+    """How many columns one step takes: so few that a thread is soon done with a group of rows, the least that it does."""
+    return min(n_columns, max(LEAST_COLUMNS, PART_COST // (layout.GROUP * k * of_products(w.kind)) // 64 * 64))
 
 
 @BINDINGS.of("MUL_MAT_ID")
@@ -124,7 +122,7 @@ def mul_mat_id(b: Binder, n: Node) -> bool:
     if operands is None:
         return False
     (w, x), i, c = operands, n.tensor.src[0], n.tensor.src[2]
-    b.need(layout.product_scratch_bytes(w.row_bytes, ids.ne[0] * ids.ne[1]))
+    b.need(layout.product_scratch_bytes(w.row_bytes, ids.ne[0] * ids.ne[1]) + 8 * a.ne[2])
     step = steps.MulMatId(kind=w.kind, w=w.at, row_bytes=w.row_bytes, n_rows=a.ne[1], n_packed=w.n_packed, k=a.ne[0],
                           x=x.at, x_bytes=x.n_bytes, y=b.address(n.index), y_bytes=4 * a.ne[1], n_experts=a.ne[2],
                           n_slots=z.ne[1], ids=b.address(c), ids_row=ids.nb[1], n_used=ids.ne[0], n_tokens=ids.ne[1],

@@ -92,6 +92,7 @@ class Binder:
     def bind(self) -> None:
         """Every node, once."""
         for group in self.lowered.groups:
+            self.tick()
             if len(group) > 1 and self._try(group):
                 continue
             for node in group:

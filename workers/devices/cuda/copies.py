@@ -24,6 +24,12 @@ def wait(done: Callable[[], bool], tick: Tick) -> None:
             due = time.monotonic() + TICK_S
 
 
+def wait_for_all(driver: Driver, tick: Tick) -> None:
+    """Until the stream has done all that is on it. What needs that goes on then, whatever is wanted meanwhile."""
+    with completing(tick) as steady:
+        wait(driver.record(), steady)
+
+
 class Copies:
     """Threads: the device's."""
 

@@ -16,11 +16,11 @@ from protocol.ops import COPYABLE
 from workers.devices.base import COMPUTED, Abilities, Device, Source
 from workers.devices.bindings import Bindings
 from workers.devices.cuda import attention, cells, products, rows, scans
-from workers.devices.cuda.copies import Copies
+from workers.devices.cuda.copies import Copies, wait_for_all
 from workers.devices.cuda.driver import Driver
 from workers.devices.cuda.plan import CUDAPlan
 from workers.devices.cuda.weights import CUDABuffer, Memory, Ne, Weights, packs
-from workers.devices.lower import lower
+from workers.devices.lower import lower_aside
 from workers.kernels.cuda.planes import KINDS
 from workers.kernels.cuda.row_launches import NORMS
 from workers.ticks import PIECE_BYTES, Tick, completing, nothing, pieces
@@ -96,16 +96,16 @@ class CUDADevice(Device[CUDABuffer]):
             self.n_arenas += 1
         return self._arena.address
 
-    def reserve(self, scratch_bytes: int, staging_bytes: int) -> None:
+    def reserve(self, scratch_bytes: int, staging_bytes: int, tick: Tick) -> None:
         """Room for a plan; it grows by half at least, so that it seldom moves. Errors: OutOfMemory."""
         if self._arena is None or self._arena.n_bytes < scratch_bytes:
-            self.driver.synchronize()
+            wait_for_all(self.driver, tick)
             size = max(scratch_bytes, self._arena.n_bytes * 3 // 2 if self._arena is not None else FIRST_ARENA_BYTES)
             self._arena = None  # what it was may be what the new one needs
             self.n_arenas += 1
             self._arena = Memory(self.driver, size)
         if len(self.staging) < staging_bytes:
-            self.driver.synchronize()
+            wait_for_all(self.driver, tick)
             self.staging = self.driver.staging(max(staging_bytes, len(self.staging) * 3 // 2, PIECE_BYTES))
             self.n_arenas += 1
 
@@ -179,7 +179,7 @@ class CUDADevice(Device[CUDABuffer]):
             return
         self._raw(buffer, offset, n_bytes, tick)
         try:
-            self.weights.pack_here(buffer, offset, n_bytes, type_id, ne)
+            self.weights.pack_here(buffer, offset, n_bytes, type_id, ne, tick)
         except BaseException:
             self.driver.fill(buffer.address + offset, 0, n_bytes)
             raise
@@ -212,6 +212,6 @@ class CUDADevice(Device[CUDABuffer]):
                 steady()
 
     def compile(self, graph: Graph, buffers: Mapping[int, CUDABuffer], tick: Tick = nothing) -> CUDAPlan:
-        plan = CUDAPlan(self, lower(graph, PATTERNS, RUNS), buffers, BINDINGS)
+        plan = CUDAPlan(self, lower_aside(graph, tick, PATTERNS, RUNS), buffers, BINDINGS)
         plan.bind(tick)
         return plan

@@ -11,20 +11,19 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Protocol
 
-import numpy as np
-
 from protocol.dtypes import tensor_bytes
 from protocol.errors import GgmqError, HandleError, InternalError, KernelError
 from workers import tensors
 from workers.devices.base import Plan, StepNote
 from workers.devices.bindings import Bindings
 from workers.devices.cuda.binding import STATUS_BYTES, Binder, Fallback, Launched
-from workers.devices.cuda.copies import Copies, wait
+from workers.devices.cuda.copies import Copies, wait_for_all
 from workers.devices.cuda.driver import Captured, Driver
 from workers.devices.cuda.weights import CUDABuffer, Weights
+from workers.devices.host import compute
 from workers.devices.lower import Lowered, Node, aligned
 from workers.kernels import reference
-from workers.ticks import Tick, completing, paced
+from workers.ticks import Tick, completing, nothing, paced
 
 GOOD = 0xFFFFFFFF
 """What the status word holds when every index was good."""
@@ -42,7 +41,7 @@ class Owner(Protocol):
     @property
     def arena(self) -> int: ...
 
-    def reserve(self, scratch_bytes: int, staging_bytes: int) -> None: ...
+    def reserve(self, scratch_bytes: int, staging_bytes: int, tick: Tick) -> None: ...
 
 
 class Places:
@@ -114,7 +113,7 @@ class CUDAPlan(Plan):
             for step in binder.steps:
                 if isinstance(step, Fallback):
                     device.weights.settle_node(lowered, step.node, self._buffers, tick)
-            device.reserve(STATUS_BYTES + binder.scratch.n_bytes, self._places.n_bytes)
+            device.reserve(STATUS_BYTES + binder.scratch.n_bytes, self._places.n_bytes, tick)
             self._bound = Bound(binder, self._places, device.staging)
         self._layouts = layouts
         assert self._bound is not None  # just bound
@@ -122,7 +121,7 @@ class CUDAPlan(Plan):
 
     def _ready(self, tick: Tick) -> Bound:
         if self._bound is None or self._layouts != self._layout():
-            return self.bind(tick)
+            return self.bind(paced(tick))
         return self._bound
 
     def run(self, inputs: Sequence[bytes | memoryview], tick: Tick) -> list[memoryview]:
@@ -143,31 +142,34 @@ class CUDAPlan(Plan):
         for (at, n), data in zip(self._places.inputs, inputs, strict=True):
             bound.staging[at : at + n] = memoryview(data).cast("B")
         if notes is None and all(isinstance(part, list) for part in bound.parts):
-            self._run_whole(bound)
+            with completing(tick) as steady:  # it uses staging memory until the stream has done all
+                self._run_whole(bound, paced(steady))
+                self._wait(steady)
         else:
             self._run_parts(bound, tick, notes)
-        self._wait(tick)
+            self._wait(tick)
         bound.n_runs += 1
         bad = int.from_bytes(bound.staging[:4], "little")
         if bad != GOOD:
             raise KernelError(f"node {bad} ({self.graph.tensors[bad].op}): an index points outside the tensor that it names")
         return [bound.staging[at : at + n] for at, n in self._places.outputs]
 
-    def _run_whole(self, bound: Bound) -> None:
+    def _run_whole(self, bound: Bound, tick: Tick) -> None:
         """All of it as one piece of work, from the second run on."""
         if bound.n_runs == 0:
-            self._put(bound, 0)
+            self._put(bound, tick)  # a stream that is full takes one more when it has done another
             return
         if 0 not in bound.captured:
-            bound.captured[0] = self._device.driver.capture(lambda: self._put(bound, 0))
+            bound.captured[0] = self._device.driver.capture(lambda: self._put(bound, nothing))
         bound.captured[0].launch()
 
-    def _put(self, bound: Bound, part: int) -> None:
+    def _put(self, bound: Bound, tick: Tick) -> None:
         self._begin(bound)
         for launches in bound.parts:
             assert isinstance(launches, list)  # nothing of it is the host's
             for step in launches:
                 self._device.driver.launch(step.function, step.grid, step.argument)
+                tick()
         self._end(bound)
 
     def _begin(self, bound: Bound) -> None:
@@ -216,9 +218,8 @@ class CUDAPlan(Plan):
         arrays = {i: tensors.view(held[i], self.graph.tensors[i], 0) for i in of}
         src = [arrays[j] if j >= 0 else None for j in node.tensor.src]
         try:
-            with np.errstate(all="ignore"):
-                reference.run(reference.Node(node.index, node.op, node.tensor, node.params, arrays[node.index], src,
-                                             list(node.src)))
+            compute(reference.Node(node.index, node.op, node.tensor, node.params, arrays[node.index], src, list(node.src)),
+                    node.cost, tick)  # fmt: skip
         except GgmqError:
             raise
         except MemoryError as e:
@@ -228,6 +229,5 @@ class CUDAPlan(Plan):
         copies.store(binder.address(node.index), held[node.index].data, tick)
 
     def _wait(self, tick: Tick) -> None:
-        """Until the stream has done all, looking at the sockets meanwhile; it uses staging memory until then."""
-        with completing(tick) as steady:
-            wait(self._device.driver.record(), steady)
+        """Until the stream has done all, looking at the sockets meanwhile."""
+        wait_for_all(self._device.driver, tick)

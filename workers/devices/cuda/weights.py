@@ -13,7 +13,7 @@ import numpy as np
 from protocol.dtypes import TYPES, GGMLType, row_bytes
 from protocol.graph import Tensor
 from workers.devices.base import Buffer, Source
-from workers.devices.cuda.copies import Copies
+from workers.devices.cuda.copies import Copies, wait_for_all
 from workers.devices.cuda.driver import Driver, Grid
 from workers.devices.lower import Lowered, Node
 from workers.kernels.cuda.planes import TILE, format_of, packable
@@ -111,12 +111,12 @@ class Weights:
             buffer.packed[offset] = (GGMLType(type_id), ne, n_bytes)
             buffer.n_layouts += 1
 
-    def pack_here(self, buffer: CUDABuffer, offset: int, n_bytes: int, type_id: int, ne: Ne) -> None:
+    def pack_here(self, buffer: CUDABuffer, offset: int, n_bytes: int, type_id: int, ne: Ne, tick: Tick) -> None:
         """A weight that lies in GGUF's layout where it is to lie packed. Errors: OutOfMemory, before anything is changed."""
         raw = Memory(self._driver, n_bytes)
         self._driver.copy(raw.address, buffer.address + offset, n_bytes)
         self.move(Pack, type_id, ne, raw.address, buffer.address + offset, 0, row_shape(type_id, ne)[1])
-        self._driver.synchronize()
+        wait_for_all(self._driver, tick)
         buffer.packed[offset] = (GGMLType(type_id), ne, n_bytes)
         buffer.n_layouts += 1
 
@@ -133,10 +133,11 @@ class Weights:
             raw = Memory(self._driver, size)
             self.move(Unpack, type_id, ne, raw.address, buffer.address + at, 0, row_shape(type_id, ne)[1])
             self._driver.copy(buffer.address + at, raw.address, size)
-            self._driver.synchronize()
-            del buffer.packed[at]
-            buffer.n_layouts += 1
-            tick()
+            with completing(tick) as steady:
+                wait_for_all(self._driver, steady)
+                del buffer.packed[at]
+                buffer.n_layouts += 1
+                steady()
 
     def _tiles(self, type_id: int, ne: Ne, low: int, high: int) -> Iterator[tuple[int, int]]:
         """Rows of a packed tensor that hold its bytes low..high, a piece of whole tiles at a time: first, and how many."""
@@ -179,7 +180,7 @@ class Weights:
         self.move(Pack, GGMLType.F16, t.ne, raw.address, wide.address, 0, t.n_rows)
         with completing(tick) as steady:
             self.copies.settle(steady)
-            self._driver.synchronize()
+            wait_for_all(self._driver, steady)
         return wide
 
     def settle(self, lowered: Lowered, buffers: Mapping[int, CUDABuffer], tick: Tick) -> None:
