@@ -110,6 +110,8 @@ class Live:
         self._file = self.folder / "cluster.yaml"
         self._cluster = f"f{os.getpid()}x{self.folder.name}"
         self._is_up = False
+        self._pids: dict[str, int] = {}
+        self._id = b""
         self._stopping = threading.Event()
         self._watcher: threading.Thread | None = None
 
