@@ -355,6 +355,8 @@ class BrokerLoop:
                 fd = int(frame.get(zmq.SRCFD)) if self._listeners[index].endpoint.startswith("tcp://") else -1
                 self._dialled_in(where, h, message, caller, fd, now)
                 return
+            if isinstance(h, m.Retire) and caller.role is not Role.CLUSTER:
+                raise ProtocolError("RETIRE: who may use a worker is for the holder of the cluster's key to say")
         except ProtocolError as e:
             self._do([self.state.traffic.refuse(peer, message, e)])
             return

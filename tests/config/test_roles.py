@@ -531,6 +531,10 @@ def test_a_client_with_a_key_of_its_own_runs_a_model(keys: KeyPair) -> None:
     with broker(keys) as (_, endpoint), dialling(endpoint, lends, "lab3"):
         done = ggmq("run", "--broker", endpoint, "--keys", uses.path, "-p", "Once upon a time", "-n", "4", "--temp", "0")
         assert done.returncode == 0 and "output on lab3" in done.stderr, done.stderr
+        drained = ggmq("drain", "lab3", "--broker", endpoint, "--keys", uses.path)
+        assert drained.returncode == 1 and "holder of the cluster's key" in drained.stderr, drained.stderr
+        drained = ggmq("drain", "lab3", "--broker", endpoint, "--keys", keys.path)
+        assert drained.returncode == 0 and "may be ended" in drained.stdout, drained.stderr
     # alone it needs no broker's key: its workers are on paths of this host
     done = ggmq("run", "--keys", uses.path, "-p", "Once upon a time", "-n", "4", "--temp", "0")
     assert done.returncode == 0, done.stderr
