@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,14 @@ import numpy as np
 
 from protocol.dtypes import GGMLType, contiguous_nb, tensor_bytes
 from protocol.graph import Graph, Shape, Tensor, f32_bits
+from protocol.ops import UNARY_KINDS
 from workers.devices import open_device
 from workers.devices.base import Device
+from workers.ticks import pieces
 
 T = GGMLType
+MANY = 1 << 24
+"""Elements of a result that is left where it is."""
 
 
 class Clocked:
@@ -108,37 +112,38 @@ class Zeros:
     def __init__(self, n_bytes: int) -> None:
         self.n_bytes = n_bytes
 
-    def pieces(self, size: int, tick: Callable[[], None]) -> Any:
-        for at in range(0, self.n_bytes, size):
-            yield memoryview(bytes(min(size, self.n_bytes - at)))
+    def pieces(self, size: int, tick: Callable[[], None]) -> Iterator[memoryview]:
+        for _, n in pieces(self.n_bytes, size):
+            yield memoryview(bytes(n))
         self.good = True
+
+
+def graph_of(case: Case) -> tuple[Graph, dict[int, int]]:
+    """A case as a graph, and the bytes of each buffer that it names. Its inputs are `case.values`."""
+    values = case.values or {}
+    tensors = [Tensor(type_id, "NONE", ne, contiguous_nb(type_id, ne), buffer=0 if i in values else i + 1)
+               for i, (type_id, ne) in enumerate(case.sources)]  # fmt: skip
+    kinds = [str(kind) for kind in UNARY_KINDS]
+    op, params = ("UNARY", _params(kinds.index(case.op))) if case.op in kinds else (case.op, case.params or _params())
+    out = Tensor(case.type, op, case.ne, contiguous_nb(case.type, case.ne), params, tuple(range(len(tensors))))
+    sizes = {t.buffer: tensor_bytes(t.type, t.ne) for t in tensors if t.buffer}
+    return Graph((*tensors, out), tuple(values), (len(tensors),) if out.n_elements < MANY else ()), sizes
 
 
 def measure(device: Device[Any], case: Case) -> tuple[float, float, int]:
     """Seconds of the whole node, of the longest time between two ticks, and how many ticks there were."""
-    tensors = []
-    buffers: dict[int, Any] = {}
-    for i, (type_id, ne) in enumerate(case.sources):
-        given = case.values is not None and i in case.values
-        buffer = 0 if given else i + 1
-        if buffer:
-            n = tensor_bytes(type_id, ne)
-            buffers[buffer] = device.alloc(n)
-            device.fill(buffers[buffer], 0, n, type_id, ne if i < case.n_weights else (n, 1, 1, 1), Zeros(n)) \
-                if i < case.n_weights else device.write(buffers[buffer], 0, bytes(n))
-        tensors.append(Tensor(type_id, "NONE", ne, contiguous_nb(type_id, ne), buffer=buffer))
-    out = Tensor(case.type, case.op, case.ne, contiguous_nb(case.type, case.ne), case.params or _params(),
-                 tuple(range(len(tensors))))  # fmt: skip
-    values = case.values or {}
-    inputs = tuple(values)
-    if case.op == "GELU":
-        from protocol.ops import UNARY_KINDS
-
-        kinds = [str(k) for k in UNARY_KINDS]
-        out = Tensor(case.type, "UNARY", case.ne, contiguous_nb(case.type, case.ne), _params(kinds.index("GELU")), (0,))
-    data: Sequence[bytes] = [values[i].tobytes() for i in inputs]
+    graph, sizes = graph_of(case)
+    buffers = {n: device.alloc(size) for n, size in sizes.items()}
+    for n, size in sizes.items():
+        if n <= case.n_weights:
+            t = graph.tensors[n - 1]
+            device.fill(buffers[n], 0, size, t.type, t.ne, Zeros(size))
+        else:
+            for at, m in pieces(size):
+                device.write(buffers[n], at, bytes(m))
+    data = [values.tobytes() for values in (case.values or {}).values()]
     try:
-        plan = device.compile(Graph((*tensors, out), inputs, ()), buffers)
+        plan = device.compile(graph, buffers)
         tick = Clocked()
         start = time.monotonic()
         plan.run(data, tick)

@@ -28,8 +28,9 @@ class Carried(NamedTuple):
 
 
 def carried(fd: int) -> Carried | None:
-    """Of a TCP connection of this process; None where there is none behind the descriptor, or the system does not tell."""
-    if not sys.platform.startswith("linux"):
+    """Of a TCP connection of this process; None where there is none behind the descriptor (below 0: it is not known), or the
+    system does not tell."""
+    if fd < 0 or not sys.platform.startswith("linux"):
         return None
     with contextlib.suppress(OSError):
         s = socket.socket(fileno=fd)

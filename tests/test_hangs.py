@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import queue
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -170,33 +171,56 @@ class SlowLink:
         self._free_s = [0.0, 0.0]
         self._lock = threading.Lock()
         self._listener = socket.create_server(("127.0.0.1", 0))
+        self._sockets, self._threads = [self._listener], list[threading.Thread]()
         self.port = self._listener.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._start(self._accept)
+
+    def _start(self, do: Callable[..., None], *arguments: object) -> None:
+        self._threads.append(threading.Thread(target=do, args=arguments, daemon=True))
+        self._threads[-1].start()
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
             while True:
                 here, _ = self._listener.accept()
                 there = socket.create_connection(("127.0.0.1", self._to))
-                for s in (here, there):
-                    s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+                self._sockets += here, there
                 for way, (a, b) in enumerate(((here, there), (there, here))):
-                    threading.Thread(target=self._carry, args=(way, a, b), daemon=True).start()
+                    under_way: queue.Queue[tuple[float, bytes]] = queue.Queue(64)
+                    self._start(self._take, way, a, under_way)
+                    self._start(self._give, b, under_way)
 
-    def _carry(self, way: int, a: socket.socket, b: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while data := a.recv(1 << 13):
-                with self._lock:  # whoever comes later waits for what came before, as in a router's queue
-                    self._free_s[way] = max(self._free_s[way], time.monotonic()) + len(data) / self._rate
-                    due = self._free_s[way] + self._delay_s
-                time.sleep(max(0.0, due - time.monotonic()))
-                b.sendall(data)
-        for s in (a, b):
+    def _take(self, way: int, s: socket.socket, under_way: queue.Queue[tuple[float, bytes]]) -> None:
+        data = b"?"
+        while data:
+            data = b""
             with contextlib.suppress(OSError):
-                s.shutdown(socket.SHUT_RDWR)
+                data = s.recv(1 << 13)
+            with self._lock:  # whoever comes later waits for what came before, as in a router's queue
+                self._free_s[way] = max(self._free_s[way], time.monotonic()) + len(data) / self._rate
+                due = self._free_s[way]
+            time.sleep(max(0.0, due - time.monotonic()))
+            under_way.put((due + self._delay_s, data))
+
+    def _give(self, s: socket.socket, under_way: queue.Queue[tuple[float, bytes]]) -> None:
+        while True:
+            due, data = under_way.get()
+            if not data:
+                break
+            time.sleep(max(0.0, due - time.monotonic()))
+            with contextlib.suppress(OSError):
+                s.sendall(data)
+        with contextlib.suppress(OSError):
+            s.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        self._listener.close()
+        for s in self._sockets:
+            with contextlib.suppress(OSError):
+                s.shutdown(socket.SHUT_RDWR)
+        for t in self._threads:
+            t.join(10)
+        for s in self._sockets:
+            s.close()
 
 
 @pytest.mark.parametrize("mbit_per_s, delay_s, n_bytes", [(10.0, 0.0, 3 << 20), (2.0, 0.0, 1 << 20), (100.0, 0.2, 1 << 20)])
