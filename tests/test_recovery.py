@@ -10,7 +10,7 @@ from tests.faults.ground import Ground, Sizes
 from tests.faults.scenarios import play
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("kernels")]
-RUNS = [("resume-run", 3), ("resume-run", 8), ("resume-bus", 4), ("resume-serve", 3), ("stop", 4), ("broker", 7),
+RUNS = [("resume-run", 3), ("resume-run", 8), ("resume-bus", 4), ("resume-serve", 3), ("stop", 3), ("broker", 7),
         ("partition-hole", 3), ("partition-link", 1), ("wire", 1), ("cache-full", 1), ("drain", 2),
         ("fuzz-worker", 1), ("fuzz-broker", 1)]  # fmt: skip
 """Scenarios and seeds."""

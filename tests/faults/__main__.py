@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 
 from tests.faults.ground import Ground, Sizes
 from tests.faults.models import random_model
@@ -39,9 +40,15 @@ def _parser() -> argparse.ArgumentParser:
     return p
 
 
+def _terminated(number: int, frame: FrameType | None) -> None:
+    """All processes are ended, undisturbed by a second signal: `timeout` sends two."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def main() -> int:
     args = _parser().parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # all processes are ended then too
+    signal.signal(signal.SIGTERM, _terminated)
     seed = secrets.randbits(31) if args.seed is None else args.seed
     print(f"seed {seed}", file=sys.stderr, flush=True)
     other = args.model is not None or args.params is not None
