@@ -13,7 +13,7 @@ from workers.kernels.records import Step
 ELEMENT, SUMMED, UNPACKED = 64, 128, 512
 """For an element that is read and written; for one of a row that is gone through several times; for one of packed weights
 that is made a number again."""
-OF_FLOATS, OF_ATTENTION, OF_STATES = 2, 3, 8
+OF_FLOATS, OF_ATTENTION, OF_STATES = 4, 6, 8
 """For a multiplication of other kinds. A byte of weights costs one: it comes from memory."""
 
 
