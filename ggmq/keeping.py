@@ -113,6 +113,8 @@ class Keeper:
                 with contextlib.suppress(Unavailable):
                     self.client.settle()
                     self.client.release()
+            except HandleError as e:  # of a device that was forgotten, since nobody held anything there when it went
+                why, limit_s = str(e), patience_s
             except Unavailable as e:
                 if self.client.lost:
                     continue

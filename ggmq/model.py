@@ -34,7 +34,7 @@ from ggmq.promptcache import DEFAULT_BYTES, PromptCache, identity
 from ggmq.runner import ALL, ARGMAX, Rows, Runner
 from protocol import messages as m
 from protocol.dtypes import GGMLType
-from protocol.errors import FormatError, GgmqError, OutOfMemory, Unavailable
+from protocol.errors import FormatError, GgmqError, HandleError, OutOfMemory, Unavailable
 
 MAX_TRIES = 3
 """So often in a row something is tried again that a lost worker had ended."""
@@ -209,10 +209,10 @@ class Model:
                 self.free()
                 if not n_left or not self.client.release():
                     raise
-            except Unavailable as e:
+            except (Unavailable, HandleError) as e:  # a device that was forgotten has no number any more
                 if not n_left:
                     raise
-                self.recover(e)
+                self.recover(e if isinstance(e, Unavailable) else Unavailable(str(e)))
                 self.keeper.empty.clear()
                 break
         if self.keep_prompts is not None and self.prompts is None:
