@@ -38,9 +38,11 @@ PATIENCE_S = 8.0
 """For so long a lost worker, or a broker that has gone, is waited for where nobody takes its place, if nothing is said."""
 HUNG_S = 90.0
 """For so long a worker that answers nothing is waited for where nobody takes its place."""
-SILENT_S = 3.0
-"""A worker that answers nothing for longer is done without, if others have room for what it holds. A worker that dialled a
-broker which was started again has as long to come back."""
+SILENT_S = 8.0
+"""A worker that answers nothing for longer is done without, if others have room for what it holds: who only sleeps a little
+keeps what he has."""
+BACK_S = 3.0
+"""A worker that dialled a broker which was started again comes back within so long."""
 POLL_S = 0.05
 REVIVE_S = 5.0
 """A worker that is started is there within so long."""
@@ -140,13 +142,13 @@ class Keeper:
     def _renumber(self) -> None:
         """The broker is another one: the devices have other numbers, and hold nothing of ours."""
         self._left.clear()
-        due, clock = SILENT_S, LivedClock()
+        clock = LivedClock()
         since_s = clock.now_s()
         wanted = [self._name(self.infos, s.assignment.device) for s in self.stages]
         while True:
             infos = self._devices()
             there = [(d.worker, d.name) if d.state == "ready" else None for d in infos]
-            if set(wanted) <= set(there) or clock.now_s() - since_s > due:
+            if set(wanted) <= set(there) or clock.now_s() - since_s > BACK_S:
                 break
             time.sleep(POLL_S)
         for stage, name in zip(self.stages, wanted, strict=True):
