@@ -109,6 +109,7 @@ class Keeper:
                 if not why:
                     self._fill()
                     self.revive()
+                    self.client.changed = True  # a device may be to be left meanwhile: that is seen to next
                     return
             except OutOfMemory as e:  # some other worker of its host may keep what nobody uses
                 why, limit_s = str(e), patience_s
