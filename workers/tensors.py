@@ -54,7 +54,7 @@ def spread(a: Array, n: int, axis: int) -> Array:
     shape = (*a.shape[: axis + 1], n, *a.shape[axis + 1 :])
     out = np.empty(shape, a.dtype)
     out[...] = np.expand_dims(a, axis + 1)
-    return out.reshape(*a.shape[:axis], -1, *a.shape[axis + 1 :])
+    return out.reshape(*a.shape[:axis], a.shape[axis] * n, *a.shape[axis + 1 :])
 
 
 def bf16_to_f32(x: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
