@@ -22,7 +22,8 @@ from workers.work import Compute, Dial, HangUp, LinkInstruction, Name, Send, ToP
 
 EPOCH = 1
 STUCK_S = 1.0
-"""What was handed over and not acknowledged for so long may not be soon: TCP tries ever more seldom."""
+"""A link over which nothing came for so long is dialled anew when it is wanted: where a network was broken, TCP tries ever
+more seldom."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ class _Link:
 
     def stuck(self, now_s: float) -> bool:
         """Whether nothing may come over it for a while, though its other end can be reached by a new connection."""
-        return any(now_s - (g.due_s - limits.HAND_OVER_S) > STUCK_S for g in self.given.values())
+        return self.up and now_s - self.heard_s > STUCK_S
 
 
 class Links:
