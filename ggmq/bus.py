@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from msgspec import structs
+
 from config.cores import n_cores
 from config.keys import KeyPair
 from ggmq.cluster import Client, LocalBus, connect, local_bus
@@ -125,6 +127,17 @@ def settled(client: Client, note: Callable[[str], None]) -> list[m.ListedDevice]
             note(f"no worker answers; waiting for them, {limits.RETURN_S:.0f} s at most")
             said = True
         time.sleep(0.1)
+
+
+def with_room(client: Client, infos: Sequence[m.ListedDevice]) -> list[m.ListedDevice]:
+    """The devices, those that are ready with what they say that is free now. Errors: Unavailable."""
+    asked = {i: client.submit(m.StatsQuery(), device=i) for i, d in enumerate(infos) if d.state == "ready"}
+    out = list(infos)
+    for i, seq in asked.items():
+        stats = client.wait(seq).header
+        assert isinstance(stats, m.Stats)  # the decoder gives STATS' reply this type
+        out[i] = structs.replace(infos[i], free_bytes=stats.free_bytes)
+    return out
 
 
 def local_threads(wanted: int, n_workers: int) -> list[int]:

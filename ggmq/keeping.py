@@ -16,6 +16,7 @@ import msgspec
 from config.clock import LivedClock
 from ggmq.archs.base import Arch
 from ggmq.archs.memory import Room
+from ggmq.bus import with_room
 from ggmq.cluster import Client
 from ggmq.loader import Loader, Part, PlacedStage
 from ggmq.pages import Store
@@ -61,7 +62,6 @@ class Keeper:
     hashes: BLAKE3 of each tensor.
     patience_s: for so long a lost worker, or a broker that has gone, is waited for where nobody takes its place.
     revive: has new workers started for those of this host that have ended; whether any were.
-    linked: has the stages linked again.
     note: told what a user should know while something is waited for.
     Threads: use from one.
     """
@@ -191,18 +191,7 @@ class Keeper:
             with contextlib.suppress(OutOfMemory, ConfigError):
                 return self.plan(infos)
         cuts = [s.assignment.layers for s in self.stages] if self._rounded else ()
-        return refill(self._sizes, kept, device_memory(self._with_room(infos)), cuts)
-
-    def _with_room(self, infos: Sequence[m.ListedDevice]) -> list[m.ListedDevice]:
-        """The devices with what they say that is free now. Errors: Unavailable."""
-        asked = {i: self.client.submit(m.StatsQuery(), device=i) for i, d in enumerate(infos)
-                 if d.state == "ready" and not d.retired}  # fmt: skip
-        out = list(infos)
-        for i, seq in asked.items():
-            stats = self.client.wait(seq).header
-            assert isinstance(stats, m.Stats)  # the decoder gives STATS' reply this type
-            out[i] = msgspec.structs.replace(infos[i], free_bytes=stats.free_bytes)
-        return out
+        return refill(self._sizes, kept, device_memory(with_room(self.client, infos)), cuts)
 
     def _lay(self, assignments: Sequence[Assignment]) -> None:
         """Have these stages. Parts that are loaded stay where they are, and what their device does not hold is unsaid."""
@@ -254,14 +243,16 @@ class Keeper:
 
     def _fill(self) -> None:
         """Load what is not there. Errors: Unavailable, OutOfMemory."""
-        todo = [(il, part) for s in self.stages for il, part in s.parts.items() if not part.loaded]
-        self.free_left()
-        self.empty.update(il for il, _ in todo if il >= 0)
-        self._loader.load([part for _, part in todo], self.hashes)
+        if self._left:
+            self._free_left(self.client.devices())
+        self.empty.update(il for s in self.stages for il, part in s.parts.items() if il >= 0 and not part.loaded)
+        self._load()
 
-    def free_left(self) -> None:
+    def _load(self) -> None:
+        self._loader.load([part for s in self.stages for part in s.parts.values() if not part.loaded], self.hashes)
+
+    def _free_left(self, infos: Sequence[m.ListedDevice]) -> None:
         """Free what was left behind on devices that are there again. Errors: Unavailable."""
-        infos = self.client.devices() if self._left else []
         for device in list(self._left):
             state = self._state(infos, device)
             if state not in ("ready", "none"):
@@ -277,8 +268,7 @@ class Keeper:
     def look(self) -> list[m.ListedDevice]:
         """The devices as they are now; what was left behind on one that is there again is freed. Errors: Unavailable."""
         infos = self._devices()
-        if self._left:
-            self.free_left()
+        self._free_left(infos)
         return infos
 
     @property
@@ -313,7 +303,7 @@ class Keeper:
 
     def _regrown(self, infos: Sequence[m.ListedDevice]) -> list[Assignment] | None:
         used = {s.assignment.device for s in self.stages}
-        unused = [d for d in device_memory(self._with_room(infos)) if d.index not in used]
+        unused = [d for d in device_memory(with_room(self.client, infos)) if d.index not in used]
         for device in sorted(unused, key=lambda d: -d.free_bytes):
             with contextlib.suppress(OutOfMemory):
                 return regrown(self._sizes, [s.assignment for s in self.stages], self._squeezed[-1], device)
@@ -328,8 +318,7 @@ class Keeper:
         before = list(self.stages)
         try:
             self._lay(assignments)
-            todo = [part for s in self.stages for part in s.parts.values() if not part.loaded]
-            self._loader.load(todo, self.hashes)
+            self._load()
             for s in self.stages:
                 for il, part in s.parts.items():
                     if il >= 0 and part is not old[il]:
@@ -340,7 +329,7 @@ class Keeper:
         taken = {s.assignment.layers for s in self.stages}
         self._squeezed = [layers for layers in self._squeezed if layers not in taken]
         self.infos = list(infos)
-        self.free_left()
+        self._free_left(infos)
 
     def _carry(self, old: Part, new: Part) -> None:
         """Copy what a layer has read from a device to another. Errors: Unavailable."""

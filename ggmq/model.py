@@ -14,14 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from ggmq.archs import open_arch
 from ggmq.archs.base import Arch
 from ggmq.archs.memory import Room
-from ggmq.bus import BusConfig, open_bus, settled
+from ggmq.bus import BusConfig, open_bus, settled, with_room
 from ggmq.cluster import Client
 from ggmq.gguf import GGUF
 from ggmq.keeping import PATIENCE_S, Keeper
@@ -128,8 +127,7 @@ def place_model(
     except OutOfMemory:  # workers of one host do not know what the others keep of runs that ended
         if not client.release():
             raise
-        infos = [msgspec.structs.replace(d, free_bytes=client.stats(i).free_bytes) if d.state == "ready" else d
-                 for i, d in enumerate(infos)]  # fmt: skip
+        infos = with_room(client, infos)
         assignments = placed(infos)
     model = Model(client, arch, n_ctx, room, assignments, config.activations, config.n_batch, config.n_seq)
     keeper = model.keeper
