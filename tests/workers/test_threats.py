@@ -21,6 +21,7 @@ from protocol.encoding import encode_graph, graph_digest
 from protocol.frames import Message, decode, encode
 from protocol.graph import Graph
 from protocol.messages import Command
+from tests.faults.mutations import mutated
 from tests.support.attacker import SESSION, Attacker, GoodRequest, listening_worker
 from tests.support.fixtures import content_hash
 from tests.support.strategies import leaf
@@ -214,22 +215,7 @@ def test_20000_fuzzed_messages_change_nothing(
         seeds.append([bytes(f) for f in encode(Message(m.COMMAND_OF[type(header)], header, payload, epoch=attacker.epoch))])
     sent = 0
     while sent < 20_000:
-        frames = list(rng.choice(seeds))
-        for _ in range(rng.randint(1, 3)):
-            i = rng.randrange(len(frames))
-            kind = rng.randrange(5)
-            if kind == 0 and frames[i]:
-                b = bytearray(frames[i])
-                b[rng.randrange(len(b))] = rng.randrange(256)
-                frames[i] = bytes(b)
-            elif kind == 1:
-                frames[i] = frames[i][: rng.randrange(len(frames[i]) + 1)]
-            elif kind == 2:
-                frames[i] = rng.randbytes(rng.randrange(200))
-            elif kind == 3:
-                frames.insert(i, rng.randbytes(rng.randrange(40)))
-            elif len(frames) > 1:
-                del frames[i]
+        frames = mutated(rng.choice(seeds), rng)
         attacker.socket.send_multipart(frames)
         sent += 1
         if sent % 200 == 0:
