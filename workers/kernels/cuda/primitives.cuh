@@ -1,7 +1,7 @@
 // What kernels use of the machine beyond C++: numbers of 16 bits, matrix instructions, loads past the first cache, copies to shared
 // memory, what is in front of and behind a kernel.
 // Kernels have no other assembly and include no header, so a host's compiler can take them over other primitives.
-// Source: the PTX ISA (cvt, fma.f16x2, mma.sync.m16n8k16, ldmatrix, ld.global.nc, prefetch, cp.async, griddepcontrol).
+// Source: the PTX ISA (cvt, fma.f16x2, mma.sync.m16n8k16, ldmatrix, ld.global.nc, prefetch, cp.async, cp.async.bulk.prefetch, griddepcontrol).
 
 typedef signed char i8;
 typedef unsigned char u8;
@@ -121,6 +121,18 @@ DEVICE uint4 stream16(const void* at) {
 
 // What will be read soon is brought into the second cache.
 DEVICE void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+
+// The same of n_bytes at once; both multiples of 16. Only where EXPECTS_BYTES.
+#if __CUDA_ARCH__ >= 900
+#define EXPECTS_BYTES 1
+#else
+#define EXPECTS_BYTES 0
+#endif
+DEVICE void expect_bytes(const void* at, u64 n_bytes) {
+#if EXPECTS_BYTES
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(at), "r"((u32)n_bytes) : "memory");
+#endif
+}
 
 // -- copies to shared memory ------------------------------------------------------------------------------------------
 

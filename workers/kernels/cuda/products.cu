@@ -16,6 +16,12 @@ constexpr int UNIT_WORDS =
 constexpr int AHEAD_WORDS = (BLOCKS == 1 ? 96 : BLOCKS == 2 ? 48 : BLOCKS == 3 ? 24 : 16) / (NT < 4 && !REST ? 1 : 2);
 constexpr int FITS = AHEAD_WORDS / (2 * MT * UNIT_WORDS), AHEAD = FITS >= 4 ? 4 : FITS >= 2 ? 2 : 1;
 
+// Turns of a tile's groups that are on their way to the second cache besides, where one thread has all brought.
+#ifndef FAR
+#define FAR 4
+#endif
+constexpr u32 FAR_TURNS = EXPECTS_BYTES && !REST ? (FAR + AHEAD - 1) / AHEAD * AHEAD : 0;
+
 // Sums of a tile in registers: of matrix m and columns j, as mma_halves has them.
 typedef float Sums[MT][NT][4];
 
@@ -53,6 +59,23 @@ DEVICE void load_ahead(const Ahead& ahead, u32 group, i64 k, Units (&to)[MT][2])
         u32 before = ahead.before + m * TILE * ((u32)k / 32);
         if (m && before >= ahead.all) before = ahead.before;  // some rows; nobody takes what comes of them
         for (int i = 0; i < 2; i++) load_units(ahead.source, before + group * (TILE * GROUP), i, to[m][i]);
+    }
+}
+
+// Groups `first` to `last` of a tile's rows will be read soon.
+DEVICE void expect_groups(const Rows& rows, i64 k, u32 first, u32 last) {
+    Planes p = planes_of(rows.w, rows.n_all, k);
+#pragma unroll
+    for (int m = 0; m < MT; m++) {
+        i64 row = rows.row + TILE * m;
+        if (row >= rows.n_all) break;
+        u64 before = (u64)row * p.n_chunks + first * (TILE * GROUP), n = (last - first) * (TILE * GROUP);
+        const int code_bytes = WORD_BYTES + BYTE_BYTES + NIBBLE_BYTES;
+        if (code_bytes) expect_bytes(p.codes + before * code_bytes, n * code_bytes);
+        if (TWO_BYTES) expect_bytes(p.twos + before * TWO_BYTES, n * TWO_BYTES);
+        if (ONE_BYTES) expect_bytes(p.ones + before * ONE_BYTES, n * ONE_BYTES);
+        if (SCALE_BYTES) expect_bytes(p.scales + before / BLOCK_CHUNKS * SCALE_BYTES, n / BLOCK_CHUNKS * SCALE_BYTES);
+        if (MORE_BYTES) expect_bytes(p.more + before / BLOCK_CHUNKS * MORE_BYTES, n / BLOCK_CHUNKS * MORE_BYTES);
     }
 }
 
@@ -127,10 +150,20 @@ DEVICE void multiply(
 #pragma unroll
         for (int j = 0; j < AHEAD; j++) load_next(units[j]);
     }
+    // The warps take it in turn to have brought what all read FAR_TURNS later.
+    auto expect = [&](int i, u32 turn) {
+        for (; turn >= turns; turn -= turns) i++;
+        if (i >= n_tiles || lane) return;
+        u32 first = N_WARPS * turn, last = min(first + N_WARPS * AHEAD, n_whole);
+        if (first < last) expect_groups(tile(i), k, first, last);
+    };
+    if (turns)
+        for (u32 turn = AHEAD * (1 + warp); turn < FAR_TURNS; turn += AHEAD * N_WARPS) expect(0, turn);
     wait();
     for (int i = 0; i < n_tiles; i++) {
         Sums sums = {};
         for (u32 turn = 0; turn < turns; turn += AHEAD) {
+            if (FAR_TURNS && warp == turn / AHEAD % N_WARPS) expect(i, turn + FAR_TURNS);
 #pragma unroll
             for (int j = 0; j < AHEAD; j++) {
                 u32 group = warp + N_WARPS * (turn + j);
