@@ -63,7 +63,7 @@ DEVICE void prefetch(const void*) {}
 #define EXPECTS_BYTES 1
 DEVICE void expect_bytes(const void* at, u64 n_bytes, EMULATED_PLACE) {
     if ((u64)at % 16 || n_bytes % 16 || !n_bytes) emulated_fail("a prefetch of what is not in pieces of 16 bytes", file, line);
-    for (u64 i : {(u64)0, n_bytes - 1}) (void)*((const volatile u8*)at + i);
+    for (u64 i = 0; i < n_bytes; i += 16) (void)*((const volatile u8*)at + i);
 }
 
 // -- one kernel after the other, each when all before it is done ------------------------------------------------------

@@ -18,7 +18,7 @@ from workers.devices.bindings import Bindings
 from workers.devices.cuda.driver import Driver, Function, Grid
 from workers.devices.cuda.weights import CUDABuffer, Memory, Weights
 from workers.devices.lower import SCRATCH, Lowered, Node, Scratch, Span
-from workers.kernels.cuda.launches import Four, Launch, MakesColumns
+from workers.kernels.cuda.launches import PIECE_THREADS, Four, Launch, MakesColumns, TellsPeaks
 from workers.kernels.cuda.sources import Kernel
 from workers.ticks import Tick
 
@@ -26,6 +26,8 @@ L = TypeVar("L", bound=Launch)
 F32, F16, BF16, I32 = GGMLType.F32, GGMLType.F16, GGMLType.BF16, GGMLType.I32
 STATUS_BYTES = 256
 """At the beginning of the arena: the word where kernels say which node's index was bad."""
+MAX_PEAKS = 1024
+"""Words of a plan that `TellsPeaks` has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,7 @@ class Binder:
         kept: memory that kernels read and no node writes.
         written: places in buffers that nodes write; untouched: inputs that none writes.
         zeroed: memory that all launches leave as zeros, by its size.
+        peaks: address of words that are zeros when a run begins, and how many are used.
         made: tensors whose columns a launch makes besides, and the step.
     """
 
@@ -79,6 +82,7 @@ class Binder:
     written: list[Span] = field(init=False)
     untouched: frozenset[int] = field(init=False)
     zeroed: dict[int, int] = field(default_factory=dict)
+    peaks: tuple[int, int] = (0, 0)
     made: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -162,6 +166,23 @@ class Binder:
         self.widen(structs.replace(last, columns=at, columns_row=row, columns_scales=scales, columns_wide=wide))
         self.made[i] = len(self.steps) - 1
         return True
+
+    def tells_peaks(self, i: int) -> int:
+        """Address of the largest magnitudes of tensor `i`'s rows, which the launch before this tells from now on; 0 where it
+        cannot."""
+        last, t = self.last(TellsPeaks), self.tensors[i]
+        made = (self.address(i), t.ne[0], t.n_rows)
+        if last is None or last.columns or last.peaks or last.rows_made() != made or made[0] % 16 or t.ne[0] % 4:
+            return 0
+        at, n = self.peaks if self.peaks[0] else (self.more(4 * MAX_PEAKS), 0)
+        if n + t.n_rows > MAX_PEAKS:
+            return 0
+        self.peaks = at, n + t.n_rows
+        self.widen(structs.replace(last, peaks=at + 4 * n))
+        if last.pieces():
+            grid = Grid(t.n_rows, last.pieces(), PIECE_THREADS, 0)
+            self.steps[-1] = replace(self.steps[-1], grid=grid)
+        return at + 4 * n
 
     def last(self, kind: type[L]) -> L | None:
         """What the launch before this is called with, if it is of this kind: it may do more besides, or be left out."""

@@ -173,9 +173,12 @@ class CUDAPlan(Plan):
         self._end(bound)
 
     def _begin(self, bound: Bound) -> None:
-        """The status word and the inputs."""
+        """The status word, the peaks and the inputs."""
         driver, binder = self._device.driver, bound.binder
         driver.fill(binder.status, 0xFF, 4)
+        at, n = binder.peaks
+        if n:
+            driver.fill(at, 0, 4 * n)
         for (at, n), i in zip(self._places.inputs, self.graph.inputs, strict=True):
             if n:
                 driver.upload(binder.address(i), bound.staging[at : at + n])

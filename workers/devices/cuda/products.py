@@ -52,7 +52,7 @@ STAGED_BYTES = 32 << 10
 T = GGMLType
 LIGHT = (T.Q4_0, T.Q4_1, T.Q5_0, T.Q8_0, T.IQ4_NL, T.MXFP4, T.Q4_K)
 """Types whose weights take so few registers that a processor has room for LIGHT_BLOCKS."""
-LIGHT_BLOCKS, MOST_BLOCKS = 4, 3
+LIGHT_BLOCKS, MOST_BLOCKS = 3, 3
 """Of a product that a processor has at a time: with many tiles many blocks, which hide each other's waits; with few
 tiles few blocks, whose threads have registers to read more ahead."""
 
@@ -67,11 +67,14 @@ class Matrix(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """Columns in 16 bits: where they and their scales lie, and bytes from one to the next."""
+    """Columns in 16 bits: where they and their scales lie, and bytes from one to the next; or the `rows` of float32 that a
+    product makes them of, and their `peaks`."""
 
     at: int
     row: int
     scales: int
+    rows: int = 0
+    peaks: int = 0
 
 
 def _tile(n: int) -> tuple[int, int]:
@@ -100,12 +103,17 @@ def _packed(b: Binder, n: Node, i: int) -> Matrix | None:
     return Matrix(GGMLType(t.type), at, t.n_rows, False)
 
 
-def _columns(b: Binder, n: Node, wide: bool) -> Columns | None:
-    """Columns of source 1 in 16 bits, made once for all products that read them."""
+def _columns(b: Binder, n: Node, wide: bool, whole: bool = False) -> Columns | None:
+    """Columns of source 1 in 16 bits, made once for all products that read them. `whole`: the product takes all of them at once,
+    and may make them itself."""
     j, t = n.tensor.src[1], n.req(1)
     if t.type != F32 or not t.contiguous:
         return None
     row = 2 * CHUNK * ceil_div(t.ne[0], CHUNK)
+    if whole and t.n_rows <= FEW_COLUMNS and t.n_rows * row <= STAGED_BYTES and b.lowered.n_products[j] == 1:
+        peaks = b.tells_peaks(j)
+        if peaks:
+            return Columns(0, row, 0, b.address(j), peaks)
     n_bytes = (row + 4) * t.n_rows
     place, fresh = b.scratch.shared(("bfloat16", j), n_bytes) if wide else b.scratch.columns(j, n_bytes)
     at = b.at(Span(SCRATCH, place.start, place.start + n_bytes))
@@ -126,7 +134,7 @@ def mul_mat(b: Binder, n: Node) -> bool:
     w = _packed(b, n, n.tensor.src[0]) if fits else None
     if w is None:
         return _plain(b, n)
-    x = _columns(b, n, w.type == BF16)
+    x = _columns(b, n, w.type == BF16, a.ne[2] * a.ne[3] == 1)
     assert x is not None  # it fits
     y, r2, r3 = b.address(n.index), z.ne[2] // a.ne[2], z.ne[3] // a.ne[3]
     batches = range(z.ne[2] * z.ne[3]) if a.ne[2] * a.ne[3] > 1 else (0,)
@@ -136,7 +144,7 @@ def mul_mat(b: Binder, n: Node) -> bool:
         first = ((batch // z.ne[2]) // r3 * a.ne[2] + batch % z.ne[2] // r2) * a.ne[1] if len(batches) > 1 else 0
         at = batch * z.ne[1]
         product = Product(x=x.at + at * x.row, x_row=x.row, scales=x.scales + 4 * at, n=count, k=a.ne[0], fixed=w.fixed,
-                          staged=count * x.row <= STAGED_BYTES,
+                          rows=x.rows, rows_step=z.nb[1], peaks=x.peaks, staged=count * x.row <= STAGED_BYTES,
                           n_tiles=ceil_div(a.ne[1], TILE * mt), begin=(0, NO_PART, NO_PART, NO_PART), w=single(w.at),
                           n_all=single(w.n_rows), first=single(first), n_rows=single(a.ne[1]),
                           y=single(y + 4 * a.ne[1] * at), y_row=single(4 * a.ne[1]))  # fmt: skip

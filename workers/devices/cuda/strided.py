@@ -119,4 +119,4 @@ def separate(b: Binder, result: int, *sources: int, inplace: bool = True) -> boo
 
 def row_threads(n: int) -> int:
     """Threads of a block for a row of n elements, which are taken in fours."""
-    return next((size for size in (32, 64, 128, 256, 512) if n <= 8 * size), 1024)
+    return next((size for size in (32, 64, 128, 256, 512) if n <= 16 * size), 1024)

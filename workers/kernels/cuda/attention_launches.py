@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from workers.kernels.cuda.launches import NOTHING, Four, Launch, MakesColumns, launch
+from workers.kernels.cuda.launches import NOTHING, Four, Launch, TellsPeaks, launch
 from workers.kernels.records import Address, Bytes, Code, Count, Flag, Float32, NodeIndex
 
 # -- positions ---------------------------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ class PagedAttend(Pages, frozen=True, kw_only=True):
 
 
 @launch("paged.merge", "PAGED_ATTN merge")
-class Merge(MakesColumns, frozen=True, kw_only=True):
+class Merge(TellsPeaks, frozen=True, kw_only=True):
     """Parts of each query, in order: `split_pages` pages each. `n_blocks` are a token's; the last of them makes its column.
     `given`: as `PagedAttend` has it. `meeting`: two words for each token, zeros before and after."""
 

@@ -5,13 +5,20 @@ struct ColumnScale {
     float scale, undo;
 };
 
-// For all threads of a block, of which each has seen a largest magnitude. `room`: 32 floats of shared memory.
-DEVICE ColumnScale column_scale(float largest, i64 wide, float* room) {
-    largest = block_max(largest, room);
+DEVICE ColumnScale scale_by(float largest, i64 wide) {
     // the largest becomes 128 to 256: no half overflows, and none that matters is subnormal
     int exponent = (int)(__float_as_uint(largest) >> 23);
     if (wide || exponent <= 16 || exponent >= 255) return {1, 1};
     return {__uint_as_float((u32)(261 - exponent) << 23), __uint_as_float((u32)(exponent - 7) << 23)};
+}
+
+// For all threads of a block, of which each has seen a largest magnitude. `room`: 32 floats of shared memory.
+DEVICE ColumnScale column_scale(float largest, i64 wide, float* room) { return scale_by(block_max(largest, room), wide); }
+
+// A warp's largest magnitude becomes its row's, where that is not larger; `peaks` has the bits, whose order is that of what they are of.
+DEVICE void tell_peak(i64 peaks, i64 row, float largest) {
+    largest = warp_max(largest);
+    if (threadIdx.x % WARP == 0) atomicMax((u32*)peaks + row, __float_as_uint(largest));
 }
 
 DEVICE uint2 four_of_column(const float (&v)[4], float scale, i64 wide) {

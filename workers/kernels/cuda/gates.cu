@@ -1,4 +1,4 @@
-// Gated rows: a block makes one, and the column of it. KIND: the function, as `Gate` has it.
+// Gated rows: a block makes one, and the column of it; with `peaks` it makes a piece, a four for each thread. KIND: the function, as `Gate` has it.
 
 KERNEL(1024) gate(Gate a) {
     __shared__ float room[WARP];
@@ -7,6 +7,20 @@ KERNEL(1024) gate(Gate a) {
     const char *x = (const char*)a.x + row_offset(r, a.ne, a.x_nb), *z = (const char*)a.z + row_offset(r, a.ne, a.z_nb);
     char* y = (char*)a.y + row_offset(r, a.ne, a.y_nb);
     int n = (int)a.ne[0];
+    if (a.peaks) {
+        int i = 4 * (blockIdx.y * blockDim.x + threadIdx.x);
+        float v[4] = {}, w[4];
+        if (i < n) {
+            load_floats(F32, x + 4 * i, v);
+            load_floats(F32, z + 4 * i, w);
+            combine(KIND, a.p0, a.p1, v, w);
+            store_floats(F32, y + 4 * i, v);
+        }
+        float largest = 0.0f;
+        for (int j = 0; j < 4; j++) largest = fmaxf(largest, fabsf(v[j]));
+        tell_peak(a.peaks, r, largest);
+        return;
+    }
     const int N = 4;
     if (n <= 4 * N * blockDim.x) {
         float v[N][4], w[N][4];

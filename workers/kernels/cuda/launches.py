@@ -76,6 +76,23 @@ class MakesColumns(Launch, frozen=True, kw_only=True):
         raise NotImplementedError
 
 
+class TellsPeaks(MakesColumns, frozen=True, kw_only=True):
+    """One that may tell the largest magnitude of each row instead, for a product that reads the rows themselves.
+
+    Attributes:
+        peaks: a word for each row, 0 before: it becomes the bits of a float32. 0: it tells nothing.
+    """
+
+    peaks: Address = 0
+
+    def pieces(self) -> int:
+        """Blocks of PIECE_THREADS threads for each row, when it tells peaks; 0: as many as otherwise."""
+        return 0
+
+
+PIECE_THREADS = 128
+
+
 def _flat(values: tuple[object, ...]) -> Iterator[object]:
     for value in values:
         if isinstance(value, tuple):

@@ -490,6 +490,7 @@ KERNEL(128) merge(Merge a) {
             largest = fmaxf(largest, fabsf(total[e] * by));
         }
     }
+    if (a.peaks) tell_peak(a.peaks, token, largest);
     if (a.columns && last_of(a, token, largest, room))
         put_column(token, (const float*)a.y + token * a.n_head * DV, a.n_head * DV, largest, a.columns, a.columns_row,
                    a.columns_scales, a.columns_wide, room);

@@ -78,6 +78,8 @@ class Product(Launch, frozen=True, kw_only=True):
         begin: a tensor's first tile of rows among the n_tiles of all; NO_PART where there is none.
         fixed: no launch of the same plan writes the weights.
         staged: the columns, which lie in one piece, are read from shared memory.
+        rows: what the columns are made of as they are staged, float32 `rows_step` bytes apart, and the `peaks` that
+            `TellsPeaks` tells of them; 0: the columns lie at x.
     """
 
     x: Address
@@ -86,6 +88,9 @@ class Product(Launch, frozen=True, kw_only=True):
     n: Count
     k: Count
     n_tiles: Count
+    rows: Address = 0
+    rows_step: Bytes = 0
+    peaks: Address = 0
     fixed: Flag
     staged: Flag
     begin: Parts
@@ -99,7 +104,7 @@ class Product(Launch, frozen=True, kw_only=True):
     def joined(self, other: Product) -> Self | None:
         """Both as one; None where they have not the same columns, or are too many."""
         n = sum(b < NO_PART for b in self.begin)
-        same = ("x", "x_row", "scales", "n", "k", "fixed", "staged")
+        same = ("x", "x_row", "scales", "rows", "n", "k", "fixed", "staged")
         if n == len(self.begin) or other.begin[1] < NO_PART or any(getattr(self, s) != getattr(other, s) for s in same):
             return None
         parts = {name: (*getattr(self, name)[:n], getattr(other, name)[0], *getattr(self, name)[n + 1 :])

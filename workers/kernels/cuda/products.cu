@@ -9,16 +9,20 @@
 #define N_WARPS N_SLICES
 
 #ifdef MT
+// Registers are as for blocks of so many threads, though these have 256: so the small kernels between products have room beside them.
+#ifndef THREADS
+#define THREADS (MT * NT > 1 ? 256 : 320)
+#endif
 constexpr int SCALE_WORDS = SUPER ? SCALE_BYTES / 4 : SCALE_BYTES;
 constexpr int UNIT_WORDS =
     (WORD_BYTES + BYTE_BYTES + NIBBLE_BYTES + TWO_BYTES + ONE_BYTES) / 4 + SCALE_WORDS + (MORE_BYTES ? 1 : 0);
 // Groups of a warp that are on their way at once: as registers have room for them when BLOCKS blocks share a processor.
-constexpr int AHEAD_WORDS = (BLOCKS == 1 ? 96 : BLOCKS == 2 ? 48 : BLOCKS == 3 ? 24 : 16) / (NT < 4 && !REST ? 1 : 2);
+constexpr int AHEAD_WORDS = (BLOCKS == 1 ? 96 : BLOCKS == 2 ? 48 : 16) / (NT < 4 && !REST ? 1 : 2);
 constexpr int FITS = AHEAD_WORDS / (2 * MT * UNIT_WORDS), AHEAD = FITS >= 4 ? 4 : FITS >= 2 ? 2 : 1;
 
 // Turns of a tile's groups that are on their way to the second cache besides, where one thread has all brought.
 #ifndef FAR
-#define FAR 4
+#define FAR 0
 #endif
 constexpr u32 FAR_TURNS = EXPECTS_BYTES && !REST ? (FAR + AHEAD - 1) / AHEAD * AHEAD : 0;
 
@@ -163,7 +167,6 @@ DEVICE void multiply(
     for (int i = 0; i < n_tiles; i++) {
         Sums sums = {};
         for (u32 turn = 0; turn < turns; turn += AHEAD) {
-            if (FAR_TURNS && warp == turn / AHEAD % N_WARPS) expect(i, turn + FAR_TURNS);
 #pragma unroll
             for (int j = 0; j < AHEAD; j++) {
                 u32 group = warp + N_WARPS * (turn + j);
@@ -196,7 +199,34 @@ DEVICE void multiply(
 // Columns that are brought to shared memory take so many bytes at most (`STAGED_BYTES` in products.py).
 #define STAGED_BYTES 32768
 
-KERNEL(256, BLOCKS) product(Product a) {
+DEVICE ColumnScale scale_of_rows(const Product& a, i64 column) {
+    return scale_by(__uint_as_float(((const u32*)a.peaks)[column]), IS(BF16));
+}
+
+// Columns are made of rows, as `put_column` makes them.
+DEVICE void stage_rows(const Product& a, u8* staged) {
+    const int SOME = 4;
+    for (int c = 0; c < (int)a.n; c++) {
+        const float* row = (const float*)(a.rows + c * a.rows_step);
+        float scale = scale_of_rows(a, c).scale;
+        for (int first = 4 * threadIdx.x; first < (int)a.k; first += SOME * 4 * blockDim.x) {
+            float v[SOME][4];
+#pragma unroll
+            for (int j = 0; j < SOME; j++) {
+                int i = first + j * 4 * blockDim.x;
+                float4 four = i < (int)a.k ? *(const float4*)(row + i) : make_float4(0, 0, 0, 0);
+                v[j][0] = four.x, v[j][1] = four.y, v[j][2] = four.z, v[j][3] = four.w;
+            }
+#pragma unroll
+            for (int j = 0; j < SOME; j++) {
+                int i = first + j * 4 * blockDim.x;
+                if (i < (int)a.k) *(uint2*)(staged + c * a.x_row + 2 * i) = four_of_column(v[j], scale, IS(BF16));
+            }
+        }
+    }
+}
+
+KERNEL(THREADS, BLOCKS) product(Product a) {
     ROOM(staged, STAGED_BYTES);
     next_may_come();
     if (!a.fixed) previous_done();
@@ -216,6 +246,11 @@ KERNEL(256, BLOCKS) product(Product a) {
         [&] {
             previous_done();
             if (!a.staged) return;
+            if (a.rows) {
+                stage_rows(a, staged);
+                __syncthreads();
+                return;
+            }
             // each warp reads a part of a column of its own: brought at once they take one way to memory and not one for each group
             for (int i = 16 * threadIdx.x; i < a.n * a.x_row; i += 16 * blockDim.x) fetch16(staged + i, (const u8*)a.x + i);
             end_of_lot();
@@ -227,7 +262,8 @@ KERNEL(256, BLOCKS) product(Product a) {
             i64 tile = blockIdx.x + (i64)i * gridDim.x, c = column0 + column;
             int part = part_of(a, tile);
             i64 r = (tile - a.begin[part]) * (TILE * MT) + row;
-            if (r < a.n_rows[part]) ((float*)(a.y[part] + c * a.y_row[part]))[r] = sum * (((const float*)a.scales)[c] * UNDO);
+            float undo = a.rows ? scale_of_rows(a, c).undo : ((const float*)a.scales)[c];
+            if (r < a.n_rows[part]) ((float*)(a.y[part] + c * a.y_row[part]))[r] = sum * (undo * UNDO);
         });
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from protocol.ops import GLU_KINDS, UNARY_KINDS
-from workers.kernels.cuda.launches import Four, Launch, MakesColumns, launch
+from workers.kernels.cuda.launches import PIECE_THREADS, Four, Launch, MakesColumns, TellsPeaks, launch
 from workers.kernels.records import Address, Bytes, Code, Count, Flag, Float32, NodeIndex
 
 UNARY = (*UNARY_KINDS, "SQR", "SQRT", "LOG", "SIN", "COS", "SCALE", "CLAMP", "LEAKY_RELU", "SAME")
@@ -134,8 +134,9 @@ class Norm(MakesColumns, frozen=True, kw_only=True):
 
 
 @launch("gates.gate", "GLU")
-class Gate(MakesColumns, frozen=True, kw_only=True):
-    """y = f(x, z) with up to two parameters, of rows of float32 in fours, a block each. A kernel is compiled for `kind`."""
+class Gate(TellsPeaks, frozen=True, kw_only=True):
+    """y = f(x, z) with up to two parameters, of rows of float32 in fours, a block each; a thread makes a four of them when it
+    tells peaks. A kernel is compiled for `kind`."""
 
     kind: Code
     x: Address
@@ -153,6 +154,9 @@ class Gate(MakesColumns, frozen=True, kw_only=True):
 
     def rows_made(self) -> tuple[int, int, int] | None:
         return together(self.y, self.ne, self.y_nb)
+
+    def pieces(self) -> int:
+        return -(-self.ne[0] // (4 * PIECE_THREADS))
 
 
 NORMS = ("NORM", "RMS_NORM", "L2_NORM")

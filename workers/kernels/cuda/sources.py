@@ -40,7 +40,7 @@ def _file(name: str) -> str:
 
 
 SHARED = {
-    **dict.fromkeys(("products", "tiles"), ("formats.cuh", "units.cuh")), "packing": ("formats.cuh",),
+    "products": ("formats.cuh", "units.cuh", "columns.cuh"), "tiles": ("formats.cuh", "units.cuh"), "packing": ("formats.cuh",),
     "columns": ("columns.cuh",),
     "attention": ("softmax.cuh",), "paged": ("softmax.cuh", "columns.cuh"), "sorts": ("strided.cuh",),
     "moves": ("strided.cuh",), "elements": ("strided.cuh", "functions.cuh"), "rows": ("strided.cuh", "columns.cuh"),
