@@ -54,17 +54,14 @@ static u16 emulated_fma(u16 a, u16 b, u16 c) {
 DEVICE u32 fma_halves(u32 a, u32 b, u32 c) {
     return pair(emulated_fma((u16)a, (u16)b, (u16)c), emulated_fma((u16)(a >> 16), (u16)(b >> 16), (u16)(c >> 16)));
 }
+DEVICE u32 low_half_twice(u32 v) { return pair((u16)v, (u16)v); }
+DEVICE u32 high_half_twice(u32 v) { return pair((u16)(v >> 16), (u16)(v >> 16)); }
 DEVICE u32 choose_bytes(u32 a, u32 b, u32 which) { return __byte_perm(a, b, which); }
 template <class T>
 DEVICE T held(T x) { return x; }
 DEVICE u32 keep_bits(u32 x, u32 mask, u32 y) { return (x & mask) | y; }
 DEVICE uint4 stream16(const void* at) { return *(const uint4*)at; }
 DEVICE void prefetch(const void*) {}
-#define EXPECTS_BYTES 1
-DEVICE void expect_bytes(const void* at, u64 n_bytes, EMULATED_PLACE) {
-    if ((u64)at % 16 || n_bytes % 16 || !n_bytes) emulated_fail("a prefetch of what is not in pieces of 16 bytes", file, line);
-    for (u64 i = 0; i < n_bytes; i += 16) (void)*((const volatile u8*)at + i);
-}
 
 // -- one kernel after the other, each when all before it is done ------------------------------------------------------
 

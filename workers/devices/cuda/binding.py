@@ -170,7 +170,7 @@ class Binder:
     def tells_peaks(self, i: int) -> int:
         """Address of the largest magnitudes of tensor `i`'s rows, which the launch before this tells from now on; 0 where it
         cannot."""
-        last, t = self.last(TellsPeaks), self.tensors[i]
+        last, step, t = self.last(TellsPeaks), self.steps[-1] if self.steps else None, self.tensors[i]
         made = (self.address(i), t.ne[0], t.n_rows)
         if last is None or last.columns or last.peaks or last.rows_made() != made or made[0] % 16 or t.ne[0] % 4:
             return 0
@@ -178,10 +178,9 @@ class Binder:
         if n + t.n_rows > MAX_PEAKS:
             return 0
         self.peaks = at, n + t.n_rows
-        self.widen(structs.replace(last, peaks=at + 4 * n))
-        if last.pieces():
-            grid = Grid(t.n_rows, last.pieces(), PIECE_THREADS, 0)
-            self.steps[-1] = replace(self.steps[-1], grid=grid)
+        assert isinstance(step, Launched)  # `last` has said so
+        grid = Grid(t.n_rows, last.pieces(), PIECE_THREADS, 0) if last.pieces() else step.grid
+        self.steps[-1] = replace(step, grid=grid, argument=structs.replace(last, peaks=at + 4 * n))
         return at + 4 * n
 
     def last(self, kind: type[L]) -> L | None:

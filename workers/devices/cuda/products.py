@@ -17,7 +17,7 @@ from workers.devices.bindings import Bindings
 from workers.devices.cuda.binding import BF16, F16, F32, I32, Binder, Launched, ceil_div
 from workers.devices.cuda.moves import get_plain_rows
 from workers.devices.lower import SCRATCH, Node, Span
-from workers.kernels.cuda.planes import CHUNK, GROUP, KINDS, TILE, format_of, multiplied
+from workers.kernels.cuda.planes import CHUNK, GROUP, TILE, format_of, multiplied
 from workers.kernels.cuda.product_launches import (
     NO_PART,
     ExpertProduct,
@@ -49,12 +49,8 @@ LARGE_TILE = 128
 """Rows and columns of these."""
 STAGED_BYTES = 32 << 10
 """As products.cu has them."""
-T = GGMLType
-LIGHT = (T.Q4_0, T.Q4_1, T.Q5_0, T.Q8_0, T.IQ4_NL, T.MXFP4, T.Q4_K)
-"""Types whose weights take so few registers that a processor has room for LIGHT_BLOCKS."""
-LIGHT_BLOCKS, MOST_BLOCKS = 3, 3
-"""Of a product that a processor has at a time: with many tiles many blocks, which hide each other's waits; with few
-tiles few blocks, whose threads have registers to read more ahead."""
+MOST_BLOCKS = 2
+"""Of a product that a processor has at a time. More would hide each other's waits, and have fewer registers to read ahead."""
 
 
 class Matrix(NamedTuple):
@@ -162,10 +158,9 @@ def _macros(w: Matrix, k: int, mt: int, nt: int) -> dict[str, Any]:
     return {"FORMAT": format_of(w.type), "MT": mt, "NT": nt, "REST": int(k % GROUP != 0 or w.n_rows % TILE != 0)}
 
 
-def _blocks(n_tiles: int, n_processors: int, type_: GGMLType, mt: int, nt: int) -> int:
+def _blocks(n_tiles: int, n_processors: int, mt: int, nt: int) -> int:
     """How many blocks share a processor."""
-    most = (LIGHT_BLOCKS if type_ in LIGHT else MOST_BLOCKS) if mt * nt == 1 else 2 if mt * nt < 16 else 1
-    return max(1, min(ceil_div(n_tiles, n_processors), most))
+    return max(1, min(ceil_div(n_tiles, n_processors), MOST_BLOCKS if mt * nt < 16 else 1))
 
 
 def _joined(b: Binder, n: Node, product: ProductT, macros: dict[str, Any]) -> tuple[ProductT, tuple[int, ...]]:
@@ -189,9 +184,9 @@ def _add_tiles(b: Binder, n: Node, product: TileProduct, **macros: Any) -> None:
 def _add_product(b: Binder, n: Node, product: Product, n_column_tiles: int, **macros: Any) -> None:
     product, others = _joined(b, n, product, macros)
     n_processors = b.driver.facts.n_processors
-    each = _blocks(product.n_tiles * n_column_tiles, n_processors, KINDS[macros["FORMAT"]], macros["MT"], macros["NT"])
+    each = _blocks(product.n_tiles * n_column_tiles, n_processors, macros["MT"], macros["NT"])
     b.add(n, product, min(product.n_tiles, each * n_processors), n_column_tiles, 256,
-          product.n * product.x_row if product.staged else 0, macros, **macros, BLOCKS=each)  # fmt: skip
+          product.n * product.x_row if product.staged else 0, macros, **macros, BLOCKS=each, STAGED=int(product.staged))  # fmt: skip
     b.widen(product, 0, *others)
 
 
@@ -228,7 +223,7 @@ def mul_mat_id(b: Binder, n: Node) -> bool:
     route = Route(ids=b.address(n.tensor.src[2]), ids_row=ids.nb[1], n_used=n_used, n_tokens=n_tokens, n_experts=n_experts,
                   n_columns=8 * nt, pairs=pairs, tiles=tiles, n_tiles=n_tiles, status=b.status, node=n.index)  # fmt: skip
     b.add(n, route, 1, 1, 1024)
-    each = _blocks(ceil_div(a.ne[1], TILE * mt) * n_tiles, b.driver.facts.n_processors, w.type, mt, nt)
+    each = _blocks(ceil_div(a.ne[1], TILE * mt) * n_tiles, b.driver.facts.n_processors, mt, nt)
     product = ExpertProduct(w=w.at, n_all=w.n_rows, first=0, n_rows=a.ne[1], k=a.ne[0], x=x.at, x_row=x.row, scales=x.scales,
                             n_slots=z.ne[1], n_used=n_used, pairs=pairs, tiles=tiles, y=b.address(n.index),
                             y_row=4 * a.ne[1])  # fmt: skip

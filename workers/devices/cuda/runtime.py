@@ -33,8 +33,8 @@ MEMORY = 2
 """cudaErrorMemoryAllocation, and CUDA_ERROR_OUT_OF_MEMORY."""
 SHARED = 8
 """CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES."""
-FREE_SHARED_BYTES = 48 << 10
-"""What a kernel may have without being asked for more."""
+FREE_SHARED_BYTES = 32 << 10
+"""What a kernel may have besides its own without being asked for more: of 48 KiB in all."""
 LASTING = frozenset((201, 214, 220, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 911, 999))
 """Errors after which the process must end before the GPU works for it again: a context that is gone, bits that flipped, a
 link that failed, addresses and instructions that are none, launches that failed or took too long. Both APIs have these."""

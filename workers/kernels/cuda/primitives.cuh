@@ -1,7 +1,7 @@
 // What kernels use of the machine beyond C++: numbers of 16 bits, matrix instructions, loads past the first cache, copies to shared
 // memory, what is in front of and behind a kernel.
 // Kernels have no other assembly and include no header, so a host's compiler can take them over other primitives.
-// Source: the PTX ISA (cvt, fma.f16x2, mma.sync.m16n8k16, ldmatrix, ld.global.nc, prefetch, cp.async, cp.async.bulk.prefetch, griddepcontrol).
+// Source: the PTX ISA (cvt, fma.f16x2, mma.sync.m16n8k16, ldmatrix, ld.global.nc, prefetch, cp.async, griddepcontrol).
 
 typedef signed char i8;
 typedef unsigned char u8;
@@ -90,6 +90,18 @@ DEVICE u32 fma_halves(u32 a, u32 b, u32 c) {
     return v;
 }
 
+// A word's low half twice, and its high half. Instructions take either half for both, so this costs none.
+DEVICE u32 low_half_twice(u32 v) {
+    u32 w;
+    asm("{.reg .b16 low, high; mov.b32 {low, high}, %1; mov.b32 %0, {low, low};}" : "=r"(w) : "r"(v));
+    return w;
+}
+DEVICE u32 high_half_twice(u32 v) {
+    u32 w;
+    asm("{.reg .b16 low, high; mov.b32 {low, high}, %1; mov.b32 %0, {high, high};}" : "=r"(w) : "r"(v));
+    return w;
+}
+
 // -- bytes ----------------------------------------------------------------------------------------------------------
 
 // Bytes of b:a (a has numbers 0 to 3), chosen by the low three bits of each nibble of `which`.
@@ -121,18 +133,6 @@ DEVICE uint4 stream16(const void* at) {
 
 // What will be read soon is brought into the second cache.
 DEVICE void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
-
-// The same of n_bytes at once; both multiples of 16. Only where EXPECTS_BYTES.
-#if __CUDA_ARCH__ >= 900
-#define EXPECTS_BYTES 1
-#else
-#define EXPECTS_BYTES 0
-#endif
-DEVICE void expect_bytes(const void* at, u64 n_bytes) {
-#if EXPECTS_BYTES
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(at), "r"((u32)n_bytes) : "memory");
-#endif
-}
 
 // -- copies to shared memory ------------------------------------------------------------------------------------------
 

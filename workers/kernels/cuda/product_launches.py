@@ -37,7 +37,7 @@ class Unpack(PackedRows, frozen=True, kw_only=True):
     pass
 
 
-NO_PART = 1 << 62
+NO_PART = (1 << 31) - 1
 
 # -- products ----------------------------------------------------------------------------------------------------------
 
@@ -77,7 +77,7 @@ class Product(Launch, frozen=True, kw_only=True):
         w, n_all, first, n_rows, y, y_row: of each tensor, as `Weights` has them, and where its result lies.
         begin: a tensor's first tile of rows among the n_tiles of all; NO_PART where there is none.
         fixed: no launch of the same plan writes the weights.
-        staged: the columns, which lie in one piece, are read from shared memory.
+        staged: the columns, which lie in one piece, are read from shared memory; a kernel is compiled for that.
         rows: what the columns are made of as they are staged, float32 `rows_step` bytes apart, and the `peaks` that
             `TellsPeaks` tells of them; 0: the columns lie at x.
     """

@@ -1,5 +1,6 @@
 // Products of packed weights with columns of 16 bits, by matrix instructions; compiled for one FORMAT, for tiles of 16 * MT rows and
-// 8 * NT columns, and with REST where rows are not in whole tiles of 16 or their elements not in whole groups.
+// 8 * NT columns, with STAGED where columns are read from shared memory, and with REST where rows are not in whole tiles of 16 or their
+// elements not in whole groups.
 //
 // A block has eight warps, which take a group of 128 elements in turn, so the first eight groups are eight warps' first; each adds up
 // its own in order, and the eight sums are added in order. Every element of the result has the same sums in the same order
@@ -7,24 +8,17 @@
 // of its next groups on their way, also those of the next tile, and before the kernel in front is done.
 
 #define N_WARPS N_SLICES
+#ifndef STAGED
+#define STAGED 0
+#endif
 
 #ifdef MT
-// Registers are as for blocks of so many threads, though these have 256: so the small kernels between products have room beside them.
-#ifndef THREADS
-#define THREADS (MT * NT > 1 ? 256 : 320)
-#endif
 constexpr int SCALE_WORDS = SUPER ? SCALE_BYTES / 4 : SCALE_BYTES;
 constexpr int UNIT_WORDS =
     (WORD_BYTES + BYTE_BYTES + NIBBLE_BYTES + TWO_BYTES + ONE_BYTES) / 4 + SCALE_WORDS + (MORE_BYTES ? 1 : 0);
 // Groups of a warp that are on their way at once: as registers have room for them when BLOCKS blocks share a processor.
-constexpr int AHEAD_WORDS = (BLOCKS == 1 ? 96 : BLOCKS == 2 ? 48 : 16) / (NT < 4 && !REST ? 1 : 2);
+constexpr int AHEAD_WORDS = (BLOCKS == 1 ? 96 : 64) / (NT < 4 && !REST ? 1 : 2);
 constexpr int FITS = AHEAD_WORDS / (2 * MT * UNIT_WORDS), AHEAD = FITS >= 4 ? 4 : FITS >= 2 ? 2 : 1;
-
-// Turns of a tile's groups that are on their way to the second cache besides, where one thread has all brought.
-#ifndef FAR
-#define FAR 0
-#endif
-constexpr u32 FAR_TURNS = EXPECTS_BYTES && !REST ? (FAR + AHEAD - 1) / AHEAD * AHEAD : 0;
 
 // Sums of a tile in registers: of matrix m and columns j, as mma_halves has them.
 typedef float Sums[MT][NT][4];
@@ -66,26 +60,10 @@ DEVICE void load_ahead(const Ahead& ahead, u32 group, i64 k, Units (&to)[MT][2])
     }
 }
 
-// Groups `first` to `last` of a tile's rows will be read soon.
-DEVICE void expect_groups(const Rows& rows, i64 k, u32 first, u32 last) {
-    Planes p = planes_of(rows.w, rows.n_all, k);
-#pragma unroll
-    for (int m = 0; m < MT; m++) {
-        i64 row = rows.row + TILE * m;
-        if (row >= rows.n_all) break;
-        u64 before = (u64)row * p.n_chunks + first * (TILE * GROUP), n = (last - first) * (TILE * GROUP);
-        const int code_bytes = WORD_BYTES + BYTE_BYTES + NIBBLE_BYTES;
-        if (code_bytes) expect_bytes(p.codes + before * code_bytes, n * code_bytes);
-        if (TWO_BYTES) expect_bytes(p.twos + before * TWO_BYTES, n * TWO_BYTES);
-        if (ONE_BYTES) expect_bytes(p.ones + before * ONE_BYTES, n * ONE_BYTES);
-        if (SCALE_BYTES) expect_bytes(p.scales + before / BLOCK_CHUNKS * SCALE_BYTES, n / BLOCK_CHUNKS * SCALE_BYTES);
-        if (MORE_BYTES) expect_bytes(p.more + before / BLOCK_CHUNKS * MORE_BYTES, n / BLOCK_CHUNKS * MORE_BYTES);
-    }
-}
-
 // Adds a group's products with the columns at `columns`, where the thread's part of them begins.
 DEVICE void add_group(const Units (&units)[MT][2], u32 group, int n, int t, const u8* const (&columns)[NT], Sums& sums) {
     int odd = (int)(group & 1);
+    ScalePair scales[MT][2];
 #pragma unroll
     for (int c = 0; c < GROUP; c++) {
         if (c >= n) break;
@@ -95,8 +73,9 @@ DEVICE void add_group(const Units (&units)[MT][2], u32 group, int n, int t, cons
 #pragma unroll
         for (int m = 0; m < MT; m++) {
             u32 low[4], high[4];
-            weights(units[m][0], c, odd, t, low);
-            weights(units[m][1], c, odd, t, high);
+            for (int h = 0; h < 2 && c % 2 == 0; h++) scales[m][h] = scale_pair(units[m][h], c / 2, odd, t);
+            weights(units[m][0], scales[m][0], c, low);
+            weights(units[m][1], scales[m][1], c, high);
 #pragma unroll
             for (int j = 0; j < NT; j++) {
                 MULTIPLY(sums[m][j], low[0], high[0], low[1], high[1], b[j].x, b[j].y);
@@ -154,15 +133,6 @@ DEVICE void multiply(
 #pragma unroll
         for (int j = 0; j < AHEAD; j++) load_next(units[j]);
     }
-    // The warps take it in turn to have brought what all read FAR_TURNS later.
-    auto expect = [&](int i, u32 turn) {
-        for (; turn >= turns; turn -= turns) i++;
-        if (i >= n_tiles || lane) return;
-        u32 first = N_WARPS * turn, last = min(first + N_WARPS * AHEAD, n_whole);
-        if (first < last) expect_groups(tile(i), k, first, last);
-    };
-    if (turns)
-        for (u32 turn = AHEAD * (1 + warp); turn < FAR_TURNS; turn += AHEAD * N_WARPS) expect(0, turn);
     wait();
     for (int i = 0; i < n_tiles; i++) {
         Sums sums = {};
@@ -226,7 +196,7 @@ DEVICE void stage_rows(const Product& a, u8* staged) {
     }
 }
 
-KERNEL(THREADS, BLOCKS) product(Product a) {
+KERNEL(256, BLOCKS) product(Product a) {
     ROOM(staged, STAGED_BYTES);
     next_may_come();
     if (!a.fixed) previous_done();
@@ -235,33 +205,35 @@ KERNEL(THREADS, BLOCKS) product(Product a) {
     const u8* columns[NT];
     // those beyond the last are the last again; nobody takes what comes of them
     for (int j = 0; j < NT; j++)
-        columns[j] = held((a.staged ? staged : (const u8*)a.x) + (column0 + min((i64)(8 * j + g), left - 1)) * a.x_row + 16 * t);
+#if STAGED
+        columns[j] = staged + held((u32)(min((i64)(8 * j + g), left - 1) * a.x_row + 16 * t));
+#else
+        columns[j] = held((const u8*)a.x + (column0 + min((i64)(8 * j + g), left - 1)) * a.x_row + 16 * t);
+#endif
     multiply(
         a.k, (int)((a.n_tiles - blockIdx.x + gridDim.x - 1) / gridDim.x),
         [&](int i) {
-            i64 tile = blockIdx.x + (i64)i * gridDim.x;
-            int part = part_of(a, tile);
-            return Rows{part, a.w[part], a.n_all[part], a.first[part] + (tile - a.begin[part]) * (TILE * MT)};
+            int tile = blockIdx.x + i * gridDim.x, part = part_of(a, tile);
+            return Rows{part, a.w[part], a.n_all[part], a.first[part] + (tile - (int)a.begin[part]) * (TILE * MT)};
         },
         [&] {
             previous_done();
-            if (!a.staged) return;
+#if STAGED
             if (a.rows) {
                 stage_rows(a, staged);
-                __syncthreads();
-                return;
+            } else {
+                // each warp reads a part of a column of its own: brought at once they take one way to memory and not one for each group
+                for (int i = 16 * threadIdx.x; i < a.n * a.x_row; i += 16 * blockDim.x) fetch16(staged + i, (const u8*)a.x + i);
+                end_of_lot();
+                fetched<0>();
             }
-            // each warp reads a part of a column of its own: brought at once they take one way to memory and not one for each group
-            for (int i = 16 * threadIdx.x; i < a.n * a.x_row; i += 16 * blockDim.x) fetch16(staged + i, (const u8*)a.x + i);
-            end_of_lot();
-            fetched<0>();
             __syncthreads();
+#endif
         },
         columns, left,
         [&](int i, int row, int column, float sum) {
-            i64 tile = blockIdx.x + (i64)i * gridDim.x, c = column0 + column;
-            int part = part_of(a, tile);
-            i64 r = (tile - a.begin[part]) * (TILE * MT) + row;
+            int tile = blockIdx.x + i * gridDim.x, part = part_of(a, tile);
+            i64 c = column0 + column, r = (tile - (int)a.begin[part]) * (TILE * MT) + row;
             float undo = a.rows ? scale_of_rows(a, c).undo : ((const float*)a.scales)[c];
             if (r < a.n_rows[part]) ((float*)(a.y[part] + c * a.y_row[part]))[r] = sum * (undo * UNDO);
         });

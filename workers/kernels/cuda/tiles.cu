@@ -30,7 +30,7 @@ KERNEL(256, 1) tile_product(TileProduct a) {
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
     i64 n_column_tiles = (a.n + COLUMNS - 1) / COLUMNS, tile = blockIdx.x / n_column_tiles;
     i64 column0 = blockIdx.x % n_column_tiles * COLUMNS;
-    int part = part_of(a, tile);
+    int part = part_of(a, (int)tile);
     i64 row0 = (tile - a.begin[part]) * ROWS + warp % 4 * 32;
     int n_groups = (int)(a.k / (32 * GROUP));
     u32 n_chunks = (u32)a.k / 32, all = (u32)a.n_all[part] * n_chunks, before[2];
@@ -70,13 +70,15 @@ KERNEL(256, 1) tile_product(TileProduct a) {
         __syncthreads();
         if (n + 1 < n_groups) bring(next.group, stage ^ 1);
         const u8* here = mine + stage * STAGE_BYTES;
+        ScalePair scales[2][2];
 #pragma unroll
         for (int c = 0; c < GROUP; c++) {
             u32 low[2][4], high[2][4];
 #pragma unroll
             for (int m = 0; m < 2; m++) {
-                weights(units[m][0], c, turn.group & 1, t, low[m]);
-                weights(units[m][1], c, turn.group & 1, t, high[m]);
+                for (int h = 0; h < 2 && c % 2 == 0; h++) scales[m][h] = scale_pair(units[m][h], c / 2, turn.group & 1, t);
+                weights(units[m][0], scales[m][0], c, low[m]);
+                weights(units[m][1], scales[m][1], c, high[m]);
             }
             if (c == GROUP - 1 && n + 1 < n_groups) load(next.group);
             // the chunk's place is the other of its two in odd columns, of which a thread has all or none

@@ -5,7 +5,9 @@
 
 // Which of a launch's tensors a tile of rows is of.
 template <class A>
-DEVICE int part_of(const A& a, i64 tile) { return (tile >= a.begin[1]) + (tile >= a.begin[2]) + (tile >= a.begin[3]); }
+DEVICE int part_of(const A& a, int tile) {
+    return (tile >= (int)a.begin[1]) + (tile >= (int)a.begin[2]) + (tile >= (int)a.begin[3]);
+}
 
 #if IS(BF16)
 #define MULTIPLY mma_bf16s
@@ -189,55 +191,59 @@ DEVICE void load(const Planes& p, const Row& r, i64 group, int n, int t, Units& 
 #endif
 }
 
-#if CODES
-// Bytes i and i again of a word, each as a half from 1024 on.
-DEVICE u32 byte_twice(u32 word, u32 i) { return choose_bytes(word, 0x64646464u, 0x4040u + 0x0101u * i); }
-DEVICE u32 low_twice(u32 word) { return choose_bytes(word, 0, 0x1010); }
-DEVICE u32 high_twice(u32 word) { return choose_bytes(word, 0, 0x3232); }
+// Two bytes of a word, as `which` chooses them, each as a half from 1024 on.
+DEVICE u32 byte_halves(u32 word, u32 which) { return choose_bytes(word, 0x64646464u, which); }
 
-// A half twice in a word times LARGER, or less than nothing.
+// Halves times LARGER, or less than nothing.
 DEVICE u32 larger(u32 v) { return mul_halves(v, 0x50005000u); }
 DEVICE u32 less(u32 v) { return mul_halves(v, 0xd000d000u); }
 
-// What the codes of a thread's units of chunk c are multiplied by, and what is added then, LARGER times as large, each twice in a
-// word; odd: the second group of a block of 256. Whole numbers times a half are rounded once.
-DEVICE void unit_scale(const Units& u, int c, int odd, int t, u32& scale, u32& more) {
-    more = 0;
+// What the codes of a thread's units of chunks 2p and 2p + 1 are multiplied by, and what is added then, LARGER times as large: of the
+// first in the low half, of the second in the high one. `odd`: the second group of a block of 256. Whole numbers times a half are
+// rounded once.
+struct ScalePair {
+    u32 scale, more;
+};
+
+DEVICE ScalePair scale_pair(const Units& u, int p, int odd, int t) {
+    ScalePair s = {0, 0};
+    // of a chunk's two scales that of the thread's half; or of four chunks' one each
+    u32 halves = 0x4240u + 0x0101u * (t / 2), chunks = p ? 0x4342u : 0x4140u;
 #if IS(Q4_0) || IS(Q5_0) || IS(Q8_0) || IS(IQ4_NL)
-    scale = c % 2 ? high_twice(u.scales[c / 2]) : low_twice(u.scales[c / 2]);
+    s.scale = u.scales[p];
 #elif IS(Q4_1) || IS(Q5_1)
-    scale = low_twice(u.scales[c]);
-    more = larger(high_twice(u.scales[c]));
+    s.scale = choose_bytes(u.scales[2 * p], u.scales[2 * p + 1], 0x5410);
+    s.more = larger(choose_bytes(u.scales[2 * p], u.scales[2 * p + 1], 0x7632));
 #elif IS(MXFP4)
-    u8 e = (u8)(u.scales[0] >> 8 * c);
-    float s = scale_of(&e, &e, 0, 0).scale;
-    scale = halves_of(s, s);
+    u8 first = (u8)(u.scales[0] >> 16 * p), second = (u8)(u.scales[0] >> (16 * p + 8));
+    s.scale = halves_of(scale_of(&first, &first, 0, 0).scale, scale_of(&second, &second, 0, 0).scale);
 #elif IS(Q4_K) || IS(Q5_K)
     // six bits each: the first four lie together, of the others the high two bits lie above those
     u32 low = odd ? 0x0f0f0f0fu : 0x3f3f3f3fu, top = odd ? 0x30303030u : 0;
     u32 n = keep_bits(u.scales[1] >> 2, top, (odd ? u.scales[3] : u.scales[1]) & low);
     u32 m = keep_bits(u.scales[2] >> 2, top, (odd ? u.scales[3] >> 4 : u.scales[2]) & low);
-    scale = mul_halves(sub_halves(byte_twice(n, c), 0x64006400u), low_twice(u.scales[0]));
-    more = mul_halves(sub_halves(byte_twice(m, c), 0x64006400u), less(high_twice(u.scales[0])));
+    s.scale = mul_halves(sub_halves(byte_halves(n, chunks), 0x64006400u), low_half_twice(u.scales[0]));
+    s.more = mul_halves(sub_halves(byte_halves(m, chunks), 0x64006400u), less(high_half_twice(u.scales[0])));
 #elif IS(Q6_K)
-    u32 n = (odd ? u.scales[2 + c / 2] : u.scales[c / 2]) ^ 0x80808080u;
-    scale = mul_halves(sub_halves(byte_twice(n, 2 * (c % 2) + t / 2), 0x64806480u), low_twice(u.more));
+    u32 n = (odd ? u.scales[2 + p] : u.scales[p]) ^ 0x80808080u;
+    s.scale = mul_halves(sub_halves(byte_halves(n, halves), 0x64806480u), low_half_twice(u.more));
 #elif IS(Q2_K)
-    u32 w = odd ? u.scales[2 + c / 2] : u.scales[c / 2], i = 2 * (c % 2) + t / 2;
-    u32 n = byte_twice(w & 0x0f0f0f0fu, i), m = byte_twice(w >> 4 & 0x0f0f0f0fu, i);
-    scale = mul_halves(sub_halves(n, 0x64006400u), low_twice(u.more));
-    more = mul_halves(sub_halves(m, 0x64006400u), less(high_twice(u.more)));
+    u32 w = odd ? u.scales[2 + p] : u.scales[p];
+    u32 n = byte_halves(w & 0x0f0f0f0fu, halves), m = byte_halves(w >> 4 & 0x0f0f0f0fu, halves);
+    s.scale = mul_halves(sub_halves(n, 0x64006400u), low_half_twice(u.more));
+    s.more = mul_halves(sub_halves(m, 0x64006400u), less(high_half_twice(u.more)));
 #elif IS(Q3_K)
-    u32 n = (u.scales[c / 2] >> 4 * odd & 0x0f0f0f0fu) | (u.scales[2] >> (4 * odd + 2 * (c / 2)) & 0x03030303u) << 4;
-    n = byte_twice(n, 2 * (c % 2) + t / 2);
-    scale = mul_halves(sub_halves(n, 0x64206420u), low_twice(u.more));
+    u32 n = (u.scales[p] >> 4 * odd & 0x0f0f0f0fu) | (u.scales[2] >> (4 * odd + 2 * p) & 0x03030303u) << 4;
+    s.scale = mul_halves(sub_halves(byte_halves(n, halves), 0x64206420u), low_half_twice(u.more));
 #elif IS(IQ4_XS)
-    u32 low = u.scales[1] >> 16 * odd >> 4 * c, high = u.scales[0] >> (16 + 8 * odd) >> 2 * c;
-    u32 n = byte_twice((low & 15) | (high & 3) << 4, 0);
-    scale = mul_halves(sub_halves(n, 0x64206420u), low_twice(u.scales[0]));
+    u32 low = u.scales[1] >> (16 * odd + 8 * p), high = u.scales[0] >> (16 + 8 * odd + 4 * p);
+    u32 n = 0x64006400u | (low & 15) | (low & 0xf0) << 12 | (high & 3) << 4 | (high & 12) << 18;
+    s.scale = mul_halves(sub_halves(n, 0x64206420u), low_half_twice(u.scales[0]));
 #endif
+    return s;
 }
 
+#if CODES
 // A whole number of at most eleven bits before the last that is not 0, as a half, twice in a word.
 DEVICE constexpr u32 whole_halves(u32 n) {
     u32 exponent = 0;
@@ -303,13 +309,13 @@ DEVICE void code_pairs(const Units& u, int c, u32 (&v)[4]) {
 #endif
 #endif
 
-// The eight weights of a thread's unit of chunk c, as pairs.
-DEVICE void weights(const Units& u, int c, int odd, int t, u32 (&v)[4]) {
+// The eight weights of a thread's unit of chunk c, as pairs. `s`: the scales of the two chunks of which it is one.
+DEVICE void weights(const Units& u, const ScalePair& s, int c, u32 (&v)[4]) {
 #if WORD_BYTES
     for (int i = 0; i < 4; i++) v[i] = u.words[4 * c + i];
 #else
-    u32 scale, more;
-    unit_scale(u, c, odd, t, scale, more);
+    u32 scale = c % 2 ? high_half_twice(s.scale) : low_half_twice(s.scale);
+    u32 more = c % 2 ? high_half_twice(s.more) : low_half_twice(s.more);
     code_pairs(u, c, v);
     for (int i = 0; i < 4; i++) {
 #if HAS_MIN
@@ -320,4 +326,3 @@ DEVICE void weights(const Units& u, int c, int odd, int t, u32 (&v)[4]) {
     }
 #endif
 }
-
