@@ -41,6 +41,8 @@ DEPTH, PROMPT, N_CTX = 512, 512, 1024
 NMSE = 1e-3
 """Of logits against `reference`, which multiplies in float64 what a device multiplies in float16."""
 MEASURE_S = 1.0
+MODEL = "llama-0.85b-q4_0.gguf"
+"""What worker processes are measured with."""
 COPY_BYTES = 1 << 30
 MATRIX = 8192
 AHEAD = 24
@@ -264,10 +266,8 @@ def model(device: CUDADevice, clock: Clock, peaks: Peaks, size: str, mix: str, f
 
 def workers(name: str, n_workers: int, n_streams: int, folder: Path) -> Iterator[Row]:
     """What a user of `ggmq run` sees: processes, a broker, sockets between them."""
-    path = folder / "llama-0.85b-q4_0.gguf"
-    write_model(path, "Q4_0", LARGE)
-    command = [sys.executable, "-m", "ggmq", "bench", "-m", str(path), "-dev", name, "--workers", str(n_workers), "-p",
-               str(PROMPT), "-n", "128", "--streams", str(n_streams), "-r", "3", "-o", "json"]  # fmt: skip
+    command = [sys.executable, "-m", "ggmq", "bench", "-m", str(folder / MODEL), "-dev", name, "--workers", str(n_workers),
+               "-p", str(PROMPT), "-n", "128", "--streams", str(n_streams), "-r", "3", "-o", "json"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command[1:])} ended with code {done.returncode}: {done.stderr.strip()[-400:]}")
@@ -338,6 +338,7 @@ def measure(device: CUDADevice, clock: Clock, args: argparse.Namespace) -> Table
                 return table
             table.add(f"{size} {mix}", lambda size=size, mix=mix: model(device, clock, peaks[-1], size, mix, folder))  # type: ignore[misc]
     device.trim()
+    write_model(folder / MODEL, "Q4_0", LARGE)
     for n_workers in (1, 2):
         for n_streams in STREAMS:
             title = f"{n_workers} workers, {n_streams} streams"

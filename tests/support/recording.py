@@ -36,8 +36,8 @@ from workers.ticks import Tick, nothing
 
 TOTAL_BYTES = 1 << 40
 N_CTX = 256
-TALL = (2400, 4000, 8000)
-"""Rows of which two, three and four blocks share a processor when they are multiplied."""
+TALL = (4000,)
+"""Rows of which two blocks share a processor when they are multiplied."""
 
 
 class RecordingDriver:

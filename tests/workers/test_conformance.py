@@ -93,4 +93,4 @@ def test_no_kernel_is_compiled_while_a_graph_runs(bus: Client, device: str) -> N
         reply = bus.request(m.GraphCompute(bus.session, graph_digest(frame), 1), [x.tobytes()])
         assert np.array_equal(np.frombuffer(reply.payload[0], np.float32), 1.5 * x)
     assert bus.stats(0).kernel_compiles == before
-    assert before == 0 or device == cuda_emulated.NAME
+    assert before == 0 or device != "CPU"

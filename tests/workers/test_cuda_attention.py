@@ -226,9 +226,10 @@ def test_bits_do_not_depend_on_how_the_context_is_divided(layer: Layer, n_pages:
 
 
 @pytest.mark.parametrize(("n_pages", "n_head"), [(3, 4), (3, 40), (70, 4), (70, 8)])
-def test_who_merges_makes_columns(n_pages: int, n_head: int) -> None:
-    """Of a product behind it, which reads a reshaped view; of many blocks of a token the last does. Twice: what they meet by
-    is as it was."""
+@pytest.mark.parametrize("n_products", [1, 2])
+def test_who_merges_makes_columns(n_pages: int, n_head: int, n_products: int) -> None:
+    """Of products behind it, which read a reshaped view; of many blocks of a token the last does. A product alone makes them
+    itself. Twice: what blocks meet by is as it was."""
     layer, n_tokens, n_rows = Layer(n_head=n_head), 2, 48
     pages, tokens = table(2, n_pages), layer.tokens((0, 180), (1, 64 * n_pages - 1))
     graph = layer.graph(n_tokens, n_pages, 2)
@@ -236,7 +237,7 @@ def test_who_merges_makes_columns(n_pages: int, n_head: int) -> None:
     view = replace(leaf(F32, (width, n_tokens, 1, 1)), op="RESHAPE", src=(10,), view_src=10)
     weight = replace(leaf(F16, (width, n_rows, 1, 1)), buffer=1)
     product = replace(leaf(F32, (n_rows, n_tokens, 1, 1)), op="MUL_MAT", src=(12, 11))
-    graph = Graph((*graph.tensors, view, weight, product), graph.inputs, (10, 13))
+    graph = Graph((*graph.tensors, view, weight, *[product] * n_products), graph.inputs, (10, 13))
     weights = np.random.default_rng(1).standard_normal(n_rows * width, np.float32).astype(np.float16).tobytes()
     driver = EmulatedDriver()
     driver.facts = replace(driver.facts, n_processors=64)
@@ -249,7 +250,10 @@ def test_who_merges_makes_columns(n_pages: int, n_head: int) -> None:
         for _ in range(2):
             out = plan.run(layer.inputs(tokens, pages, layer.cache()), nothing)
         results.append([np.frombuffer(x, np.float32).copy() for x in out])
-        names += [type(a).__name__ for a in launched(plan)] if isinstance(plan, CUDAPlan) else []
+        if isinstance(plan, CUDAPlan):
+            names += [type(a).__name__ for a in launched(plan)]
+            (merge,) = (a for a in launched(plan) if isinstance(a, Merge))
+            assert (bool(merge.peaks), bool(merge.columns)) == (n_products == 1, n_products == 2)
     assert names == ["PagedAttend", "Merge", "Product"]
     assert all(nmse(x, y) <= 1e-5 for x, y in zip(*results, strict=True))
 

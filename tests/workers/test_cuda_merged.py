@@ -21,6 +21,8 @@ from workers.devices.cuda.device import CUDADevice
 from workers.devices.cuda.weights import CUDABuffer
 from workers.kernels.cuda import attention_launches
 from workers.kernels.cuda.launches import MakesColumns
+from workers.kernels.cuda.product_launches import Product
+from workers.kernels.cuda.row_launches import Gate
 from workers.ticks import nothing
 
 pytestmark = pytest.mark.skipif(not compiler()[0], reason=compiler()[1])
@@ -99,6 +101,20 @@ def test_rows_that_only_products_read_are_columns_only(device: CUDADevice) -> No
         graph = Graph(tuple(d.tensors), tuple(d.inputs), tuple(outputs))
         norm = device.compile(graph, d.buffers).bind(nothing).launches[0].argument
         assert isinstance(norm, MakesColumns) and norm.columns and norm.only_columns is not written, case
+
+
+@pytest.mark.parametrize(("n", "rows", "n_products"), [(512, 1, 1), (1312, 3, 1), (8224, 1, 1), (512, 1, 2), (1312, 13, 1)])
+def test_a_product_makes_columns_of_gated_rows(device: CUDADevice, n: int, rows: int, n_products: int) -> None:
+    """Where it is the only one that reads them, and they are few; else the gate does."""
+    d, ne = Held(device), (n, rows)
+    y = d.node("SWIGLU", T.F32, ne, d.input(T.F32, ne), d.input(T.F32, ne))
+    outputs = [d.product(y, 48) for _ in range(n_products)]
+    check(d, (*outputs, y), ["SWIGLU", "MUL_MAT"])
+    graph = Graph(tuple(d.tensors), tuple(d.inputs), (*outputs, y))
+    gate, product = (step.argument for step in device.compile(graph, d.buffers).bind(nothing).launches)
+    assert isinstance(gate, Gate) and isinstance(product, Product)
+    alone = n_products == 1 and rows < 13
+    assert (bool(gate.peaks), bool(gate.columns), product.peaks) == (alone, not alone, gate.peaks)
 
 
 @pytest.mark.parametrize(("name", "n", "rows"), [

@@ -50,7 +50,7 @@ LARGE_TILE = 128
 STAGED_BYTES = 32 << 10
 """As products.cu has them."""
 MOST_BLOCKS = 2
-"""Of a product that a processor has at a time. More would hide each other's waits, and have fewer registers to read ahead."""
+"""Of a product that a processor has at a time. More hide each other's waits, and have fewer registers to read ahead."""
 
 
 class Matrix(NamedTuple):
@@ -100,8 +100,8 @@ def _packed(b: Binder, n: Node, i: int) -> Matrix | None:
 
 
 def _columns(b: Binder, n: Node, wide: bool, whole: bool = False) -> Columns | None:
-    """Columns of source 1 in 16 bits, made once for all products that read them. `whole`: the product takes all of them at once,
-    and may make them itself."""
+    """Columns of source 1 in 16 bits, made once for all products that read them. `whole`: the product takes all of them at
+    once, and may make them itself."""
     j, t = n.tensor.src[1], n.req(1)
     if t.type != F32 or not t.contiguous:
         return None
@@ -186,7 +186,8 @@ def _add_product(b: Binder, n: Node, product: Product, n_column_tiles: int, **ma
     n_processors = b.driver.facts.n_processors
     each = _blocks(product.n_tiles * n_column_tiles, n_processors, macros["MT"], macros["NT"])
     b.add(n, product, min(product.n_tiles, each * n_processors), n_column_tiles, 256,
-          product.n * product.x_row if product.staged else 0, macros, **macros, BLOCKS=each, STAGED=int(product.staged))  # fmt: skip
+          product.n * product.x_row if product.staged else 0, macros, **macros, BLOCKS=each,
+          STAGED=int(product.staged))  # fmt: skip
     b.widen(product, 0, *others)
 
 

@@ -1,4 +1,5 @@
-// Gated rows: a block makes one, and the column of it; with `peaks` it makes a piece, a four for each thread. KIND: the function, as `Gate` has it.
+// Gated rows: a block makes one, and the column of it; with `peaks` it makes a piece, a four for each thread. KIND: the function, as
+// `Gate` has it.
 
 KERNEL(1024) gate(Gate a) {
     __shared__ float room[WARP];

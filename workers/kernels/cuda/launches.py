@@ -91,6 +91,7 @@ class TellsPeaks(MakesColumns, frozen=True, kw_only=True):
 
 
 PIECE_THREADS = 128
+"""Of a block that makes a piece of a row, a four for each."""
 
 
 def _flat(values: tuple[object, ...]) -> Iterator[object]:

@@ -135,8 +135,8 @@ class Norm(MakesColumns, frozen=True, kw_only=True):
 
 @launch("gates.gate", "GLU")
 class Gate(TellsPeaks, frozen=True, kw_only=True):
-    """y = f(x, z) with up to two parameters, of rows of float32 in fours, a block each; a thread makes a four of them when it
-    tells peaks. A kernel is compiled for `kind`."""
+    """y = f(x, z) with up to two parameters, of rows of float32 in fours, a block each; a thread makes a four of them when
+    it tells peaks. A kernel is compiled for `kind`."""
 
     kind: Code
     x: Address

@@ -40,8 +40,8 @@ def _file(name: str) -> str:
 
 
 SHARED = {
-    "products": ("formats.cuh", "units.cuh", "columns.cuh"), "tiles": ("formats.cuh", "units.cuh"), "packing": ("formats.cuh",),
-    "columns": ("columns.cuh",),
+    "products": ("formats.cuh", "units.cuh", "columns.cuh"), "tiles": ("formats.cuh", "units.cuh"),
+    "packing": ("formats.cuh",), "columns": ("columns.cuh",),
     "attention": ("softmax.cuh",), "paged": ("softmax.cuh", "columns.cuh"), "sorts": ("strided.cuh",),
     "moves": ("strided.cuh",), "elements": ("strided.cuh", "functions.cuh"), "rows": ("strided.cuh", "columns.cuh"),
     "rope": ("strided.cuh",), "gates": ("strided.cuh", "columns.cuh", "functions.cuh"),
