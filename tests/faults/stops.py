@@ -28,7 +28,8 @@ def _setup(run: Run, moment: str) -> Setup:
 
 def stop(ground: Ground, run: Run) -> None:
     """SIGSTOP, and SIGCONT after 0.5, 5 or 60 s, idle or in the middle of a compute."""
-    stop_s = min(run.rng.choice(STOPS_S), ground.sizes.longest_stop_s)
+    chosen_s = min(run.rng.choice(STOPS_S), ground.sizes.longest_stop_s)
+    stop_s = ground.sizes.stop_s or chosen_s
     moment = run.rng.choice(("idle", "prefill", "decode", "decode"))
     setup = _setup(run, moment)
     if moment == "idle":
