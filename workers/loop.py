@@ -10,6 +10,7 @@ import os
 import secrets
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
@@ -38,6 +39,7 @@ from workers.cache import Cache, ModelFolder
 from workers.devices.base import Device
 from workers.executor import Executor
 from workers.links import Links
+from workers.ordering import OVERTAKEN, Ordering
 from workers.sockets import GUARD_S, Sockets
 from workers.state import WorkerState
 from workers.ticks import alongside
@@ -82,6 +84,8 @@ class WorkerLoop:
         self.stopping = False
         self.route: dict[bytes, zmq.Socket[Any]] = {}
         self.callers: Callers[bytes] = Callers()
+        self.ordering: Ordering[tuple[zmq.Socket[Any], bytes, Message, Caller]] = Ordering()
+        self.ready: deque[tuple[zmq.Socket[Any], bytes, Message, Caller]] = deque()
         self.clock = LivedClock()
         self.kept_s = self.probed_s = 0.0
         self.instance, self.cluster = tokens.token(instance or secrets.token_bytes(16), "worker", cluster), cluster
@@ -215,6 +219,7 @@ class WorkerLoop:
         waiting = {rid for rid, _ in self.queue}
         self.route = {rid: s for rid, s in self.route.items() if rid in self.state.routes or rid in waiting}
         self.callers.keep(self.route.keys())
+        self.ordering.keep(self.route.keys())
 
     def _probe(self, now: float, at_once: bool = False) -> None:
         """Send something to brokers that say nothing: where a connection is closed, that is when it shows."""
@@ -263,6 +268,8 @@ class WorkerLoop:
                     self._arrived(s, [f.buffer if len(f) > 4096 else f.bytes for f in raw], raw[-1], caller)
                 if len(self.queue) >= limits.MAX_INFLIGHT_PER_CLIENT * max(1, len(self.state.sessions)):
                     break
+        self.ready += self.ordering.due(self.clock.now_s())
+        self._in_order()
         self.sockets.guard()
 
     def _arrived(self, s: zmq.Socket[Any], frames: list[Frame], frame: zmq.Frame, caller: Caller) -> None:
@@ -296,6 +303,27 @@ class WorkerLoop:
             # a broker that was started again, or that lost sight of us, does not know us
             uplink.hang_up(message.header.message, self.clock.now_s())
             return
+        item = s, rid, message, caller
+        if isinstance(message.header, m.Hello):  # the answer to ours has its epoch only there
+            self.ordering.hello(rid, message.header.epoch, message.seq)
+        elif not message.reply and not self.joined:  # a front sees all that a peer says, and each device its own part
+            now = self.clock.now_s()
+            if self.ordering.was_skipped(rid, message.epoch, message.seq):
+                late = Unavailable(OVERTAKEN.format(message.command.name))
+                self._carry_out([self.state.refuse(rid, message, late)])
+                return
+            self.ready += self.ordering.take(rid, message.epoch, message.seq, item, now)
+            self._in_order()
+            return
+        self.ready.append(item)
+        self._in_order()
+
+    def _in_order(self) -> None:
+        while self.ready:
+            self._taken(*self.ready.popleft())
+
+    def _taken(self, s: zmq.Socket[Any], rid: bytes, message: Message, caller: Caller) -> None:
+        """A message has its turn to be admitted."""
         if not self.state.admit(rid, message, self.clock.now_s()):
             return
         if isinstance(message.header, m.Hello) and s in self.sockets.listeners:
