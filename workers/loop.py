@@ -18,12 +18,7 @@ from typing import Any
 import msgspec
 import zmq
 
-from config.auth import (
-    happening,
-    local_address,
-    raise_descriptor_limit,
-    remove_socket_folder,
-)
+from config.auth import happening, local_address, raise_descriptor_limit, remove_socket_folder
 from config.clock import LivedClock
 from config.keys import KeyPair
 from config.roles import ANYBODY, Caller, Callers
@@ -69,8 +64,7 @@ class WorkerLoop:
     def __init__(
         self, device: Device[Any], cache: Cache | None, software: str, keys: KeyPair | None = None, parent_pid: int = 0,
         name: str = "", models: ModelFolder | None = None, instance: bytes = b"", insecure: bool = False,
-        spin_s: float = 0.0, peer_port: int = 0, quiet: bool = False, cluster: bytes = b"",
-        keep_s: float = 0.0,
+        spin_s: float = 0.0, peer_port: int = 0, quiet: bool = False, cluster: bytes = b"", keep_s: float = 0.0,
     ) -> None:  # fmt: skip
         self.device, self.parent_pid, self.name = device, parent_pid, name
         self.state = WorkerState(software, name, device.name if name else "")
@@ -303,19 +297,15 @@ class WorkerLoop:
             # a broker that was started again, or that lost sight of us, does not know us
             uplink.hang_up(message.header.message, self.clock.now_s())
             return
-        item = s, rid, message, caller
+        turn = [(s, rid, message, caller)]
         if isinstance(message.header, m.Hello):  # the answer to ours has its epoch only there
             self.ordering.hello(rid, message.header.epoch, message.seq)
         elif not message.reply and not self.joined:  # a front sees all that a peer says, and each device its own part
-            now = self.clock.now_s()
             if self.ordering.was_skipped(rid, message.epoch, message.seq):
-                late = Unavailable(OVERTAKEN.format(message.command.name))
-                self._carry_out([self.state.refuse(rid, message, late)])
+                self._carry_out([self.state.refuse(rid, message, Unavailable(OVERTAKEN.format(message.command.name)))])
                 return
-            self.ready += self.ordering.take(rid, message.epoch, message.seq, item, now)
-            self._in_order()
-            return
-        self.ready.append(item)
+            turn = self.ordering.take(rid, message.epoch, message.seq, turn[0], self.clock.now_s())
+        self.ready += turn
         self._in_order()
 
     def _in_order(self) -> None:
