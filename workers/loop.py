@@ -268,8 +268,7 @@ class WorkerLoop:
 
     def _arrived(self, s: zmq.Socket[Any], frames: list[Frame], frame: zmq.Frame, caller: Caller) -> None:
         self.state.wire_in_bytes += sum(len(f) for f in frames)
-        name = next((n for n, linked in self.linked.items() if linked is s), None)
-        if name is not None:
+        if (name := next((n for n, linked in self.linked.items() if linked is s), None)) is not None:
             self._over_link(name, frames)
             return
         uplink = self.uplink if self.uplink is not None and s in self.uplink.channels else None
