@@ -167,6 +167,7 @@ class Membership:
         self._note(link, f"is silent: {worker.silent}", worker)
         out = self._fail_all(link, worker.silent)
         worker.epoch = self._epoch()
+        worker.seq = worker.bulk_seq = 0
         return [*out, self._say_hello(link, worker)]
 
     def _fail_all(self, link: Link, reason: str) -> list[Instruction]:

@@ -20,6 +20,7 @@ class Client(Struct):
     drains: replies that a DRAIN still waits for, by its seq.
     linking: what a LINK still waits for, by its seq.
     linked: pairs whose link is up.
+    passes: its last compute over several stages passed through here, so others may be on their way.
     """
 
     session: int
@@ -27,14 +28,16 @@ class Client(Struct):
     drains: dict[int, int] = field(default_factory=dict)
     linking: dict[int, Linking] = field(default_factory=dict)
     linked: set[Pair] = field(default_factory=set)
+    passes: bool = False
 
 
 class Linking(Struct):
-    """A LINK under way: its pairs, and how many of them are not known yet."""
+    """A LINK under way: its pairs, and how many of them are not known yet. `waited`: the client has no answer yet."""
 
     pairs: list[Pair]
     n_left: int
     found: bool = True
+    waited: bool = True
 
 
 class Worker(Struct):

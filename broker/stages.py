@@ -1,7 +1,7 @@
 """Computes over several devices, and the links between their workers. Pure.
 
 Where a client asked for links and they are up, every stage gets its part at once and the workers hand the activations on by
-themselves (a Relay); otherwise they are passed from stage to stage here.
+themselves (a Relay); otherwise, and while links are dialled, they are passed from stage to stage here.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ class Stages:
         """GRAPH_COMPUTE of a client. Errors: HandleError, WorkerLost."""
         pairs = list(pairwise([request.device, *(s.device for s in h.route)]))
         due_s = now_s + self.traffic.deadline_s
-        if pairs and client.linked.issuperset(pairs):
+        if pairs and client.linked.issuperset(pairs) and not self._passes(client, rid):
             return self._relay(client, rid, request, h, pairs, due_s)
+        client.passes |= bool(pairs)
         for step in h.route:  # what a route names keeps its number while the session is there
             self.traffic.devices[step.device].holders.add(client.session)
         frames = list(request.payload)
@@ -42,6 +43,12 @@ class Stages:
         out = self.traffic.forward(first, m.StageCompute(h.session, h.digest, h.n_payload), frames[: h.n_payload])
         client.n_inflight += 1
         return [out]
+
+    def _passes(self, client: Client, rid: bytes) -> bool:
+        """Whether a compute of a client still passes through here: what is handed over could overtake it."""
+        if client.passes:
+            client.passes = any(isinstance(p, PassedCompute) and p.rid == rid for p in self.traffic.pending.values())
+        return client.passes
 
     def passed(self, pending: PassedCompute, done: m.ComputeDone, reply: Message, now_s: float) -> list[Instruction]:
         """A stage has answered: its outputs go to the next one. Errors: HandleError, WorkerLost."""
@@ -165,6 +172,16 @@ class Stages:
         except GgmqError:
             return self.pair_known(pending, False)
 
+    def left(self, pending: LinkStep) -> list[Instruction]:
+        """The client waits for its LINK no more. Links that come up are used all the same."""
+        client, seq = self.traffic.clients[pending.rid], pending.request.seq
+        linking = client.linking[seq]
+        if not linking.waited:
+            return []
+        linking.waited = False
+        client.n_inflight -= 1
+        return [ToClient(pending.rid, pending.request.answer(m.Found(False)))]
+
     def pair_known(self, pending: LinkStep, found: bool) -> list[Instruction]:
         """Whether one pair of a LINK is linked now. The client hears of it when all are known."""
         client, seq = self.traffic.clients.get(pending.rid), pending.request.seq
@@ -176,9 +193,11 @@ class Stages:
         if linking.n_left:
             return []
         del client.linking[seq]
-        client.n_inflight -= 1
         if linking.found:
             client.linked.update(linking.pairs)
+        if not linking.waited:
+            return []
+        client.n_inflight -= 1
         return [ToClient(pending.rid, pending.request.answer(m.Found(linking.found)))]
 
 

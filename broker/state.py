@@ -151,6 +151,9 @@ class BrokerState:
         out: list[Instruction] = [ToClient(rid, message.answer(m.Ok()))]
         for key, p in self.pending.items():
             if p.rid == rid and p.request.seq == h.seq and not key[1]:
+                if isinstance(p, LinkStep):
+                    out += self.stages.left(p)
+                    continue
                 if isinstance(p, PassedCompute):
                     p.route.clear()
                 out.append(self.traffic.cancel(key))
@@ -200,6 +203,9 @@ class BrokerState:
         if client is None:
             return []
         self.notes.append(f"client {client.session} has gone")
+        for pending in self.pending.values():  # the same connection may have a new session, which asked for none of it
+            if pending.rid == rid:
+                pending.rid = b""
         return self._drain(b"", client, Message(Command.DRAIN, m.Drain(client.session)), now_s)
 
     # -- how requests end ----------------------------------------------------------------------------------------------

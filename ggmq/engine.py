@@ -86,6 +86,7 @@ class Engine:
     _read_s: float = 0.0
     _conversation: Sequence | None = None
     _interrupted: bool = False
+    _pauses: bool = False
     _error: BaseException | None = None
 
     def __post_init__(self) -> None:
@@ -187,9 +188,11 @@ class Engine:
 
     def _schedule(self) -> None:
         """Send batches until every stage has one and one is waiting behind it; then pages may move."""
-        if self.model.client.changed:
-            if self._under_way:  # nothing more is sent until layers can be moved
+        self._pauses |= self.model.learn_links()
+        if self.model.client.changed or self._pauses:
+            if self._under_way:  # nothing more is sent until layers can be moved, or links taken
                 return
+            self._pauses = False
             self.tend()
         self._send()
         if self.model.prompts is not None:

@@ -220,6 +220,8 @@ class Upload:
         """Keep the windows full, then wait for one reply. Returns: bytes that are now in place."""
         while self.to_ask and len(self.asked) < HASH_WINDOW:
             self._ask(self.to_ask.popleft())
+        if len(self.to_send) > 1 and self.sources.come():  # what was not begun may come from there
+            self.missing += [self.to_send.pop() for _ in range(len(self.to_send) - 1)][::-1]
         if self.missing and (not self.asked or len(self.missing) >= limits.MAX_WEIGHTS_ASKED):
             self._look_elsewhere()
         while self.to_fetch and len(self.fetching) < FETCH_WINDOW:

@@ -167,6 +167,7 @@ class Model:
         self.keeper = Keeper(client, arch, self._loader, self.stages, self.store, room, activations)
         self.runner = Runner(client, arch, self.stages, room, n_ctx, activations)
         self.direct = False
+        self._linking = 0
         self.load_s = self.ready_s = 0.0
         self.keep_prompts: tuple[Path, int] | None = None
         self.prompts: PromptCache | None = None
@@ -232,9 +233,9 @@ class Model:
         hashes = self.keeper.hashes = tensor_hashes(self.arch.gguf, on_hash)
         for stage in self.stages:
             stage.parts = stage.parts or self._loader.place(stage.assignment).parts
-        link = self._ask_links()
+        self._ask_links()
         self._loader.load([part for stage in self.stages for part in stage.parts.values()], hashes, progress)
-        self._learn_links(link)
+        self.direct = self.client.found(self._linking)
 
     def _prompt_cache(self, folder: Path, n_bytes: int) -> PromptCache:
         """Errors: ConfigError for a folder that cannot be one."""
@@ -253,11 +254,20 @@ class Model:
         for stage in self.stages:
             stage.parts = {}
 
-    def _ask_links(self) -> int:
-        return self.client.submit(m.Link(self.client.session, [s.assignment.device for s in self.stages]))
+    def _ask_links(self) -> None:
+        """Have links dialled. Where a worker cannot reach the next one that takes a while; meanwhile the broker passes
+        activations on."""
+        self.direct = False
+        self._linking = self.client.submit(m.Link(self.client.session, [s.assignment.device for s in self.stages]))
 
-    def _learn_links(self, asked: int) -> None:
-        self.direct = self.client.found(asked)
+    def learn_links(self) -> bool:
+        """Take in what became of links that were asked for. Returns: whether they are up now; they are used as soon as no
+        batch is under way."""
+        if not self.client.answered(self._linking):
+            return False
+        with contextlib.suppress(Unavailable, HandleError):  # of a device that was lost meanwhile: a batch meets that too
+            self.direct = self.client.found(self._linking)
+        return self.direct
 
     # -- when a worker is silent, lost or to be left ---------------------------------------------------------------------
 
@@ -267,15 +277,8 @@ class Model:
 
         Errors: `error`, or what came after it, when a worker or the broker is waited for in vain.
         """
-        for n_left in reversed(range(MAX_TRIES)):
-            self.keeper.restore(error)
-            try:
-                self._linked()
-                return
-            except Unavailable as e:
-                error = e
-                if not n_left:
-                    raise
+        self.keeper.restore(error)
+        self._linked()
 
     def tend(self, infos: Sequence[m.ListedDevice], idle: bool, stop: Callable[[], None] = lambda: None) -> bool:
         """Leave devices that are to be left, with all that was read; no batch may be under way. idle: take new ones too.
@@ -292,7 +295,7 @@ class Model:
 
     def _linked(self) -> None:
         self.runner.forget_graphs()
-        self._learn_links(self._ask_links())
+        self._ask_links()
 
     def held(self) -> bool:
         """Whether every stage still has its buffers: a worker that was started again has not. Errors: Unavailable."""

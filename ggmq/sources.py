@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import time
+from collections.abc import Iterable, Sequence
 
 from ggmq.cluster import Client
 from protocol import limits
 from protocol import messages as m
-from protocol.errors import GgmqError
+from protocol.errors import DeadlineExceeded, GgmqError
+
+LINK_S = 0.5
+"""A link to another worker is waited for so long; while it takes longer, weights are sent from here."""
 
 
 class Sources:
@@ -21,6 +26,7 @@ class Sources:
         self._others: list[int] | None = None
         self._given: dict[int, int] = {}
         self._linked: dict[int, bool] = {}
+        self._linking: dict[int, tuple[int, float]] = {}
 
     def of(self, weights: Sequence[m.Weight]) -> list[int | None]:
         """For each weight a device that has it, those that have several in equal parts; None: none has, or is reached."""
@@ -29,6 +35,11 @@ class Sources:
             asked = weights[first : first + limits.MAX_WEIGHTS_ASKED]
             out += self._chosen(asked, self._who_has(asked))
         return out
+
+    def come(self) -> bool:
+        """Whether a worker is reached now that was not when it was asked for."""
+        known = [source for source, (seq, _) in self._linking.items() if self.client.answered(seq)]
+        return any(self._learn(source) for source in known)
 
     def failed(self, source: int) -> None:
         """A device did not give what it had: it is not asked again."""
@@ -54,20 +65,29 @@ class Sources:
 
     def _chosen(self, weights: Sequence[m.Weight], holders: Sequence[Sequence[int]]) -> list[int | None]:
         out: list[int | None] = []
+        self._link({d for have in holders for d in have})
         for weight, have in zip(weights, holders, strict=True):
-            reached = [d for d in have if self._reached(d)]
+            reached = [d for d in have if self._linked.get(d)]
             chosen = min(reached, key=lambda d: self._given.get(d, 0), default=None)
             if chosen is not None:
                 self._given[chosen] = self._given.get(chosen, 0) + weight.n_bytes
             out.append(chosen)
         return out
 
-    def _reached(self, source: int) -> bool:
-        """Whether there is a link to a device's worker, which is dialled for this."""
-        if source not in self._linked:
-            try:
+    def _link(self, sources: Iterable[int]) -> None:
+        """Have links to the workers of these devices dialled. Those that are not up soon are not waited for."""
+        for source in sources:
+            if source not in self._linked and source not in self._linking:
                 link = m.Link(self.client.session, [self.device, source])
-                self._linked[source] = self.client.found(self.client.submit(link))
-            except GgmqError:
-                self._linked[source] = False
+                self._linking[source] = self.client.submit(link), time.monotonic() + LINK_S
+        for source, (seq, due_s) in list(self._linking.items()):
+            with contextlib.suppress(DeadlineExceeded):
+                self.client.await_reply(seq, max(0.0, due_s - time.monotonic()))
+                self._learn(source)
+
+    def _learn(self, source: int) -> bool:
+        try:
+            self._linked[source] = self.client.found(self._linking.pop(source)[0])
+        except GgmqError:
+            self._linked[source] = False
         return self._linked[source]

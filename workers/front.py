@@ -24,9 +24,10 @@ from config.keys import KeyPair
 from config.roles import Caller, Callers, Role
 from config.zap import Authenticator
 from protocol import messages as m
-from protocol.errors import GgmqError, ProtocolError, WorkerLost
+from protocol.errors import GgmqError, ProtocolError, Unavailable, WorkerLost
 from protocol.frames import Frame, Message, decode, encode, prefix_of, refusal_of
 from protocol.messages import Command
+from workers.ordering import OVERTAKEN, Ordering
 
 TO_ALL = frozenset({Command.HELLO, Command.PING, Command.DRAIN})
 START_S = 600.0
@@ -48,6 +49,7 @@ class Front:
         self.allowed = Allowed(keys) if keys is not None else None
         self.auth = Authenticator(self.context, self.allowed) if self.allowed is not None else None
         self.callers: Callers[bytes] = Callers()
+        self.ordering: Ordering[list[zmq.Frame]] = Ordering()
         try:
             self.listener = Listener(self.context, endpoint, self.allowed, "choose another port with -p")
         except GgmqError:
@@ -105,6 +107,8 @@ class Front:
                                 self._from_outside(frames, caller)
                         else:
                             self._from_device(frames)
+                for frames in self.ordering.due(time.monotonic()):
+                    self._pass_on(frames)
                 self._guard()
                 for child in self.children:
                     if child.poll() is not None and not self.stopping:
@@ -140,7 +144,7 @@ class Front:
         if self.callers.is_another(rid, caller):
             self._gone(rid)
         try:
-            command, _, device, _, seq = prefix_of(frames[1].buffer if len(frames) > 1 else b"")
+            command, reply, _, epoch, seq = prefix_of(frames[1].buffer if len(frames) > 1 else b"")
             if command in (Command.HELLO, Command.PEER_LISTEN):
                 h = decode([f.bytes for f in frames[1:]]).header  # only here is it known who says it
                 if isinstance(h, m.Hello):
@@ -151,6 +155,20 @@ class Front:
             self.listener.refused(frames[-1], e)
             self._error(rid, frames, e)
             return
+        if command == Command.HELLO:
+            self.ordering.hello(rid, epoch, seq)
+        if command == Command.HELLO or reply:
+            self._pass_on(frames)
+        elif self.ordering.was_skipped(rid, epoch, seq):
+            self._error(rid, frames, Unavailable(OVERTAKEN.format(command.name)))
+        else:
+            for turn in self.ordering.take(rid, epoch, seq, frames, time.monotonic()):
+                self._pass_on(turn)
+
+    def _pass_on(self, frames: list[zmq.Frame]) -> None:
+        """A message has its turn: to one device, or to all."""
+        rid = frames[0].bytes
+        command, _, device, _, seq = prefix_of(frames[1].buffer)
         if command in TO_ALL:
             self.gathering[(rid, command, seq)] = Gathering(set(self.order))
             for child in self.order:
@@ -204,6 +222,7 @@ class Front:
     def _gone(self, rid: bytes) -> None:
         """A peer has gone; a device process hears it as a message without frames."""
         self.callers.forget(rid)
+        self.ordering.forget(rid)
         if self.allowed is not None:
             self.allowed.forget({rid})
         for child in self.order:

@@ -10,6 +10,7 @@ import os
 import secrets
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
@@ -17,12 +18,7 @@ from typing import Any
 import msgspec
 import zmq
 
-from config.auth import (
-    happening,
-    local_address,
-    raise_descriptor_limit,
-    remove_socket_folder,
-)
+from config.auth import happening, local_address, raise_descriptor_limit, remove_socket_folder
 from config.clock import LivedClock
 from config.keys import KeyPair
 from config.roles import ANYBODY, Caller, Callers
@@ -38,6 +34,7 @@ from workers.cache import Cache, ModelFolder
 from workers.devices.base import Device
 from workers.executor import Executor
 from workers.links import Links
+from workers.ordering import OVERTAKEN, Ordering
 from workers.sockets import GUARD_S, Sockets
 from workers.state import WorkerState
 from workers.ticks import alongside
@@ -67,8 +64,7 @@ class WorkerLoop:
     def __init__(
         self, device: Device[Any], cache: Cache | None, software: str, keys: KeyPair | None = None, parent_pid: int = 0,
         name: str = "", models: ModelFolder | None = None, instance: bytes = b"", insecure: bool = False,
-        spin_s: float = 0.0, peer_port: int = 0, quiet: bool = False, cluster: bytes = b"",
-        keep_s: float = 0.0,
+        spin_s: float = 0.0, peer_port: int = 0, quiet: bool = False, cluster: bytes = b"", keep_s: float = 0.0,
     ) -> None:  # fmt: skip
         self.device, self.parent_pid, self.name = device, parent_pid, name
         self.state = WorkerState(software, name, device.name if name else "")
@@ -82,6 +78,8 @@ class WorkerLoop:
         self.stopping = False
         self.route: dict[bytes, zmq.Socket[Any]] = {}
         self.callers: Callers[bytes] = Callers()
+        self.ordering: Ordering[tuple[zmq.Socket[Any], bytes, Message, Caller]] = Ordering()
+        self.ready: deque[tuple[zmq.Socket[Any], bytes, Message, Caller]] = deque()
         self.clock = LivedClock()
         self.kept_s = self.probed_s = 0.0
         self.instance, self.cluster = tokens.token(instance or secrets.token_bytes(16), "worker", cluster), cluster
@@ -215,6 +213,7 @@ class WorkerLoop:
         waiting = {rid for rid, _ in self.queue}
         self.route = {rid: s for rid, s in self.route.items() if rid in self.state.routes or rid in waiting}
         self.callers.keep(self.route.keys())
+        self.ordering.keep(self.route.keys())
 
     def _probe(self, now: float, at_once: bool = False) -> None:
         """Send something to brokers that say nothing: where a connection is closed, that is when it shows."""
@@ -263,12 +262,13 @@ class WorkerLoop:
                     self._arrived(s, [f.buffer if len(f) > 4096 else f.bytes for f in raw], raw[-1], caller)
                 if len(self.queue) >= limits.MAX_INFLIGHT_PER_CLIENT * max(1, len(self.state.sessions)):
                     break
+        self.ready += self.ordering.due(self.clock.now_s())
+        self._in_order()
         self.sockets.guard()
 
     def _arrived(self, s: zmq.Socket[Any], frames: list[Frame], frame: zmq.Frame, caller: Caller) -> None:
         self.state.wire_in_bytes += sum(len(f) for f in frames)
-        name = next((n for n, linked in self.linked.items() if linked is s), None)
-        if name is not None:
+        if (name := next((n for n, linked in self.linked.items() if linked is s), None)) is not None:
             self._over_link(name, frames)
             return
         uplink = self.uplink if self.uplink is not None and s in self.uplink.channels else None
@@ -296,6 +296,23 @@ class WorkerLoop:
             # a broker that was started again, or that lost sight of us, does not know us
             uplink.hang_up(message.header.message, self.clock.now_s())
             return
+        turn = [(s, rid, message, caller)]
+        if isinstance(message.header, m.Hello):  # the answer to ours has its epoch only there
+            self.ordering.hello(rid, message.header.epoch, message.seq)
+        elif not message.reply and not self.joined:  # a front sees all that a peer says, and each device its own part
+            if self.ordering.was_skipped(rid, message.epoch, message.seq):
+                self._carry_out([self.state.refuse(rid, message, Unavailable(OVERTAKEN.format(message.command.name)))])
+                return
+            turn = self.ordering.take(rid, message.epoch, message.seq, turn[0], self.clock.now_s())
+        self.ready += turn
+        self._in_order()
+
+    def _in_order(self) -> None:
+        while self.ready:
+            self._taken(*self.ready.popleft())
+
+    def _taken(self, s: zmq.Socket[Any], rid: bytes, message: Message, caller: Caller) -> None:
+        """A message has its turn to be admitted."""
         if not self.state.admit(rid, message, self.clock.now_s()):
             return
         if isinstance(message.header, m.Hello) and s in self.sockets.listeners:

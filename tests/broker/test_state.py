@@ -220,6 +220,65 @@ def test_losing_the_second_stage_answers_the_client() -> None:
     assert isinstance(answer, ToClient) and answer.message.header.code == "worker_lost"
 
 
+@pytest.mark.parametrize("kind", ["drain", "link", "compute"])
+def test_what_was_asked_before_a_second_hello_is_nobodys(kind: str) -> None:
+    """A client may say HELLO again at any time, in the middle of whatever it asked for."""
+    state = BrokerState("t", 10)
+    hello(state, A)
+    hello(state, B)
+    session = client(state)
+    ask(state, m.AllocBuffer(session, 1, 60), 1)
+    asked = {"drain": m.Drain(session), "link": m.Link(session, [0, 1]), "compute": m.GraphCompute(session, b"1" * 16, 0)}
+    (sent,) = ask(state, asked[kind], 2)
+    state.handle(FromClient(CLIENT, Message(Command.HELLO, m.Hello(PROTOCOL_VERSION, "client")), 1.0))
+    made = {"drain": m.Ok(), "link": m.PeerAddress("tcp://x:1", b"i"), "compute": m.ComputeDone()}
+    out = state.handle(FromWorker(sent.link, sent.message.answer(made[kind]), 1.0))
+    assert not [i for i in out if isinstance(i, ToClient)] and state.clients[CLIENT].n_inflight == 0
+
+
+def stages_of(out: list[Any]) -> list[str]:
+    return [i.link for i in out if isinstance(i, ToWorker) and i.message.command == Command.STAGE_COMPUTE]
+
+
+def test_computes_pass_through_here_until_links_are_up_and_nothing_is_overtaken_then() -> None:
+    state = BrokerState("t", 10)
+    hello(state, A)
+    hello(state, B)
+    session = client(state)
+    compute = m.GraphCompute(session, b"1" * 16, 0, [m.RouteStep(1, b"2" * 16, 0)])
+    (listen,) = ask(state, m.Link(session, [0, 1]), 1)
+    (dial,) = state.handle(FromWorker(B, listen.message.answer(m.PeerAddress("tcp://x:1", b"i")), 1.0))
+    (first,) = ask(state, compute, 2)
+    assert stages_of([first]) == [A], "nobody waits for a dial"
+    (answer,) = state.handle(FromWorker(A, dial.message.answer(m.Found(True)), 1.0))
+    assert (answer.message.seq, answer.message.header) == (1, m.Found(True))
+    (early,) = ask(state, compute, 3)
+    assert stages_of([early]) == [A], "what is handed over would overtake the one before"
+    (second,) = state.handle(FromWorker(A, first.message.answer(m.ComputeDone(), [b"x"]), 1.0))
+    state.handle(FromWorker(B, second.message.answer(m.ComputeDone()), 1.0))
+    (late,) = ask(state, compute, 4)
+    assert stages_of([late]) == [A], "there is still one on its way"
+    for passing in (early, late):
+        (then,) = state.handle(FromWorker(A, passing.message.answer(m.ComputeDone(), [b"x"]), 1.0))
+        state.handle(FromWorker(B, then.message.answer(m.ComputeDone()), 1.0))
+    assert stages_of(ask(state, compute, 5)) == [A, B]
+
+
+def test_a_link_that_nobody_waits_for_is_answered_at_once_and_used_when_it_is_up() -> None:
+    state = BrokerState("t", 10)
+    hello(state, A)
+    hello(state, B)
+    session = client(state)
+    (listen,) = ask(state, m.Link(session, [0, 1]), 1)
+    (dial,) = state.handle(FromWorker(B, listen.message.answer(m.PeerAddress("tcp://x:1", b"i")), 1.0))
+    told = [i.message for i in ask(state, m.Cancel(session, 1), 2) if isinstance(i, ToClient)]
+    assert {(t.seq, t.header) for t in told} == {(1, m.Found(False)), (2, m.Ok())}
+    assert state.clients[CLIENT].n_inflight == 0
+    assert state.handle(FromWorker(A, dial.message.answer(m.Found(True)), 1.0)) == [], "it has its answer"
+    compute = m.GraphCompute(session, b"1" * 16, 0, [m.RouteStep(1, b"2" * 16, 0)])
+    assert stages_of(ask(state, compute, 3)) == [A, B]
+
+
 def test_a_foreign_session_and_a_device_that_is_not_there_are_refused() -> None:
     state = BrokerState("t", 10)
     hello(state, A)
@@ -501,7 +560,8 @@ class Bus(RuleBasedStateMachine):
     @invariant()
     def what_is_owed_is_pending(self) -> None:
         if hasattr(self, "state"):
-            waiting = {p.request.seq for p in self.state.pending.values() if p.rid}
+            left = {seq for seq, linking in self.state.clients[CLIENT].linking.items() if not linking.waited}
+            waiting = {p.request.seq for p in self.state.pending.values() if p.rid} - left
             assert waiting == self.owed
 
     def teardown(self) -> None:

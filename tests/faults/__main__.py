@@ -34,6 +34,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--quant", default="Q4_0", help="type of its weights (default %(default)s)")
     p.add_argument("--tokens", type=int, metavar="N", help="made of each prompt (default: 300, 48 of another model)")
     p.add_argument("--longest-stop", type=float, default=60.0, metavar="S", help="of a process (default %(default)s s)")
+    p.add_argument("--stop", type=float, default=0.0, metavar="S", help="every stop takes so long (default: 0.5, 5 or 60 s, "
+                   "as it comes)")  # fmt: skip
     p.add_argument("--minutes-limit", type=float, default=240.0, metavar="M", help="begin no run later (%(default)s)")
     p.add_argument("--quick", action="store_true", help="a scenario that counts messages or steps takes few")
     p.add_argument("-o", "--output", choices=["table", "json"], default="table")
@@ -53,7 +55,8 @@ def main() -> int:
     print(f"seed {seed}", file=sys.stderr, flush=True)
     other = args.model is not None or args.params is not None
     sizes = OTHER_SIZES if other else BUNDLED_SIZES
-    sizes = replace(sizes, n_tokens=args.tokens or sizes.n_tokens, longest_stop_s=args.longest_stop)
+    sizes = replace(sizes, n_tokens=args.tokens or sizes.n_tokens, longest_stop_s=args.longest_stop,
+                    stop_s=args.stop)  # fmt: skip
     ground = Ground(sizes, args.model, args.quick)
     report = Report(seed, 60 * args.minutes_limit)
     start = time.monotonic()

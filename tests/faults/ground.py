@@ -35,12 +35,14 @@ def long_prompt(opening: str, n_sentences: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How much is made. Units: tokens; `n_sentences` pairs of sentences make a prompt long; `longest_stop_s` seconds."""
+    """How much is made. Units: tokens; `n_sentences` pairs of sentences make a prompt long; seconds: no stop is longer than
+    `longest_stop_s`, and every one takes `stop_s` where that is not 0."""
 
     n_tokens: int = 300
     n_ctx: int = 1024
     n_sentences: int = 12
     longest_stop_s: float = 5.0
+    stop_s: float = 0.0
 
 
 @dataclass

@@ -68,50 +68,63 @@ def _ip(*args: str) -> None:
 
 
 _numbers = itertools.count(os.getpid() % 50 * 1000)
+FORWARDS = "echo 1 > /proc/sys/net/ipv4/ip_forward"
 
 
 class Namespace:
-    """A network namespace at a link to this host.
+    """A network namespace at a link to this host, or to another namespace that passes on what is not its own.
 
     Attributes:
-        outer, inner: addresses of this host and of who is inside.
+        outer, inner: addresses of whoever is at the other end of the link, and of who is inside.
+        host: address of this host for those inside.
         command: what has a command run inside.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, router: Namespace | None = None) -> None:
         """Errors: CalledProcessError where there are none."""
         n = next(_numbers)
-        self.name, self._link = f"ggmq-{os.getpid()}-{n}", f"gq{n}"
+        self.name, self._link, self._router = f"ggmq-{os.getpid()}-{n}", f"gq{n}", router
         net = f"10.213.{n // 64 % 256}."
         self.outer, self.inner = net + str(n % 64 * 4 + 1), net + str(n % 64 * 4 + 2)
+        self.host = router.host if router is not None else self.outer
         self.command = ["ip", "netns", "exec", self.name]
         _ip("netns", "add", self.name)
-        _ip("link", "add", self._link, "type", "veth", "peer", "name", "eth0", "netns", self.name)
-        _ip("addr", "add", f"{self.outer}/30", "dev", self._link)
+        self._outside("link", "add", self._link, "type", "veth", "peer", "name", "eth0", "netns", self.name)
+        self._outside("addr", "add", f"{self.outer}/30", "dev", self._link)
         self._inside("addr", "add", f"{self.inner}/30", "dev", "eth0")
         self._inside("link", "set", "lo", "up")
         self._inside("link", "set", "eth0", "up")
-        _ip("link", "set", self._link, "up")
+        self._outside("link", "set", self._link, "up")
         self._inside("route", "add", "default", "via", self.outer)
+        if router is not None:
+            subprocess.run([*router.command, "sh", "-c", FORWARDS], check=True, capture_output=True)
+            _ip("route", "add", f"{self.inner}/32", "via", router.inner)
 
     def _inside(self, *args: str) -> None:
         _ip("-n", self.name, *args)
 
+    def _outside(self, *args: str) -> None:
+        _ip(*(["-n", self._router.name] if self._router is not None else []), *args)
+
     def link(self, up: bool) -> None:
-        _ip("link", "set", self._link, "up" if up else "down")
+        self._outside("link", "set", self._link, "up" if up else "down")
 
     def one_way(self, inwards: bool, there: bool) -> None:
         """A hole for what goes inwards, or outwards."""
         change = "add" if there else "del"
         if inwards:
-            _ip("route", change, "blackhole", f"{self.inner}/32")
+            self._outside("route", change, "blackhole", f"{self.inner}/32")
+        elif self._router is not None:
+            self._outside("rule", change, "iif", self._link, "blackhole")
         else:
             self._inside("route", change, "blackhole", f"{self.outer}/32")
 
     def rate(self, mbit: float) -> None:
         """What the link takes inwards."""
         bucket = ["tbf", "rate", f"{mbit:g}mbit", "burst", "32kbit", "latency", "400ms"]
-        subprocess.run(["tc", "qdisc", "replace", "dev", self._link, "root", *bucket], check=True, capture_output=True)
+        within = self._router.command if self._router is not None else []
+        command = [*within, "tc", "qdisc", "replace", "dev", self._link, "root", *bucket]
+        subprocess.run(command, check=True, capture_output=True)
 
     def end(self) -> None:
         subprocess.run(["ip", "link", "del", self._link], capture_output=True)

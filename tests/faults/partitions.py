@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 
 from tests.faults.ground import LIMIT_S, Ground
@@ -80,6 +81,7 @@ def link(ground: Ground, run: Run) -> None:
     kind = run.rng.choice(("down", "inwards", "outwards"))
     setup = any_setup(run, Setup("bus", run.rng.random() < 0.3, listens=run.rng.random() < 0.5, apart=True))
     victim = f"w{run.rng.randrange(setup.n_workers)}"
+    setup = dataclasses.replace(setup, routed=run.rng.random() < 0.5)
     run.did(f"link of {victim} {kind} for {cut_s:g} s")
 
     def turn(live: Live, off: bool) -> None:

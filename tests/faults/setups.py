@@ -46,6 +46,7 @@ class Setup:
     n_tokens: made of each prompt; 0: as many as the ground's sizes say.
     drafts: tokens may be guessed; else every run takes the same steps.
     apart: workers of a bus are in network namespaces of their own.
+    routed: and reach each other from there; else activations pass through the broker.
     """
 
     how: Literal["local", "bus", "cluster"] = "local"
@@ -61,6 +62,7 @@ class Setup:
     n_tokens: int = 0
     drafts: bool = True
     apart: bool = False
+    routed: bool = False
 
     @property
     def prefix(self) -> str:
@@ -69,7 +71,8 @@ class Setup:
 
     def words(self) -> str:
         parts = ["serve" if self.serves else "run", self.how, f"{self.n_workers} workers"]
-        parts += [name for name, there in (("spare", self.spare), ("listening", self.listens)) if there]
+        said = (("spare", self.spare), ("listening", self.listens), ("routed", self.routed))
+        parts += [name for name, there in said if there]
         parts += [f"{self.n_seqs} at once"] * (self.n_seqs > 1) + ["long prompts"] * self.is_long
         return " ".join(parts)
 
@@ -101,6 +104,7 @@ class Live:
         self.workers: dict[str, Talker] = {}
         self.networks: dict[str, BadNetwork] = {}
         self.spaces: dict[str, Namespace] = {}
+        self._router: Namespace | None = None
         self.states: list[tuple[float, str, str]] = []
         self.streams: list[Stream] = []
         self.endpoint = self.url = ""
@@ -137,7 +141,8 @@ class Live:
         port = free_port()
         self.endpoint = f"tcp://{LOOPBACK}:{port}"
         if s.apart:
-            self.spaces = {name: Namespace() for name in self._names}
+            self._router = Namespace() if s.routed else None
+            self.spaces = {name: Namespace(self._router) for name in self._names}
         if s.listens:
             self._ports = {name: free_port() for name in self._names}
             for name in self._names:
@@ -168,7 +173,7 @@ class Live:
         if s.listens:
             where = ["-p", str(self._ports[name]), "-H", space.inner if space else LOOPBACK]
         elif space:
-            where = ["--broker", self.endpoint.replace(LOOPBACK, space.outer)]
+            where = ["--broker", self.endpoint.replace(LOOPBACK, space.host)]
         elif name in self.networks:
             where = ["--broker", f"tcp://127.0.0.1:{self.networks[name].port}"]
         else:
@@ -390,8 +395,9 @@ class Live:
             self._ggmq("down", str(self._file))
         for network in self.networks.values():
             network.end()
-        for space in self.spaces.values():
-            space.end()
+        for space in (*self.spaces.values(), self._router):
+            if space is not None:
+                space.end()
         if self._watcher is not None:
             self._watcher.join(10)
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -414,7 +420,7 @@ _calms: dict[tuple[Path, Setup], Calm] = {}
 def calm(ground: Ground, setup: Setup) -> Calm:
     """How long it takes undisturbed, measured once. Errors: RuntimeError when even that does not end well."""
     cache = "warm" if setup.cache else ""
-    plain = dataclasses.replace(setup, spare=False, proxied=False, apart=False, listens=False, cache=cache)
+    plain = dataclasses.replace(setup, spare=False, proxied=False, apart=False, routed=False, listens=False, cache=cache)
     key = (ground.folder, plain)
     if key not in _calms:
         with living(ground, plain) as live:

@@ -13,6 +13,8 @@ from tests.faults.resume import any_setup
 from tests.faults.setups import Live, Setup
 
 STOPS_S = (0.5, 5.0, 60.0)
+ALONE = 0.3
+"""So often there is no other worker that could take the layers."""
 TOLERATED_S = 1.0
 """Who stands still for less than this is waited for."""
 BACK_S = 15.0
@@ -28,11 +30,14 @@ def _setup(run: Run, moment: str) -> Setup:
 
 def stop(ground: Ground, run: Run) -> None:
     """SIGSTOP, and SIGCONT after 0.5, 5 or 60 s, idle or in the middle of a compute."""
-    stop_s = min(run.rng.choice(STOPS_S), ground.sizes.longest_stop_s)
+    chosen_s = min(run.rng.choice(STOPS_S), ground.sizes.longest_stop_s)
+    stop_s = ground.sizes.stop_s or chosen_s
     moment = run.rng.choice(("idle", "prefill", "decode", "decode"))
     setup = _setup(run, moment)
     if moment == "idle":
         setup = dataclasses.replace(setup, serves=True)
+    if run.rng.random() < ALONE:
+        setup = dataclasses.replace(setup, n_workers=1, spare=False)
     victim = f"{setup.prefix}{run.rng.randrange(setup.n_workers)}"
     run.did(f"stopped {victim} for {stop_s:g} s")
     stopped_s = 0.0
