@@ -41,7 +41,7 @@ from workers.links import Links
 from workers.sockets import GUARD_S, Sockets
 from workers.state import WorkerState
 from workers.ticks import alongside
-from workers.turns import FLOOD_SHARE, Turns, Waiting
+from workers.turns import FLOOD_SHARE, Place, Turns, Waiting
 from workers.uplink import Uplink
 from workers.work import Compute, Dial, HangUp, Key, Later, LinkInstruction, Name, Send, ToPeer, Work
 
@@ -174,22 +174,28 @@ class WorkerLoop:
         """Carry out what comes next, and take in what came meanwhile: sessions take turns, and within a session nothing
         overtakes anything."""
         start = time.monotonic()
-        waiting: dict[Key, int] = {}
-        for rid, session, i in self.queue.firsts():
-            waiting.setdefault((self.state.routes.get(rid, b""), session), i)
+        waiting = self._waiting()
         chosen = self.turns.choose(waiting, start) if waiting else None
         if waiting and chosen is None:
             self._receive(1)
             return
-        rid, message = self.queue.take(waiting[chosen] if chosen is not None else 0)
+        place = waiting[chosen] if chosen is not None else None
+        rid, message = self.queue.take(place)
         self._carry_out(self._handle(rid, message))
         if self.executor.broke is not None:
             raise DeviceError(f"{self.device.name}: {self.executor.broke.message}")
         done = time.monotonic()
         self._tick()
-        if chosen is not None:  # to have taken in what one sends costs time too
-            took_s = (time.monotonic() - start) / (FLOOD_SHARE if self.queue.flood(rid, message) else 1.0)
+        if chosen is not None and place is not None:  # to have taken in what one sends costs time too
+            took_s = (time.monotonic() - start) / (FLOOD_SHARE if self.queue.flood(place) else 1.0)
             self.turns.ran(chosen, took_s, done, isinstance(message.header, (m.StageCompute, m.GraphPut)))
+
+    def _waiting(self) -> dict[Key, Place]:
+        """Whose requests could be done now, in the order in which these came, and where each one's first is."""
+        waiting: dict[Key, Place] = {}
+        for place in self.queue.firsts():
+            waiting.setdefault((self.state.routes.get(place[0], b""), place[1]), place)
+        return waiting
 
     def stop(self) -> None:
         self.stopping = True
@@ -212,7 +218,7 @@ class WorkerLoop:
             self.uplink.look(now)
         self._carry_out(self.links.tick(now))
         self.turns.keep(self.state.sessions)
-        waiting = {rid for rid, _ in self.queue}
+        waiting = self.queue.peers()
         self.route = {rid: s for rid, s in self.route.items() if rid in self.state.routes or rid in waiting}
         self.callers.keep(self.route.keys())
 
@@ -335,7 +341,7 @@ class WorkerLoop:
             self._send(Send(rid, refusal))
 
     def _cancel(self, rid: bytes, message: Message, h: m.Cancel) -> None:
-        for r, q in self.queue.remove(lambda r, q: (r, q.seq) == (rid, h.seq)):
+        for r, q in self.queue.remove(rid, h.seq):
             self._carry_out([self.state.refuse(r, q, Cancelled(f"{q.command.name} was cancelled"))])
         self._carry_out(self.state.unpark(rid, h.session, h.seq))
         self._carry_out(self.state.handle(rid, message))
