@@ -32,6 +32,7 @@ class Turns:
         self._virtual_s = 0.0
         self._away_until_s: dict[Key, float] = {}
         self._due_s: dict[Key, float] = {}
+        self._ran_at_s: dict[Key, float] = {}
 
     def choose(self, waiting: Collection[Key], now_s: float) -> Key | None:
         """Whose turn it is, of those who wait, in the order in which they came; None: nobody's yet, ask again soon."""
@@ -46,9 +47,20 @@ class Turns:
         self._virtual_s = self._start_s(chosen)
         return chosen
 
+    def overtakes(self, waiting: Collection[Key], running: Key, ran_s: float) -> Key | None:
+        """Whose request need not wait until the one is done that has run for so long: of those who wait, who has had least
+        of the time, if that is less than `running` has had with it."""
+        chosen = min((k for k in waiting if k != running), key=self._start_s, default=None)
+        return chosen if chosen is not None and self._start_s(chosen) < self._start_s(running) + ran_s else None
+
+    def others(self, key: Key, now_s: float) -> bool:
+        """Whether somebody else asked lately."""
+        return any(now_s - s < AWAY_S for k, s in self._ran_at_s.items() if k != key)
+
     def ran(self, key: Key, took_s: float, now_s: float, goes_on: bool = True) -> None:
         """What was chosen is done. goes_on: its session is about to ask again, if it does as it did."""
         self._used_s[key] = self._start_s(key) + took_s
+        self._ran_at_s[key] = now_s
         if goes_on and now_s >= self._away_until_s.get(key, 0.0):
             self._due_s[key] = now_s + WAIT_S
 
@@ -57,6 +69,7 @@ class Turns:
         self._used_s = {key: s for key, s in self._used_s.items() if key in living}
         self._away_until_s = {key: s for key, s in self._away_until_s.items() if key in living}
         self._due_s = {key: s for key, s in self._due_s.items() if key in living}
+        self._ran_at_s = {key: s for key, s in self._ran_at_s.items() if key in living}
 
     def _start_s(self, key: Key) -> float:
         return max(self._used_s.get(key, 0.0), self._virtual_s)
@@ -111,6 +124,10 @@ class Waiting:
     def flood(self, place: Place) -> bool:
         """Whether so many wait there that none of them can be in a hurry."""
         return len(self._of.get(place, ())) > MANY
+
+    def first(self, place: Place) -> Message:
+        """That which `take` would give."""
+        return self._of[place][0][1]
 
     def take(self, place: Place | None) -> Request:
         """The first there; None: the first HELLO."""

@@ -86,7 +86,7 @@ def uploads(client: Client) -> Iterator[Asked]:
 def computes(client: Client) -> Iterator[Asked]:
     """Each of some tenths of a second, if nobody else is there."""
     s, ne = client.session, (MIB, 4, 1, 1)
-    nodes = [leaf(0, ne, 1), *(replace(leaf(0, ne), op="SQR", src=(i,)) for i in range(20)),
+    nodes = [leaf(0, ne, 1), *(replace(leaf(0, ne), op="MUL", src=(i, i)) for i in range(20)),
              replace(leaf(0, (1, 4, 1, 1)), op="SUM_ROWS", src=(20,))]  # fmt: skip
     frame = encode_graph(Graph(tuple(nodes), (), (21,)))
     client.request(m.GraphPut(s, graph_digest(frame)), [frame])

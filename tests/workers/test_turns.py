@@ -99,6 +99,18 @@ def test_alone_nobody_waits_and_what_is_no_more_is_forgotten() -> None:
     assert turns.choose([b], 2.0) == b
 
 
+def test_who_has_had_less_of_the_time_overtakes_what_runs() -> None:
+    turns, (a, b) = Turns(), ((b"a", 1), (b"b", 1))
+    assert turns.choose([a], 0.0) == a
+    assert turns.overtakes([a, b], a, 0.0) is None, "both have had nothing"
+    assert turns.overtakes([a, b], a, 0.01) == b
+    turns.ran(b, 0.02, 0.02)
+    assert turns.overtakes([b], a, 0.015) is None
+    assert turns.overtakes([b], a, 0.025) == b
+    assert turns.overtakes([a], a, 1.0) is None, "nobody overtakes himself"
+    assert turns.others(a, 0.5) and not turns.others(b, 0.5) and not turns.others(a, 0.5 + AWAY_S)
+
+
 def request(session: int, seq: int) -> Message:
     header = m.FreeBuffer(session, 1) if session else m.StatsQuery()
     return Message(m.COMMAND_OF[type(header)], header, seq=seq)
