@@ -55,7 +55,8 @@ from protocol.tracing import encode_noted
 
 Where = tuple[int, bytes]
 """A listener, and a routing id there."""
-TICK_S = 0.1
+TICK_S, GUARDING_S = 0.1, 0.002
+"""So often time passes in the state machine, and some more connections are looked at before all have been."""
 NOTED_S, MAX_NOTES = 10.0, 100
 """In so many seconds at most so many notes: nobody fills a disk by knocking."""
 HOPE_S = limits.RECONNECT_S - 5 * TICK_S
@@ -83,6 +84,7 @@ class BrokerLoop:
         self.children: dict[str, Callable[[], int | None]] = {}
         self.clock = LivedClock(longest_step_s=3 * TICK_S)
         self._listeners: list[Listener] = []
+        self._guarding: list[Listener] = []
         self._dealers: dict[Link, tuple[zmq.Socket[Any], zmq.Socket[Any]]] = {}
         self._monitors: dict[zmq.Socket[Any], Link] = {}
         self._reaching: dict[Link, Reaching] = {}
@@ -159,7 +161,7 @@ class BrokerLoop:
         next_tick = 0.0
         try:
             while not self._stopping:
-                wait_s = min(TICK_S, self._pacing.wait_s(self.clock.now_s()))
+                wait_s = min(GUARDING_S if self._guarding else TICK_S, self._pacing.wait_s(self.clock.now_s()))
                 refused = False
                 for s, _ in self._poller.poll(math.ceil(wait_s * 1000)):
                     refused |= self._drain_socket(s)
@@ -170,6 +172,7 @@ class BrokerLoop:
                 if now >= next_tick:
                     next_tick = now + TICK_S
                     self._tick(now)
+                self._guarding = [listener for listener in self._guarding if listener.guard()]
         finally:
             for link in list(self._dealers):
                 self._close(link)
@@ -193,8 +196,7 @@ class BrokerLoop:
             if self._n_noted > MAX_NOTES:
                 self.note(f"{self._n_noted - MAX_NOTES} more came and went")
             self._n_noted, self._noted_s = 0, now
-        for listener in self._listeners:
-            listener.guard()
+        self._guarding = self._guarding or list(self._listeners)
         self._early = {t: e for t, e in self._early.items() if now - e[3] < limits.RECONNECT_S}
         self._owners = {t: c for t, c in self._owners.items() if t in self._tokens or self.state.devices.known(t)}
         early = {where for where, _, _, _ in self._early.values()}

@@ -39,7 +39,7 @@ from workers.course import Course
 from workers.devices.base import Device
 from workers.executor import Executor
 from workers.links import Links
-from workers.sockets import GUARD_S, Sockets
+from workers.sockets import Sockets
 from workers.state import WorkerState
 from workers.ticks import alongside
 from workers.turns import Waiting
@@ -168,7 +168,7 @@ class WorkerLoop:
         while not self.queue and time.monotonic() < self.spin_until:
             self._receive(0)
         if not self.queue:
-            self._receive(int(1000 * GUARD_S))
+            self._receive(int(1000 * self.sockets.wait_s))
 
     def _do_request(self, rid: bytes, message: Message) -> None:
         """Errors: DeviceError when the device computes nothing any more."""
