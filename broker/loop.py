@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import sys
 import threading
@@ -31,12 +32,14 @@ from broker.events import (
     Unreached,
     WorkerEnded,
 )
+from broker.pacing import PAUSE_S, Pacing
 from broker.state import BrokerState
 from broker.tracing import Traces
 from config.allowed import Allowed, list_beside
 from config.auth import Listener, close_monitored, happening, monitor_of, new_socket
 from config.carrying import carried
 from config.clock import LivedClock
+from config.cores import n_cores
 from config.keys import KeyPair, require
 from config.reaching import Happening, Reaching
 from config.roles import Caller, Callers, Role
@@ -45,14 +48,15 @@ from config.terminal import print_line
 from config.zap import Authenticator
 from protocol import limits
 from protocol import messages as m
-from protocol.errors import GgmqError, ProtocolError, VersionError
+from protocol.errors import GgmqError, Overloaded, ProtocolError, VersionError
 from protocol.frames import Frame, Message, decode, encode, refusal_of
 from protocol.messages import Command
 from protocol.tracing import encode_noted
 
 Where = tuple[int, bytes]
 """A listener, and a routing id there."""
-TICK_S = 0.1
+TICK_S, GUARDING_S = 0.1, 0.002
+"""So often time passes in the state machine, and some more connections are looked at before all have been."""
 NOTED_S, MAX_NOTES = 10.0, 100
 """In so many seconds at most so many notes: nobody fills a disk by knocking."""
 HOPE_S = limits.RECONNECT_S - 5 * TICK_S
@@ -80,6 +84,7 @@ class BrokerLoop:
         self.children: dict[str, Callable[[], int | None]] = {}
         self.clock = LivedClock(longest_step_s=3 * TICK_S)
         self._listeners: list[Listener] = []
+        self._guarding: list[Listener] = []
         self._dealers: dict[Link, tuple[zmq.Socket[Any], zmq.Socket[Any]]] = {}
         self._monitors: dict[zmq.Socket[Any], Link] = {}
         self._reaching: dict[Link, Reaching] = {}
@@ -96,6 +101,7 @@ class BrokerLoop:
         self._owners: dict[bytes, Caller] = {}
         self._trouble = ""
         self._traces = Traces()
+        self._pacing = Pacing(n_cores())
         self._auth: Authenticator | None = None
         self._stopping = False
         self._poller = zmq.Poller()
@@ -155,12 +161,18 @@ class BrokerLoop:
         next_tick = 0.0
         try:
             while not self._stopping:
-                for s, _ in self._poller.poll(int(TICK_S * 1000)):
-                    self._drain_socket(s)
+                wait_s = min(GUARDING_S if self._guarding else TICK_S, self._pacing.wait_s(self.clock.now_s()))
+                refused = False
+                for s, _ in self._poller.poll(math.ceil(wait_s * 1000)):
+                    refused |= self._drain_socket(s)
+                self._release()
+                if refused:
+                    time.sleep(PAUSE_S)
                 now = self.clock.now_s()
                 if now >= next_tick:
                     next_tick = now + TICK_S
                     self._tick(now)
+                self._guarding = [listener for listener in self._guarding if listener.guard()]
         finally:
             for link in list(self._dealers):
                 self._close(link)
@@ -178,13 +190,13 @@ class BrokerLoop:
         self._look_at_late(now)
         self._look_at_silent(now)
         self._look_at_keys(now)
+        self._pacing.tick(now)
         self._handle(Tick(now))
         if now - self._noted_s > NOTED_S:
             if self._n_noted > MAX_NOTES:
                 self.note(f"{self._n_noted - MAX_NOTES} more came and went")
             self._n_noted, self._noted_s = 0, now
-        for listener in self._listeners:
-            listener.guard()
+        self._guarding = self._guarding or list(self._listeners)
         self._early = {t: e for t, e in self._early.items() if now - e[3] < limits.RECONNECT_S}
         self._owners = {t: c for t, c in self._owners.items() if t in self._tokens or self.state.devices.known(t)}
         early = {where for where, _, _, _ in self._early.values()}
@@ -206,6 +218,7 @@ class BrokerLoop:
     def _gone(self, where: Where, reason: str, now: float) -> None:
         """Nobody speaks for a routing id any more."""
         self._callers.forget(where)
+        self._pacing.forget(where)
         known = self._dialled.get(where)
         if known is not None:
             self._handle(LinkLost(known[0], reason, now))
@@ -276,33 +289,45 @@ class BrokerLoop:
             return ToClient(event.rid, event.message.refusal(e))
         return ToClient(event.rid, event.message.answer(m.Traced(time.monotonic_ns()), [encode_noted(noted)]))
 
-    def _drain_socket(self, s: zmq.Socket[Any]) -> None:
-        """Take in what has arrived, but not for ever: the other sockets get their turn."""
+    def _drain_socket(self, s: zmq.Socket[Any]) -> bool:
+        """Take in what has arrived, but not for ever: the other sockets get their turn.
+
+        Returns: whether a client has sent more than is read at once.
+        """
+        refused: set[Where] = set()
         for _ in range(64):
             try:
                 raw = s.recv_multipart(zmq.DONTWAIT, copy=False)
             except zmq.ZMQError:
-                return
+                return False
             frames: list[Frame] = [f.buffer if len(f) > 4096 else f.bytes for f in raw]
             now = self.clock.now_s()
             if s in self._monitors:
                 self._monitored(self._monitors[s], happening([f.bytes for f in raw]), now)
                 if s.closed:
-                    return
+                    return False
                 continue
             if s in self._owner:
                 link, bulk = self._owner[s]
                 self._fds.setdefault((link, bulk), int(raw[-1].get(zmq.SRCFD)))
                 self._worker_frames(link, bulk, frames, now)
                 if s.closed:
-                    return
+                    return False
             else:
                 index = next(i for i, listener in enumerate(self._listeners) if listener.socket is s)
-                known = (index, bytes(frames[0])) in self._dialled
+                where = (index, bytes(frames[0]))
+                known = where in self._dialled
                 most = limits.MAX_MESSAGE_BYTES if known else limits.MAX_REQUEST_BYTES
                 caller = self._listeners[index].heard(raw[-1], most)
                 if caller is not None:
                     self._router_frames(index, frames, raw[-1], caller, now)
+                if known or not self._pacing.full(where):
+                    refused.clear()  # answers of workers, or what others ask, may be waiting behind
+                elif where in refused:
+                    return True
+                else:
+                    refused.add(where)
+        return False
 
     def _monitored(self, link: Link, what: Happening, now: float) -> None:
         self._reaching[link].happened(what, now)
@@ -360,7 +385,22 @@ class BrokerLoop:
         except ProtocolError as e:
             self._do([self.state.traffic.refuse(peer, message, e)])
             return
-        self._handle(FromClient(peer, message, now))
+        if self._pacing.full(where):
+            many = f"{limits.MAX_INFLIGHT_PER_CLIENT} requests of this client wait for their turn"
+            refusal = Overloaded(f"{message.command.name}: {many}; wait for replies")
+            self._do([self.state.traffic.refuse(peer, message, refusal)])
+        elif self._pacing.goes_on(where, message, sum(len(f) for f in frames), now):
+            self._handle(FromClient(peer, message, now))
+
+    def _release(self) -> None:
+        """Handle what hasty clients asked for, as far as it is its time."""
+        def n_inflight(where: Where) -> int:
+            client = self.state.clients.get(bytes([where[0]]) + where[1])
+            return client.n_inflight if client is not None else 0
+
+        now = self.clock.now_s()
+        for where, message in self._pacing.released(n_inflight, now):
+            self._handle(FromClient(bytes([where[0]]) + where[1], message, now))
 
     def _dialled_in(self, where: Where, h: m.Hello, message: Message, caller: Caller, fd: int, now: float) -> None:
         """A worker's HELLO on one of its channels; the two connections may arrive in either order.
@@ -421,6 +461,8 @@ class BrokerLoop:
         except zmq.ZMQError as e:
             if e.errno in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 # a first HELLO: ZeroMQ has given the connection up already, and that is found out beside
+                if isinstance(i, ToClient) and where is not None:
+                    self._pacing.forget(where)
                 if isinstance(i, ToClient) or i.message.command != Command.HELLO or not self._is_unreached(i.link):
                     self._handle(gone)
             else:

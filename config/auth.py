@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +195,7 @@ class Listener:
         self._port = int(self.endpoint.rsplit(":", 1)[1]) if self.endpoint.startswith("tcp://") else 0
         self._heard: dict[int, tuple[int, str]] = {}
         self._known: dict[tuple[int, int], tuple[int, int, str]] = {}
+        self._look: Iterator[bool] | None = None
 
     def heard(self, frame: zmq.Frame, whole_bytes: int = limits.MAX_REQUEST_BYTES) -> Caller | None:
         """A message came complete: one of its frames tells over which connection. The next there may have `whole_bytes`.
@@ -216,41 +217,62 @@ class Listener:
             with contextlib.suppress(zmq.ZMQError):  # no address: its connection is gone
                 self._door.say(str(frame.get("Peer-Address")), str(error))
 
-    def guard(self) -> None:
-        """Look at every connection, and cut off whose key is not allowed any more. Takes some microseconds for each file
-        descriptor of the process; call it often, after everything that has come was read."""
+    def guard(self) -> bool:
+        """Look at some of the connections, and cut off whose key is not allowed any more. Takes less than a millisecond, so
+        that a crowd holds nobody up; call it often, after everything that has come was read.
+
+        Returns: whether more are to be looked at before all have been.
+        """
         if not self._port:
-            return
-        descriptors = open_descriptors()
+            return False
+        if self._look is None:
+            self._look = self._looked()
+        if next(self._look, False):
+            return True
+        self._look = None
+        return False
+
+    def _looked(self) -> Iterator[bool]:
+        """All connections, one after the other, with a pause (True) after some."""
+        descriptors, heard_before = open_descriptors(), set(self._heard)
         scarce = len(descriptors) > descriptor_limit() - limits.RESERVED_DESCRIPTORS
         read_all = not self.socket.poll(0)
         known: dict[tuple[int, int], tuple[int, int, str]] = {}
-        for fd in descriptors:
+        for i, fd in enumerate(descriptors, 1):
             with contextlib.suppress(OSError):
                 status = os.fstat(fd)
-                if not stat.S_ISSOCK(status.st_mode):
-                    continue
-                s = socket.socket(fileno=fd)
-                try:
-                    received = self._received_bytes(s)
-                    key = (fd, status.st_ino)
-                    before = (received, *self._heard[fd]) if fd in self._heard else self._known.get(key)
-                    if before is not None:
-                        known[key] = before
-                    since, whole, public = before or (0, limits.MAX_REQUEST_BYTES, "")
-                    too_much = read_all and received - since > whole
-                    removed = public and self._allowed is not None and self._allowed.caller(public) is None
-                    if too_much or removed or (scarce and before is None):
-                        self.n_cut += 1
-                        self._n_trims = N_TRIMS if too_much else self._n_trims
-                        s.shutdown(socket.SHUT_RDWR)
-                finally:
-                    s.detach()
+                if stat.S_ISSOCK(status.st_mode):
+                    self._look_at(fd, status.st_ino, scarce, read_all, known)
+            if not i % N_LOOKED_AT:
+                yield True
+                read_all = not self.socket.poll(0)
         self._known = known
-        self._heard.clear()
+        for fd in heard_before:
+            self._heard.pop(fd, None)
         if self._n_trims:  # libzmq drops what it had of the message in its own time
             self._n_trims -= 1
             give_back_free_memory()
+
+    def _look_at(
+        self, fd: int, inode: int, scarce: bool, read_all: bool, known: dict[tuple[int, int], tuple[int, int, str]]
+    ) -> None:
+        """Note in `known` what was heard over a connection, or cut it off. Errors: OSError when it is none of ours."""
+        s = socket.socket(fileno=fd)
+        try:
+            received = self._received_bytes(s)
+            heard = self._heard.pop(fd, None)
+            before = (received, *heard) if heard is not None else self._known.get((fd, inode))
+            if before is not None:
+                known[fd, inode] = before
+            since, whole, public = before or (0, limits.MAX_REQUEST_BYTES, "")
+            too_much = read_all and received - since > whole
+            removed = public and self._allowed is not None and self._allowed.caller(public) is None
+            if too_much or removed or (scarce and before is None):
+                self.n_cut += 1
+                self._n_trims = N_TRIMS if too_much else self._n_trims
+                s.shutdown(socket.SHUT_RDWR)
+        finally:
+            s.detach()
 
     def _received_bytes(self, s: socket.socket) -> int:
         """What came over one of our connections. Errors: OSError when it is none of them."""
@@ -363,6 +385,8 @@ NAMED_LATER_S = 2.0
 """For so long a peer whose address is not known may come again and be named."""
 N_LOOKED_UP = 100
 """Addresses that are looked up in a second: a crowd of strangers shall not take a worker's time."""
+N_LOOKED_AT = 32
+"""Descriptors that are looked at in one go."""
 N_TRIMS = 20
 """Looks after a cut at which free memory is given back: a second or two."""
 TCPI_BYTES_RECEIVED = 128

@@ -50,6 +50,8 @@ from workers.work import (
 
 T = TypeVar("T")
 MAX_PLANS = 64
+ASIDE_BYTES = 1 << 20
+"""Scratch memory that a compute between parts of another may need: what was there is kept meanwhile."""
 
 
 class Executor:
@@ -103,6 +105,15 @@ class Executor:
             return self.links.fetches.stored(work)
         return self.state.done(work, header, payload)
 
+    def aside(self, key: Key, h: m.StageCompute, within_s: float) -> Plan | None:
+        """The plan of a compute that may be done between parts of another; None: it may take longer than so long, or needs
+        much scratch memory, or nobody knows."""
+        plan = self.plans.get((key, h.digest))
+        if plan is None or not 0 < plan.took_s <= within_s:
+            return None
+        scratch_bytes = plan.scratch_bytes
+        return plan if scratch_bytes is not None and scratch_bytes <= ASIDE_BYTES else None
+
     def _compute(self, work: Compute, tick: Tick) -> Sequence[LinkInstruction]:
         """Run a graph; its outputs go back, or on to the next worker."""
         h, pace = work.h, paced(tick)
@@ -115,7 +126,7 @@ class Executor:
         if noted is not None:
             run = partial(_run_noted, plan, work, tick, noted)
         out = self._with_room(run, pace)
-        took = time.perf_counter() - start
+        took = plan.took_s = time.perf_counter() - start
         self.n_fallbacks += len(plan.fallbacks)
         done = m.ComputeDone(h.spent_s + took, h.spent_nodes + plan.n_nodes)
         payload = tuple(_copied(o, pace) for o in out)  # sockets may send later than the next run writes

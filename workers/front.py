@@ -121,7 +121,8 @@ class Front:
         now = time.monotonic()
         if now - self.guarded_s >= GUARD_S:
             self.guarded_s = now
-            self.listener.guard()
+            while self.listener.guard():
+                pass
 
     def close(self) -> None:
         for child in self.children:

@@ -31,16 +31,17 @@ from protocol.frames import Frame, Message, decode, encode, refusal_of
 from protocol.graph import Graph
 from protocol.messages import Command
 from workers.cache import Cache, ModelFolder
+from workers.course import Course
 from workers.devices.base import Device
 from workers.executor import Executor
 from workers.links import Links
 from workers.ordering import OVERTAKEN, Ordering
-from workers.sockets import GUARD_S, Sockets
+from workers.sockets import Sockets
 from workers.state import WorkerState
 from workers.ticks import alongside
-from workers.turns import FLOOD_SHARE, Turns, Waiting
+from workers.turns import Waiting
 from workers.uplink import Uplink
-from workers.work import Compute, Dial, HangUp, Key, Later, LinkInstruction, Name, Send, ToPeer, Work
+from workers.work import Compute, Dial, HangUp, Later, LinkInstruction, Name, Send, ToPeer, Work
 
 HOUSEKEEPING_S = 0.1
 LARGE_GRAPH_BYTES = 1 << 16
@@ -73,8 +74,7 @@ class WorkerLoop:
         self.sockets = Sockets(keys, quiet)
         self.debug = bool(os.environ.get("GGMQ_DEBUG") or os.environ.get("GGML_RPC_DEBUG"))
         self.queue = Waiting()
-        self.turns = Turns()
-        self.running: tuple[bytes, int, int] | None = None
+        self.course = Course(self.queue, self.state, self.executor, self._receive, self._do_request)
         self.stopping = False
         self.route: dict[bytes, zmq.Socket[Any]] = {}
         self.callers: Callers[bytes] = Callers()
@@ -149,7 +149,7 @@ class WorkerLoop:
             while not self.stopping:
                 self._await()
                 while self.queue and not self.stopping:
-                    self._work()
+                    self.course.step(self._tick)
                     self._housekeeping()
                 self._housekeeping()
         finally:
@@ -166,28 +166,13 @@ class WorkerLoop:
         while not self.queue and time.monotonic() < self.spin_until:
             self._receive(0)
         if not self.queue:
-            self._receive(int(1000 * GUARD_S))
+            self._receive(int(1000 * self.sockets.wait_s))
 
-    def _work(self) -> None:
-        """Carry out what comes next, and take in what came meanwhile: sessions take turns, and within a session nothing
-        overtakes anything."""
-        start = time.monotonic()
-        waiting: dict[Key, int] = {}
-        for rid, session, i in self.queue.firsts():
-            waiting.setdefault((self.state.routes.get(rid, b""), session), i)
-        chosen = self.turns.choose(waiting, start) if waiting else None
-        if waiting and chosen is None:
-            self._receive(1)
-            return
-        rid, message = self.queue.take(waiting[chosen] if chosen is not None else 0)
+    def _do_request(self, rid: bytes, message: Message) -> None:
+        """Errors: DeviceError when the device computes nothing any more."""
         self._carry_out(self._handle(rid, message))
         if self.executor.broke is not None:
             raise DeviceError(f"{self.device.name}: {self.executor.broke.message}")
-        done = time.monotonic()
-        self._tick()
-        if chosen is not None:  # to have taken in what one sends costs time too
-            took_s = (time.monotonic() - start) / (FLOOD_SHARE if self.queue.flood(rid, message) else 1.0)
-            self.turns.ran(chosen, took_s, done, isinstance(message.header, (m.StageCompute, m.GraphPut)))
 
     def stop(self) -> None:
         self.stopping = True
@@ -209,8 +194,8 @@ class WorkerLoop:
                 self.uplink.quiet(now - broker.seen_s, now)
             self.uplink.look(now)
         self._carry_out(self.links.tick(now))
-        self.turns.keep(self.state.sessions)
-        waiting = {rid for rid, _ in self.queue}
+        self.course.keep()
+        waiting = self.queue.peers()
         self.route = {rid: s for rid, s in self.route.items() if rid in self.state.routes or rid in waiting}
         self.callers.keep(self.route.keys())
         self.ordering.keep(self.route.keys())
@@ -352,12 +337,11 @@ class WorkerLoop:
             self._send(Send(rid, refusal))
 
     def _cancel(self, rid: bytes, message: Message, h: m.Cancel) -> None:
-        for r, q in self.queue.remove(lambda r, q: (r, q.seq) == (rid, h.seq)):
+        for r, q in self.queue.remove(rid, h.seq):
             self._carry_out([self.state.refuse(r, q, Cancelled(f"{q.command.name} was cancelled"))])
         self._carry_out(self.state.unpark(rid, h.session, h.seq))
         self._carry_out(self.state.handle(rid, message))
-        if self.running == (rid, h.session, h.seq):
-            raise Cancelled("STAGE_COMPUTE was cancelled")
+        self.course.cancel((rid, h.session, h.seq))
 
     def _handle(self, rid: bytes, message: Message) -> Sequence[LinkInstruction]:
         h, now = message.header, self.clock.now_s()
@@ -417,12 +401,12 @@ class WorkerLoop:
     def _carry_out(self, instructions: Sequence[LinkInstruction]) -> None:
         for instruction in instructions:
             if isinstance(instruction, Work):
-                h = instruction.request.header
-                self.running = (instruction.rid, getattr(h, "session", 0), instruction.request.seq)
+                h, before = instruction.request.header, self.course.running
+                self.course.running = (instruction.rid, getattr(h, "session", 0), instruction.request.seq)
                 try:
                     answers = self.executor.execute(instruction, self._tick)
                 finally:
-                    self.running = None
+                    self.course.running = before
                 if isinstance(instruction, Compute):
                     self.spin_until = time.monotonic() + self.spin_s
                 self._carry_out(answers)
@@ -465,7 +449,7 @@ class WorkerLoop:
         everything else waits its turn. Errors: Cancelled when the process is to end."""
         self._receive(0)
         self._carry_out(self.links.tick(self.clock.now_s()))
-        if self.stopping and self.running is not None:
+        if self.stopping and self.course.running is not None:
             raise Cancelled("the worker is being stopped")
 
     def _send(self, instruction: Send) -> None:

@@ -12,8 +12,8 @@ from config.auth import Listener, new_socket
 from config.keys import KeyPair
 from config.zap import Authenticator
 
-GUARD_S = 0.05
-"""So often listeners look at who is connected to them."""
+GUARD_S, GUARDING_S = 0.05, 0.002
+"""So often listeners look at who is connected to them, and at some more before all have been looked at."""
 
 
 class Sockets:
@@ -32,6 +32,7 @@ class Sockets:
         self._open: list[zmq.Socket[Any]] = []
         self._auth: Authenticator | None = None
         self._guarded_s = 0.0
+        self._guarding: list[Listener] = []
 
     def keys_for(self, endpoint: str) -> KeyPair | None:
         """A path of this host is guarded by its folder's mode."""
@@ -69,12 +70,17 @@ class Sockets:
         s.close()
 
     def guard(self) -> None:
-        """Have listeners look at who is connected, when it is time."""
+        """Have listeners look at who is connected, when it is time, and at some at once."""
         now = time.monotonic()
-        if now - self._guarded_s >= GUARD_S:
+        if now - self._guarded_s >= GUARD_S and not self._guarding:
             self._guarded_s = now
-            for listener in self.listeners.values():
-                listener.guard()
+            self._guarding = list(self.listeners.values())
+        self._guarding = [listener for listener in self._guarding if listener.guard()]
+
+    @property
+    def wait_s(self) -> float:
+        """For so long nothing is to be looked at."""
+        return GUARDING_S if self._guarding else GUARD_S
 
     def close(self, linger_ms: int = 0) -> None:
         """Close all. What is still to be sent is waited for so long."""

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tests.faults import brokers, caches, drains, flood, fuzz, leaks, partitions, resume, slow, stops, wire
+from tests.faults import brokers, caches, drains, flood, fuzz, leaks, partitions, resume, slow, stops, tenants, wire
 from tests.faults.ground import Ground
 from tests.faults.report import Report, Run, Skipped
 
@@ -48,6 +48,7 @@ SCENARIOS: dict[str, Scenario] = {
     "fuzz-broker": Scenario(fuzz.broker, 1),
     "broker": Scenario(brokers.killed_broker, 40),
     "flood": Scenario(flood.strangers, 6),
+    "tenants": Scenario(tenants.tenants, 3),
     "cache-full": Scenario(caches.full, 3),
     "cache-damaged": Scenario(caches.damaged, 9),
     "cache-writers": Scenario(caches.two_writers, 5),

@@ -20,7 +20,7 @@ from ggmq.gguf import GGUF
 from ggmq.model import Model, ModelConfig, place_model
 from protocol import messages as m
 from protocol.encoding import encode_graph, graph_digest
-from protocol.errors import HandleError, OutOfMemory
+from protocol.errors import Cancelled, HandleError, OutOfMemory
 from protocol.graph import Graph
 from tests.support.attacker import Attacker, listening_worker
 from tests.support.fixtures import free_port
@@ -28,8 +28,10 @@ from tests.support.gguf_factory import tiny_model
 from tests.support.one_worker import OneWorker
 from tests.support.processes import GGMQ, WORKER, await_devices, started
 from tests.support.strategies import leaf
+from workers.devices import open_device
 from workers.devices.host import HostDevice
 from workers.executor import MAX_PLANS
+from workers.ticks import nothing
 
 pytestmark = pytest.mark.usefixtures("kernels")
 MIB = 1 << 20
@@ -157,6 +159,59 @@ def test_handles_and_graphs_are_of_one_session(client: Client) -> None:
     other.drain()
     assert result(client) == 4.0
     other.close()
+
+
+def products(n: int, rows: int, buffer: int = 0) -> Graph:
+    """Powers of what is in a buffer, or comes as an input, and of each row the sum. Shapes: [rows, 65536]."""
+    ne = (1 << 16, rows, 1, 1)
+    nodes = [leaf(0, ne, buffer), *(replace(leaf(0, ne), op="MUL", src=(i, 0)) for i in range(n))]
+    nodes.append(replace(leaf(0, (1, rows, 1, 1)), op="SUM_ROWS", src=(n,)))
+    return Graph(tuple(nodes), () if buffer else (0,), (n + 1,))
+
+
+@pytest.mark.parametrize("name", ["CPU", "reference"])
+def test_a_plan_between_whose_parts_others_run_computes_what_it_does_alone(name: str) -> None:
+    device = open_device(name, 2, 256 * MIB)
+    long, short = device.compile(products(9, 40), {}), device.compile(products(3, 2), {})
+    rng = np.random.default_rng(1)
+    x, y = (rng.uniform(0.9, 1.1, (rows, 1 << 16)).astype(np.float32).tobytes() for rows in (40, 2))
+    alone = [bytes(plan.run([data], nothing)[0]) for plan, data in ((long, x), (short, y))]
+    between: list[bytes] = []
+
+    def run_short() -> None:
+        device.share(None)
+        with device.aside(short):
+            between.append(bytes(short.run([y], nothing)[0]))
+        device.share(run_short, short=True)
+
+    device.share(run_short, short=True)
+    assert bytes(long.run([x], nothing)[0]) == alone[0]
+    assert len(between) > 5 and set(between) == {alone[1]}
+
+
+def test_little_is_not_held_up_by_much_and_much_can_be_cancelled_meanwhile() -> None:
+    with bus("CPU", "-m", "256") as endpoint:
+        client = connect(endpoint)
+        other = client.another()
+        computes = []
+        for c, graph in ((client, products(2000, 64, 1)), (other, products(3, 1, 1))):
+            c.request(m.AllocBuffer(c.session, 1, 16 * MIB))
+            frame = encode_graph(graph)
+            c.request(m.GraphPut(c.session, graph_digest(frame)), [frame])
+            computes.append(m.GraphCompute(c.session, graph_digest(frame), 0))
+        much, little = computes
+        other.request(little)  # the first time it is not known to be little
+        seq = client.submit(much)
+        for _ in range(20):
+            other.request(little)
+        client.look()
+        assert not client.answered(seq), "it takes a hundred times as long"
+        client.request(m.Cancel(client.session, seq))
+        with pytest.raises(Cancelled):
+            client.wait(seq)
+        other.request(little)
+        other.close()
+        client.close()
 
 
 @on_each

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from protocol import messages as m
 from protocol.frames import Message
-from workers.turns import AWAY_S, MANY, WAIT_S, Key, Turns, Waiting
+from workers.turns import AWAY_S, MANY, WAIT_S, Key, Place, Turns, Waiting
 
 POLL_S = 0.001
 
@@ -99,19 +99,39 @@ def test_alone_nobody_waits_and_what_is_no_more_is_forgotten() -> None:
     assert turns.choose([b], 2.0) == b
 
 
+def test_who_has_had_less_of_the_time_overtakes_what_runs() -> None:
+    turns, (a, b) = Turns(), ((b"a", 1), (b"b", 1))
+    assert turns.choose([a], 0.0) == a
+    assert turns.overtakes([a, b], a, 0.0) is None, "both have had nothing"
+    assert turns.overtakes([a, b], a, 0.01) == b
+    turns.ran(b, 0.02, 0.02)
+    assert turns.overtakes([b], a, 0.015) is None
+    assert turns.overtakes([b], a, 0.025) == b
+    assert turns.overtakes([a], a, 1.0) is None, "nobody overtakes himself"
+    assert turns.others(a, 0.5) and not turns.others(b, 0.5) and not turns.others(a, 0.5 + AWAY_S)
+
+
 def request(session: int, seq: int) -> Message:
     header = m.FreeBuffer(session, 1) if session else m.StatsQuery()
     return Message(m.COMMAND_OF[type(header)], header, seq=seq)
 
 
-def firsts(waiting: Waiting) -> list[tuple[bytes, int, int]]:
-    """As the class says, by going through all."""
-    found: dict[tuple[bytes, int], int] = {}
-    for i, (rid, message) in enumerate(waiting):
-        if message.command == m.Command.HELLO:
+def hello(seq: int) -> Message:
+    return Message(m.Command.HELLO, m.Hello(1, "broker"), seq=seq)
+
+
+def place(of: tuple[bytes, Message]) -> Place:
+    return of[0], getattr(of[1].header, "session", 0)
+
+
+def firsts(came: list[tuple[bytes, Message]]) -> list[tuple[Place, int]]:
+    """As the class says, by going through all, with where each is."""
+    found: dict[Place, int] = {}
+    for i, of in enumerate(came):
+        if of[1].command == m.Command.HELLO:
             break
-        found.setdefault((rid, getattr(message.header, "session", 0)), i)
-    return [(*place, i) for place, i in found.items()]
+        found.setdefault(place(of), i)
+    return list(found.items())
 
 
 @given(st.integers(0, 1 << 32))
@@ -121,34 +141,43 @@ def test_within_a_session_nothing_overtakes_anything(seed: int) -> None:
     for _ in range(60):
         kind = rng.random()
         rid, seq = rng.choice([b"a", b"b"]), seq + 1
-        if kind < 0.55:
-            came.append((rid, request(rng.randrange(3), seq)))
-            waiting.append(*came[-1])
-        elif kind < 0.6:
-            came.append((rid, Message(m.Command.HELLO, m.Hello(1, "broker"), seq=seq)))
+        if kind < 0.6:
+            came.append((rid, request(rng.randrange(3), seq) if kind < 0.55 else hello(seq)))
             waiting.append(*came[-1])
         elif kind < 0.65 and came:
             gone = rng.choice(came)
-            assert waiting.remove(lambda r, q, gone=gone: (r, q) == gone) == [gone]  # type: ignore[misc]
-            came.remove(gone)
+            if gone[1].command != m.Command.HELLO:
+                assert waiting.remove(gone[0], gone[1].seq) == [gone]
+                came.remove(gone)
         elif came:
-            found = list(waiting.firsts())
-            assert found == firsts(waiting)
-            i = rng.choice(found)[2] if found else 0
-            taken = waiting.take(i)
-            assert taken == came.pop(i)
-        assert list(waiting) == came and len(waiting) == len(came)
+            expected = firsts(came)
+            assert waiting.firsts() == [where for where, _ in expected]
+            where, i = rng.choice(expected) if expected else (None, 0)
+            assert waiting.take(where) == came.pop(i)
+        assert len(waiting) == len(came) and waiting.peers() == {rid for rid, _ in came}
 
 
-def test_who_has_many_requests_waiting_is_not_gone_through_for_each() -> None:
+def test_who_has_many_requests_waiting_holds_up_nobody() -> None:
     waiting = Waiting()
     for i in range(MANY + 1):
         waiting.append(b"a", request(1, i))
-    assert waiting.flood(b"a", request(1, 0)) and not waiting.flood(b"a", request(2, 0))
-    assert list(waiting.firsts()) == [(b"a", 1, 0)]
+    assert waiting.flood((b"a", 1)) and not waiting.flood((b"a", 2))
     waiting.append(b"b", request(1, 5))
-    assert list(waiting.firsts()) == [(b"a", 1, 0), (b"b", 1, MANY + 1)]
-    waiting.take(0)
-    assert not waiting.flood(b"a", request(1, 0))
+    assert waiting.firsts() == [(b"a", 1), (b"b", 1)]
+    waiting.take((b"a", 1))
+    assert not waiting.flood((b"a", 1))
     waiting.insert(b"b", request(1, 4))
-    assert [q.seq for _, q in waiting][-2:] == [4, 5]
+    assert [waiting.take((b"b", 1))[1].seq for _ in range(2)] == [4, 5]
+    assert waiting.firsts() == [(b"a", 1)]
+
+
+def test_what_waited_for_its_inputs_goes_before_what_its_session_sent_after_it() -> None:
+    waiting = Waiting()
+    waiting.append(b"a", request(1, 3))
+    waiting.append(b"a", hello(0))
+    waiting.insert(b"a", request(1, 2))
+    waiting.insert(b"a", request(1, 4))
+    assert [waiting.take(waiting.firsts()[0])[1].seq for _ in range(2)] == [2, 3]
+    assert waiting.firsts() == [], "the last one came behind HELLO"
+    assert waiting.take(None)[1].command == m.Command.HELLO
+    assert waiting.take(waiting.firsts()[0])[1].seq == 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -59,16 +60,23 @@ class Plan(ABC):
     """A graph compiled for a device: addresses resolved, kernels bound, scratch laid out.
 
     Attributes:
+        took_s: how long its last run took; 0: it has not run.
         fallbacks: ops of the nodes that run the reference kernel because the device has none of its own.
     """
 
     graph: Graph
     n_nodes: int
+    took_s = 0.0
     fallbacks: tuple[str, ...] = ()
 
     @abstractmethod
     def run(self, inputs: Sequence[bytes | memoryview], tick: Tick) -> list[memoryview]:
         """Run with these inputs; the outputs are views that the next `run` of any plan may overwrite."""
+
+    @property
+    def scratch_bytes(self) -> int | None:
+        """Scratch memory that a run needs; None: it cannot run between parts of another plan, or is not bound for it now."""
+        return None
 
     def prepare_notes(self, tick: Tick) -> None:
         """Have ready what `run_noted` needs besides, so that the run itself is as any other."""
@@ -116,6 +124,16 @@ class Device(ABC, Generic[B]):
 
     def prepare(self, tick: Tick = nothing) -> None:
         """Have ready what work needs and descriptions do not; called before the first buffer. May take a while."""
+
+    def share(self, between: Tick | None, short: bool = False) -> None:
+        """Have `between` called between parts of plans from now on, where one plan may run `aside` another. short: parts of
+        a millisecond, as far as there are any. A device that does its parts by itself calls nothing."""
+
+    @contextlib.contextmanager
+    def aside(self, plan: Plan) -> Iterator[None]:
+        """Between parts of a plan, another that tells its `scratch_bytes` may run in the block. Its outputs are gone behind
+        it."""
+        yield
 
     @abstractmethod
     def info(self) -> DeviceInfo:

@@ -58,12 +58,15 @@ class Arena:
 
     Attributes:
         used_bytes: what plans have left behind.
+    between: called between parts of a plan, where another may run while the first bytes are `lent`.
     """
 
     def __init__(self, total_bytes: Callable[[], int], free_bytes: Callable[[], int]) -> None:
         self._total_bytes, self._free_bytes = total_bytes, free_bytes
         self._room: mmap.mmap | None = None
+        self._lent = False
         self.used_bytes = 0
+        self.between: Tick | None = None
 
     def _reserved(self) -> Bytes:
         if self._room is None:
@@ -84,10 +87,20 @@ class Arena:
 
     def settle(self, n_bytes: int, tick: Tick) -> None:
         """A plan that needs so much of it will run: what a much larger one left behind goes back to the system."""
-        if self._room is not None and self.used_bytes > n_bytes + SPARE_BYTES:
+        if self._room is not None and not self._lent and self.used_bytes > n_bytes + SPARE_BYTES:
             give_back(self._room, n_bytes, self.used_bytes, tick)
             self.used_bytes = n_bytes
         self.used_bytes = max(self.used_bytes, n_bytes)
+
+    @contextlib.contextmanager
+    def lent(self, n_bytes: int) -> Iterator[None]:
+        """Another plan has the first bytes in the block; behind it they are as before."""
+        room = self.memory(n_bytes)
+        kept, self._lent = room.copy(), True
+        try:
+            yield
+        finally:
+            room[:], self._lent = kept, False
 
     def trim(self, tick: Tick) -> None:
         if self._room is not None:
@@ -113,6 +126,15 @@ class HostDevice(Device[H]):
         if self.limit_bytes:
             return max(0, self.limit_bytes - self.used_bytes - self.scratch_bytes())
         return available_bytes()
+
+    def share(self, between: Tick | None, short: bool = False) -> None:
+        self.arena.between = between
+
+    @contextlib.contextmanager
+    def aside(self, plan: Plan) -> Iterator[None]:
+        assert plan.scratch_bytes is not None  # who asks has looked
+        with self.arena.lent(plan.scratch_bytes):
+            yield
 
     def short(self) -> bool:
         return available_bytes() < SHORT_SHARE * memory_bytes()
@@ -227,7 +249,7 @@ class HostMemory:
 
     def __init__(self, lowered: Lowered, buffers: Mapping[int, HostBuffer], arena: Arena) -> None:
         lowered.check(buffers)
-        self.lowered = lowered
+        self.lowered, self.arena = lowered, arena
         used = {span.buffer for span in lowered.places} - {SCRATCH}
         self._memory = {number: buffers[number].memory for number in used}
         self._address = {number: int(memory.ctypes.data) for number, memory in self._memory.items()}
@@ -270,10 +292,15 @@ class HostPlan(Plan):
 
     def __init__(self, memory: HostMemory, steps: Iterable[tuple[Step, int]]) -> None:
         self.graph = graph = memory.lowered.graph
+        self._arena, self._scratch_bytes = memory.arena, memory.lowered.scratch_bytes
         self.inputs = [memory.bytes(i) for i in graph.inputs]
         self.outputs = [memory.bytes(i) for i in graph.outputs]
         self.n_nodes = sum(len(group) for group in memory.lowered.groups)
         self.steps = steps
+
+    @property
+    def scratch_bytes(self) -> int:
+        return self._scratch_bytes
 
     def run(self, inputs: Sequence[bytes | memoryview], tick: Tick) -> list[memoryview]:
         return self._run(inputs, tick, None)
@@ -314,4 +341,6 @@ class HostPlan(Plan):
                 if now >= due:
                     tick()
                     due = now + TICK_S
+                if self._arena.between is not None:
+                    self._arena.between()
         return self.outputs

@@ -45,6 +45,10 @@ class CPUDevice(HostDevice[CPUBuffer]):
     def begin(self) -> None:
         self._kernels.begin()
 
+    def share(self, between: Tick | None, short: bool = False) -> None:
+        super().share(between, short)
+        self._pace.short = short
+
     def prepare(self, tick: Tick = nothing) -> None:
         """Kernels are compiled on the first work for this CPU, and kept."""
         if self._team is None:

@@ -129,6 +129,10 @@ class CPUPlan(Plan):
         return self._bound.fallbacks if self._bound is not None else ()
 
     @property
+    def scratch_bytes(self) -> int | None:
+        return self._bound.scratch_bytes if self._bound is not None and self._layouts == self._layout() else None
+
+    @property
     def program(self) -> Words:
         assert self._bound is not None  # a plan is bound before it is given out
         return self._bound.words

@@ -20,8 +20,12 @@ from workers.ticks import Tick
 Words = npt.NDArray[np.int64]
 PART_COST = 200_000_000
 """What each thread does of a step, or of steps, before sockets may be looked at: a slow core takes 50 ms."""
+PIECE_COST = PART_COST // 10
+"""What is one piece at least: where others wait no more is done in one go."""
 TOGETHER_S = 0.01
 """For about so long steps are done in one go, which begins and ends with all threads; they may be slower than the last."""
+SHARED_S = 0.001
+"""The same where others wait."""
 SHORT_S = 0.001
 
 
@@ -36,15 +40,20 @@ class Run(NamedTuple):
 
 
 class Pace:
-    """How fast a team has been, by which runs that follow each other are put together where it is fast."""
+    """How fast a team has been, by which runs that follow each other are put together where it is fast.
+
+    Attributes:
+        short: little is put together.
+    """
 
     def __init__(self) -> None:
+        self.short = False
         self._per_s = 0.0
 
     @property
     def together(self) -> float:
         """What may be done in one go."""
-        return TOGETHER_S * self._per_s
+        return (SHARED_S if self.short else TOGETHER_S) * self._per_s
 
     def did(self, n: int, seconds: float) -> None:
         """Slower is believed at once, faster by and by. Of a short run the beginning and the end are most."""
@@ -97,7 +106,7 @@ class Program:
         self.steps: list[Step] = []
         self.nodes: list[int] = []
         self.parts: list[Run | tuple[Aside, int]] = []
-        self._most = PART_COST * n_threads
+        self._most = PIECE_COST * n_threads
         self._headers: list[tuple[bool, int]] = []
         self._hazards = Hazards()
         self._first, self._cost = 0, 0
