@@ -155,9 +155,10 @@ def prove_refusal(context: zmq.Context[Any], endpoint: str, keys: KeyPair) -> No
 class Listener:
     """A bound ROUTER that strangers cannot wear out.
 
-    libzmq takes any number of connections, and any number of frames for one message. So from time to time `guard` looks at
-    the connections themselves: it cuts off who has sent too much without completing a message, and, when file descriptors
-    are about to run out, whoever has said nothing yet.
+    libzmq takes any number of connections, and any number of frames for one message. So the system keeps those that say
+    nothing to itself (TCP_DEFER_ACCEPT, where there is such: a peer of ours speaks at once), and from time to time `guard`
+    looks at the connections themselves: it cuts off who has sent too much without completing a message, and, when file
+    descriptors are about to run out, whoever has said nothing yet.
 
     Who is refused for its key, or for its version, is named on standard error, in a line that begins with `who`; never when
     that is empty.
@@ -178,12 +179,16 @@ class Listener:
         self._allowed = allowed
         self.socket = new_socket(context, zmq.ROUTER, keys, server=True)
         self.socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)
+        self.socket.setsockopt(zmq.BACKLOG, N_SILENT)
         try:
             self.socket.bind(endpoint)
         except zmq.ZMQError as e:
             self.socket.close()
             raise ConfigError(f"{endpoint}: cannot listen: {e.strerror or e}; {advice}") from None
         self.endpoint = endpoint if endpoint.startswith("inproc") else bound_endpoint(self.socket)
+        self._port = int(self.endpoint.rsplit(":", 1)[1]) if self.endpoint.startswith("tcp://") else 0
+        if self._port:
+            _accept_who_speaks(self._port)
         try:
             if keys is not None:
                 prove_refusal(context, self.endpoint, keys)
@@ -192,7 +197,6 @@ class Listener:
             raise
         self._door = _Door(context, self.socket, keys, who) if endpoint.startswith("tcp://") and who else None
         self.n_cut = self._n_trims = 0
-        self._port = int(self.endpoint.rsplit(":", 1)[1]) if self.endpoint.startswith("tcp://") else 0
         self._heard: dict[int, tuple[int, str]] = {}
         self._known: dict[tuple[int, int], tuple[int, int, str]] = {}
         self._look: Iterator[bool] | None = None
@@ -283,6 +287,19 @@ class Listener:
 
     def close(self) -> None:
         self.socket.close()
+
+
+def _accept_who_speaks(port: int) -> None:
+    """Have connections to a port on which this process listens accepted when their first bytes have come."""
+    for fd in open_descriptors():
+        with contextlib.suppress(OSError, AttributeError):  # none of ours, or a system without the option
+            s = socket.socket(fileno=os.dup(fd)) if stat.S_ISSOCK(os.fstat(fd).st_mode) else None
+            if s is None:
+                continue
+            with s:
+                inet = s.family in (socket.AF_INET, socket.AF_INET6) and s.getsockname()[1] == port
+                if inet and s.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                    s.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, SILENT_S)
 
 
 class _Door:
@@ -377,6 +394,8 @@ def give_back_free_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+SILENT_S, N_SILENT = 60, 4096
+"""For so long, and so many at once (of Linux 4096 at most), the system keeps connections over which nothing came."""
 PROOF_S = 10.0
 """Within this time a wrong key is refused, or nothing listens. It takes some milliseconds."""
 N_EVENTS = 20_000

@@ -22,7 +22,7 @@ from ggmq.model import Model, ModelConfig, place_model
 from tests.faults.ground import GGMQ, WORKER, Ground
 from tests.faults.report import Run, percentile
 from tests.support.fixtures import ROOT, free_port
-from tests.support.flooding import KINDS, RUDE
+from tests.support.flooding import BUSY, KINDS, RUDE
 from tests.support.processes import await_devices, started
 from tests.support.supervised import until
 
@@ -137,11 +137,11 @@ def measure(ground: Ground, run: Run, n_threads: int, kinds: Sequence[str]) -> N
             run.figures |= {f"{kind}: p50 alone, ms": 1e3 * percentile(alone, 50),
                             f"{kind}: p99 alone, ms": 1e3 * percentile(alone, 99),
                             f"{kind}: p50, times": p50, f"{kind}: p99, times": p99}  # fmt: skip
-            if p99 >= SLOWER:
+            if p99 >= SLOWER and kind != BUSY:
                 run.fail(f"{kind}: p99 {p99:.1f} times that without")
         client.close()
 
 
 def tenants(ground: Ground, run: Run) -> None:
-    """All kinds of flood, one after the other."""
-    measure(ground, run, 1, [RUDE, *KINDS])
+    """All kinds of flood, one after the other, and a process that only takes a core."""
+    measure(ground, run, 1, [BUSY, RUDE, *KINDS])

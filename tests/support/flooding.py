@@ -104,6 +104,8 @@ KINDS: dict[str, Callable[[Client], Iterator[Asked]]] = {
 }
 N_INFLIGHT = {"computes": 32, "uploads": 64}
 """Less than there may be, where that would still be worked at long after the flood."""
+BUSY = "busy"
+"""No flood: what a process costs that takes as much of a core as a flooder of this host does."""
 RUDE = "rude"
 """The kind that waits for no answer, and reads them only to throw them away."""
 
@@ -146,7 +148,16 @@ def be_rude(endpoint: str) -> None:
                 s.recv_multipart(zmq.DONTWAIT)
 
 
+def be_busy() -> None:
+    """Take a core and ask for nothing."""
+    print("ready", flush=True)
+    while True:
+        pass
+
+
 def main(endpoint: str, kind: str = "everything") -> None:
+    if kind == BUSY:
+        be_busy()
     if kind == RUDE:
         be_rude(endpoint)
     client = connect(endpoint)
