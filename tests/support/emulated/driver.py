@@ -23,7 +23,7 @@ from workers.devices.cuda.driver import Facts, Function, Grid
 from workers.kernels.cuda.launches import LAUNCHES, Launch
 from workers.kernels.cuda.sources import Kernel
 from workers.tensors import Bytes
-from workers.ticks import Tick, nothing
+from workers.ticks import Job, Tick, nothing
 
 PAGE = mmap.PAGESIZE
 ALIGN = 16
@@ -35,6 +35,8 @@ COMPARED_BYTES = 64 << 20
 GARBAGE, SLACK = 0xFF, 0xA5
 """What new memory holds, and what lies around it on its pages."""
 GARBAGE_BYTES = 4 << 20
+COMPILE_S = 60.0
+"""The compiler is waited for in pieces of so long."""
 MAX_STEPS = 4096
 """What waits on the stream is done when it is more."""
 MAX_ARGUMENT_BYTES = 4096
@@ -270,25 +272,29 @@ class EmulatedDriver:
     def function(self, kernel: Kernel, tick: Tick = nothing) -> EmulatedFunction:
         if kernel not in self._functions:
             self._not_recording("a kernel is compiled")
-            self._functions[kernel] = self._load(kernel)
+            self._functions[kernel] = self._load(kernel, tick)
         return self._functions[kernel]
 
-    def _load(self, kernel: Kernel) -> EmulatedFunction:
+    def _load(self, kernel: Kernel, tick: Tick) -> EmulatedFunction:
         title = f"{kernel.file}.{kernel.function}" + "".join(f" {name}={value}" for name, value in kernel.macros)
         record = next((r for r in LAUNCHES if (r.file, r.function) == (kernel.file, kernel.function)), None)
         if record is None:
             raise EmulationError(f"{title}: no record of its argument is declared")
-        return self.compiled(title, kernel.function, record, kernel.text(PRIMITIVES))
+        return self.compiled(title, kernel.function, record, kernel.text(PRIMITIVES), tick)
 
-    def compiled(self, title: str, name: str, record: type[Launch], text: str) -> EmulatedFunction:
-        """A kernel of a whole source."""
+    def compiled(self, title: str, name: str, record: type[Launch], text: str, tick: Tick = nothing) -> EmulatedFunction:
+        """A kernel of a whole source. The compiler is a process of its own, which is waited for as a GPU's compiler is."""
         entry = f"""
 #line 1 "entry"
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 EXPORTED void emulated_entry(const void* a) {{ {name}(*(const {record.__name__}*)a); }}
 EXPORTED u64 emulated_shared_bound(int end) {{ return (u64)(end ? __stop_emulated_shared : __start_emulated_shared); }}
 """
-        made, now = library(text + entry)
+        job = Job(partial(library, text + entry))
+        threading.Thread(target=job.run, daemon=True, name="emulated-compiler").start()
+        while not job.wait(tick, COMPILE_S):
+            pass
+        made, now = job.outcome()
         self.n_compiles += now
         loaded = ctypes.CDLL(str(made))
         loaded.emulated_shared_bound.restype = ctypes.c_uint64
