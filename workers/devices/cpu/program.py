@@ -20,8 +20,8 @@ from workers.ticks import Tick
 Words = npt.NDArray[np.int64]
 PART_COST = 200_000_000
 """What each thread does of a step, or of steps, before sockets may be looked at: a slow core takes 50 ms."""
-PIECE_COST = PART_COST // 10
-"""What is one piece at least: where others wait no more is done in one go."""
+PIECES = 10
+"""Of so much: where others wait no more than one is done in one go."""
 TOGETHER_S = 0.01
 """For about so long steps are done in one go, which begins and ends with all threads; they may be slower than the last."""
 SHARED_S = 0.001
@@ -106,7 +106,7 @@ class Program:
         self.steps: list[Step] = []
         self.nodes: list[int] = []
         self.parts: list[Run | tuple[Aside, int]] = []
-        self._most = PIECE_COST * n_threads
+        self._most = PART_COST // PIECES * n_threads
         self._headers: list[tuple[bool, int]] = []
         self._hazards = Hazards()
         self._first, self._cost = 0, 0
