@@ -15,7 +15,7 @@ import numpy as np
 from protocol.graph import Graph
 from workers.devices.base import Abilities, Source
 from workers.devices.cpu.plan import BINDINGS, PATTERNS, CPUPlan, Profile
-from workers.devices.cpu.program import Pace
+from workers.devices.cpu.program import PART_COST, Pace
 from workers.devices.cpu.weights import Copy, CPUBuffer, Ne, Weights, packable
 from workers.devices.host import HostDevice
 from workers.devices.lower import lower_aside
@@ -39,7 +39,7 @@ class CPUDevice(HostDevice[CPUBuffer]):
         self._profile = Profile() if os.environ.get("GGMQ_PROFILE", "0") not in ("", "0") else None
         self._kernels, self._cpus = native.Kernels(cpu_model()), cpus
         self._team: native.Team | None = None
-        self._pace = Pace()
+        self._pace = Pace(PART_COST * n_threads)
         self.weights = Weights(self, lambda: self.team)
 
     def begin(self) -> None:

@@ -20,7 +20,7 @@ from workers.ticks import Tick
 Words = npt.NDArray[np.int64]
 PART_COST = 200_000_000
 """What each thread does of a step, or of steps, before sockets may be looked at: a slow core takes 50 ms."""
-PIECES = 10
+PIECES = 3
 """Of so much: where others wait no more than one is done in one go."""
 TOGETHER_S = 0.01
 """For about so long steps are done in one go, which begins and ends with all threads; they may be slower than the last."""
@@ -43,17 +43,18 @@ class Pace:
     """How fast a team has been, by which runs that follow each other are put together where it is fast.
 
     Attributes:
-        short: little is put together.
+        least: what is put together however slow the team is.
+        short: others wait, and little is put together.
     """
 
-    def __init__(self) -> None:
-        self.short = False
+    def __init__(self, least: int = 0) -> None:
+        self.least, self.short = least, False
         self._per_s = 0.0
 
     @property
     def together(self) -> float:
         """What may be done in one go."""
-        return (SHARED_S if self.short else TOGETHER_S) * self._per_s
+        return SHARED_S * self._per_s if self.short else max(self.least, TOGETHER_S * self._per_s)
 
     def did(self, n: int, seconds: float) -> None:
         """Slower is believed at once, faster by and by. Of a short run the beginning and the end are most."""
