@@ -252,13 +252,15 @@ class EmulatedDriver:
 
     def record(self) -> Callable[[], bool]:
         self._not_recording("a mark")
-        put = self._n_put
+        put, asked = self._n_put, False
 
         def done() -> bool:
+            nonlocal asked
             self._not_recording("a wait")
-            self.n_waits += 1
-            self._do(put)
-            return True
+            self.n_waits += not asked
+            asked = True
+            self._do(min(put, self._n_done + 1))  # a piece each time that somebody looks
+            return self._n_done >= put
 
         return done
 

@@ -86,13 +86,14 @@ class Weights:
     def trim(self) -> None:
         self._room = None
 
-    def move(self, record: type[PackedRows], type_id: int, ne: Ne, raw: int, packed: int, first: int, n: int) -> None:
+    def move(self, record: type[PackedRows], type_id: int, ne: Ne, raw: int, packed: int, first: int, n: int,
+             tick: Tick) -> None:  # fmt: skip
         """Put on the stream: rows `first` to `first + n` between the two layouts."""
         kernel = Kernel(record.file, record.function, (("FORMAT", str(format_of(type_id))),))
         _, n_rows = row_shape(type_id, ne)
         argument = record(raw=raw, packed=packed, n_rows=n_rows, k=ne[0], first=first, n=n)
         blocks = n * (ne[0] // max(32, TYPES[type_id].block))
-        self._driver.launch(self._driver.function(kernel), Grid(-(-blocks // 128), 1, 128), argument)
+        self._driver.launch(self._driver.function(kernel, tick), Grid(-(-blocks // 128), 1, 128), argument)
 
     def pack(self, buffer: CUDABuffer, offset: int, n_bytes: int, type_id: int, ne: Ne, source: Source, tick: Tick) -> None:
         """Store a packable weight, which comes as rows, a piece at a time."""
@@ -103,7 +104,7 @@ class Weights:
         for i, piece in enumerate(source.pieces(size, tick)):
             room = self.raw_room(2 * size) + (i % 2) * size
             self.copies.put(room, piece, tick)
-            self.move(Pack, type_id, ne, room, buffer.address + offset, at // row, len(piece) // row)
+            self.move(Pack, type_id, ne, room, buffer.address + offset, at // row, len(piece) // row, tick)
             at += len(piece)
             tick()
         self.copies.settle(tick)
@@ -115,7 +116,7 @@ class Weights:
         """A weight that lies in GGUF's layout where it is to lie packed. Errors: OutOfMemory, before anything is changed."""
         raw = Memory(self._driver, n_bytes)
         self._driver.copy(raw.address, buffer.address + offset, n_bytes)
-        self.move(Pack, type_id, ne, raw.address, buffer.address + offset, 0, row_shape(type_id, ne)[1])
+        self.move(Pack, type_id, ne, raw.address, buffer.address + offset, 0, row_shape(type_id, ne)[1], tick)
         wait_for_all(self._driver, tick)
         buffer.packed[offset] = (GGMLType(type_id), ne, n_bytes)
         buffer.n_layouts += 1
@@ -131,7 +132,7 @@ class Weights:
         touched = [(at, p) for at, p in buffer.packed.items() if at < offset + n_bytes and offset < at + p[2]]
         for at, (type_id, ne, size) in touched:
             raw = Memory(self._driver, size)
-            self.move(Unpack, type_id, ne, raw.address, buffer.address + at, 0, row_shape(type_id, ne)[1])
+            self.move(Unpack, type_id, ne, raw.address, buffer.address + at, 0, row_shape(type_id, ne)[1], tick)
             self._driver.copy(buffer.address + at, raw.address, size)
             with completing(tick) as steady:
                 wait_for_all(self._driver, steady)
@@ -155,7 +156,7 @@ class Weights:
             row, _ = row_shape(type_id, ne)
             for first, n in self._tiles(type_id, ne, low - at, high - at):
                 room = self.raw_room(n * row)
-                self.move(Unpack, type_id, ne, room, buffer.address + at, first, n)
+                self.move(Unpack, type_id, ne, room, buffer.address + at, first, n, tick)
                 rows = self.copies.fetch(room, n * row, tick)
                 start = at + first * row
                 a, b = max(start, low), min(start + n * row, high)
@@ -177,7 +178,7 @@ class Weights:
             with np.errstate(over="ignore"):  # what is beyond F16 is infinite there
                 values = load(blocks.reshape(1, 1, 1, n, info.bytes), t.type, np.float32).astype(np.float16)
             self.copies.store(raw.address + 2 * at * info.block, values.reshape(-1).data, tick)
-        self.move(Pack, GGMLType.F16, t.ne, raw.address, wide.address, 0, t.n_rows)
+        self.move(Pack, GGMLType.F16, t.ne, raw.address, wide.address, 0, t.n_rows, tick)
         with completing(tick) as steady:
             self.copies.settle(steady)
             wait_for_all(self._driver, steady)
