@@ -223,7 +223,7 @@ class BrokerLoop:
         if known is not None:
             self._handle(LinkLost(known[0], reason, now))
         else:
-            self._handle(ClientLost(bytes([where[0]]) + where[1], now))
+            self._handle(ClientLost(_peer(where), now))
 
     def _is_unreached(self, link: Link) -> bool:
         """Whether a worker that listens has not answered HELLO yet."""
@@ -365,7 +365,7 @@ class BrokerLoop:
         if known is not None:
             self._worker_frames(*known, frames[1:], now, _own_key(caller))
             return
-        peer = bytes([index]) + rid
+        peer = _peer(where)
         try:
             message = decode(frames[1:])
         except ProtocolError as e:
@@ -395,12 +395,12 @@ class BrokerLoop:
     def _release(self) -> None:
         """Handle what hasty clients asked for, as far as it is its time."""
         def n_inflight(where: Where) -> int:
-            client = self.state.clients.get(bytes([where[0]]) + where[1])
+            client = self.state.clients.get(_peer(where))
             return client.n_inflight if client is not None else 0
 
         now = self.clock.now_s()
         for where, message in self._pacing.released(n_inflight, now):
-            self._handle(FromClient(bytes([where[0]]) + where[1], message, now))
+            self._handle(FromClient(_peer(where), message, now))
 
     def _dialled_in(self, where: Where, h: m.Hello, message: Message, caller: Caller, fd: int, now: float) -> None:
         """A worker's HELLO on one of its channels; the two connections may arrive in either order.
@@ -491,3 +491,8 @@ class BrokerLoop:
 def _own_key(caller: Caller) -> bytes:
     """The public key of a worker that has one of its own."""
     return caller.key.encode() if caller.role is Role.WORKER else b""
+
+
+def _peer(where: Where) -> bytes:
+    """How the state machine calls who speaks there."""
+    return bytes([where[0]]) + where[1]

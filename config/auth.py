@@ -261,8 +261,7 @@ class Listener:
         self, fd: int, inode: int, scarce: bool, read_all: bool, known: dict[tuple[int, int], tuple[int, int, str]]
     ) -> None:
         """Note in `known` what was heard over a connection, or cut it off. Errors: OSError when it is none of ours."""
-        s = socket.socket(fileno=fd)
-        try:
+        with _borrowed(fd) as s:
             received = self._received_bytes(s)
             heard = self._heard.pop(fd, None)
             before = (received, *heard) if heard is not None else self._known.get((fd, inode))
@@ -275,8 +274,6 @@ class Listener:
                 self.n_cut += 1
                 self._n_trims = N_TRIMS if too_much else self._n_trims
                 s.shutdown(socket.SHUT_RDWR)
-        finally:
-            s.detach()
 
     def _received_bytes(self, s: socket.socket) -> int:
         """What came over one of our connections. Errors: OSError when it is none of them."""
@@ -289,17 +286,24 @@ class Listener:
         self.socket.close()
 
 
+@contextlib.contextmanager
+def _borrowed(fd: int) -> Iterator[socket.socket]:
+    """A socket of this process that others hold, and go on holding. Errors: OSError when it is none."""
+    s = socket.socket(fileno=fd)
+    try:
+        yield s
+    finally:
+        s.detach()
+
+
 def _accept_who_speaks(port: int) -> None:
     """Have connections to a port on which this process listens accepted when their first bytes have come."""
     for fd in open_descriptors():
-        with contextlib.suppress(OSError, AttributeError):  # none of ours, or a system without the option
-            s = socket.socket(fileno=os.dup(fd)) if stat.S_ISSOCK(os.fstat(fd).st_mode) else None
-            if s is None:
-                continue
-            with s:
-                inet = s.family in (socket.AF_INET, socket.AF_INET6) and s.getsockname()[1] == port
-                if inet and s.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                    s.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, SILENT_S)
+        # none of ours, or a system without the option
+        with contextlib.suppress(OSError, AttributeError), _borrowed(fd) as s:
+            inet = s.family in (socket.AF_INET, socket.AF_INET6) and s.getsockname()[1] == port
+            if inet and s.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                s.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, SILENT_S)
 
 
 class _Door:
@@ -379,12 +383,8 @@ class _Door:
 
 def _peer_of(fd: int) -> str:
     """The address at the other end of a connection of this process; empty when it is closed already."""
-    with contextlib.suppress(OSError):
-        s = socket.socket(socket.AF_INET, socket.SOCK_STREAM, fileno=fd)
-        try:
-            return str(s.getpeername()[0])
-        finally:
-            s.detach()
+    with contextlib.suppress(OSError), _borrowed(fd) as s:
+        return str(s.getpeername()[0])
     return ""
 
 

@@ -140,7 +140,7 @@ def mul_mat(b: Binder, n: Node) -> bool:
         first = ((batch // z.ne[2]) // r3 * a.ne[2] + batch % z.ne[2] // r2) * a.ne[1] if len(batches) > 1 else 0
         at = batch * z.ne[1]
         product = Product(x=x.at + at * x.row, x_row=x.row, scales=x.scales + 4 * at, n=count, k=a.ne[0], fixed=w.fixed,
-                          rows=x.rows, rows_step=z.nb[1], peaks=x.peaks, staged=count * x.row <= STAGED_BYTES,
+                          rows=x.rows, peaks=x.peaks, staged=count * x.row <= STAGED_BYTES,
                           n_tiles=ceil_div(a.ne[1], TILE * mt), begin=(0, NO_PART, NO_PART, NO_PART), w=single(w.at),
                           n_all=single(w.n_rows), first=single(first), n_rows=single(a.ne[1]),
                           y=single(y + 4 * a.ne[1] * at), y_row=single(4 * a.ne[1]))  # fmt: skip

@@ -78,8 +78,8 @@ class Product(Launch, frozen=True, kw_only=True):
         begin: a tensor's first tile of rows among the n_tiles of all; NO_PART where there is none.
         fixed: no launch of the same plan writes the weights.
         staged: the columns, which lie in one piece, are read from shared memory; a kernel is compiled for that.
-        rows: what the columns are made of as they are staged, float32 `rows_step` bytes apart, and the `peaks` that
-            `TellsPeaks` tells of them; 0: the columns lie at x.
+        rows: what the columns are made of as they are staged, float32 in one piece, and the `peaks` that `TellsPeaks` tells
+            of them; 0: the columns lie at x.
     """
 
     x: Address
@@ -89,7 +89,6 @@ class Product(Launch, frozen=True, kw_only=True):
     k: Count
     n_tiles: Count
     rows: Address = 0
-    rows_step: Bytes = 0
     peaks: Address = 0
     fixed: Flag
     staged: Flag

@@ -177,7 +177,7 @@ DEVICE ColumnScale scale_of_rows(const Product& a, i64 column) {
 DEVICE void stage_rows(const Product& a, u8* staged) {
     const int SOME = 4;
     for (int c = 0; c < (int)a.n; c++) {
-        const float* row = (const float*)(a.rows + c * a.rows_step);
+        const float* row = (const float*)a.rows + c * a.k;
         float scale = scale_of_rows(a, c).scale;
         for (int first = 4 * threadIdx.x; first < (int)a.k; first += SOME * 4 * blockDim.x) {
             float v[SOME][4];
