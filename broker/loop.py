@@ -32,15 +32,17 @@ from broker.events import (
     Unreached,
     WorkerEnded,
 )
+from broker.notes import Notes
 from broker.pacing import PAUSE_S, Pacing
 from broker.state import BrokerState
 from broker.tracing import Traces
 from config.allowed import Allowed, list_beside
-from config.auth import Listener, close_monitored, happening, monitor_of, new_socket
+from config.auth import close_monitored, happening, monitor_of, new_socket
 from config.carrying import carried
 from config.clock import LivedClock
 from config.cores import n_cores
 from config.keys import KeyPair, require
+from config.listening import Listener, Watch
 from config.reaching import Happening, Reaching
 from config.roles import Caller, Callers, Role
 from config.stuck import Stuck, Way
@@ -55,10 +57,8 @@ from protocol.tracing import encode_noted
 
 Where = tuple[int, bytes]
 """A listener, and a routing id there."""
-TICK_S, GUARDING_S = 0.1, 0.002
-"""So often time passes in the state machine, and some more connections are looked at before all have been."""
-NOTED_S, MAX_NOTES = 10.0, 100
-"""In so many seconds at most so many notes: nobody fills a disk by knocking."""
+TICK_S = 0.1
+"""So often time passes in the state machine, and connections are looked at."""
 HOPE_S = limits.RECONNECT_S - 5 * TICK_S
 """A worker that is not reached is dialled afresh after RECONNECT_S; why it was not is known before."""
 GONE = "the connection was closed; the worker was stopped or killed"
@@ -67,7 +67,7 @@ GONE = "the connection was closed; the worker was stopped or killed"
 class BrokerLoop:
     """Attributes:
     endpoints: what it listens on, with real ports.
-    note: told who comes and goes, and why, and why a worker that listens is not reached.
+    notes: who comes and goes, and why, and why a worker that listens is not reached.
     children: worker processes that were started here, by the name their devices have: how each one ended, None until then.
     Threads: `run` in one thread; `listen` and `connect_worker` before it starts, `stop` from any.
     """
@@ -79,12 +79,11 @@ class BrokerLoop:
         self.state = BrokerState(software, int(time.time()) & 0x3FFFFFFF, secrets.token_bytes(16),
                                  secrets.randbits(48) << 8, secret=secrets.token_bytes(32), cluster=cluster)  # fmt: skip
         self.endpoints: list[str] = []
-        self.note: Callable[[str], None] = lambda text: None
-        self._n_noted, self._noted_s = 0, 0.0
+        self.notes = Notes()
         self.children: dict[str, Callable[[], int | None]] = {}
         self.clock = LivedClock(longest_step_s=3 * TICK_S)
         self._listeners: list[Listener] = []
-        self._guarding: list[Listener] = []
+        self._watch = Watch(TICK_S)
         self._dealers: dict[Link, tuple[zmq.Socket[Any], zmq.Socket[Any]]] = {}
         self._monitors: dict[zmq.Socket[Any], Link] = {}
         self._reaching: dict[Link, Reaching] = {}
@@ -161,7 +160,7 @@ class BrokerLoop:
         next_tick = 0.0
         try:
             while not self._stopping:
-                wait_s = min(GUARDING_S if self._guarding else TICK_S, self._pacing.wait_s(self.clock.now_s()))
+                wait_s = min(self._watch.wait_s, self._pacing.wait_s(self.clock.now_s()))
                 refused = False
                 for s, _ in self._poller.poll(math.ceil(wait_s * 1000)):
                     refused |= self._drain_socket(s)
@@ -172,7 +171,7 @@ class BrokerLoop:
                 if now >= next_tick:
                     next_tick = now + TICK_S
                     self._tick(now)
-                self._guarding = [listener for listener in self._guarding if listener.guard()]
+                self._watch.look(self._listeners)
         finally:
             for link in list(self._dealers):
                 self._close(link)
@@ -192,11 +191,7 @@ class BrokerLoop:
         self._look_at_keys(now)
         self._pacing.tick(now)
         self._handle(Tick(now))
-        if now - self._noted_s > NOTED_S:
-            if self._n_noted > MAX_NOTES:
-                self.note(f"{self._n_noted - MAX_NOTES} more came and went")
-            self._n_noted, self._noted_s = 0, now
-        self._guarding = self._guarding or list(self._listeners)
+        self.notes.tick(now)
         self._early = {t: e for t, e in self._early.items() if now - e[3] < limits.RECONNECT_S}
         self._owners = {t: c for t, c in self._owners.items() if t in self._tokens or self.state.devices.known(t)}
         early = {where for where, _, _, _ in self._early.values()}
@@ -220,10 +215,7 @@ class BrokerLoop:
         self._callers.forget(where)
         self._pacing.forget(where)
         known = self._dialled.get(where)
-        if known is not None:
-            self._handle(LinkLost(known[0], reason, now))
-        else:
-            self._handle(ClientLost(_peer(where), now))
+        self._handle(ClientLost(_peer(where), now) if known is None else LinkLost(known[0], reason, now))
 
     def _is_unreached(self, link: Link) -> bool:
         """Whether a worker that listens has not answered HELLO yet."""
@@ -235,7 +227,7 @@ class BrokerLoop:
             reason = reaching.reason(now) if self._is_unreached(link) else ""
             if reason:
                 if reason != self.state.workers[link].lost:
-                    self.note(f"{link.removeprefix('tcp://')}: {reason}; dialling on")
+                    self.notes.say(f"{link.removeprefix('tcp://')}: {reason}; dialling on")
                 self._handle(Unreached(link, reason, now))
 
     def _look_at_late(self, now: float) -> None:
@@ -264,9 +256,7 @@ class BrokerLoop:
         else:
             self._do(self.state.handle(event))
         for text in self.state.notes:
-            self._n_noted += 1
-            if self._n_noted <= MAX_NOTES:
-                self.note(text)
+            self.notes.say(text)
         self.state.notes.clear()
 
     def _handle_traced(self, event: Event) -> None:
@@ -316,6 +306,8 @@ class BrokerLoop:
             else:
                 index = next(i for i, listener in enumerate(self._listeners) if listener.socket is s)
                 where = (index, bytes(frames[0]))
+                if self._pacing.is_cut(where, now):
+                    continue
                 known = where in self._dialled
                 most = limits.MAX_MESSAGE_BYTES if known else limits.MAX_REQUEST_BYTES
                 caller = self._listeners[index].heard(raw[-1], most)
@@ -380,6 +372,8 @@ class BrokerLoop:
                 fd = int(frame.get(zmq.SRCFD)) if self._listeners[index].endpoint.startswith("tcp://") else -1
                 self._dialled_in(where, h, message, caller, fd, now)
                 return
+            if peer not in self.state.clients and not isinstance(h, m.Hello) and not message.reply:
+                self._lose_patience(where, frame, f"it asked for {message.command.name} and more before HELLO", now)
             if isinstance(h, m.Retire) and caller.role is not Role.CLUSTER:
                 raise ProtocolError("RETIRE: who may use a worker is for the holder of the cluster's key to say")
         except ProtocolError as e:
@@ -389,8 +383,16 @@ class BrokerLoop:
             many = f"{limits.MAX_INFLIGHT_PER_CLIENT} requests of this client wait for their turn"
             refusal = Overloaded(f"{message.command.name}: {many}; wait for replies")
             self._do([self.state.traffic.refuse(peer, message, refusal)])
+            self._lose_patience(where, frame, f"{many}, and it sends on", now)
         elif self._pacing.goes_on(where, message, sum(len(f) for f in frames), now):
             self._handle(FromClient(peer, message, now))
+
+    def _lose_patience(self, where: Where, frame: zmq.Frame, reason: str, now: float) -> None:
+        """A request, with one of its frames, was refused for something that its sender has to know; not many are."""
+        if self._pacing.cut(where, _peer(where) in self.state.clients, now):
+            self._listeners[where[0]].cut(frame)
+            self.notes.say(f"a client was cut off: {reason}")
+            self._gone(where, reason, now)
 
     def _release(self) -> None:
         """Handle what hasty clients asked for, as far as it is its time."""
@@ -471,8 +473,6 @@ class BrokerLoop:
     def _close(self, link: Link) -> None:
         self._reaching.pop(link, None)
         self._dials.pop(link, None)
-        for bulk in (False, True):
-            self._fds.pop((link, bulk), None)
         for monitor in [k for k, v in self._monitors.items() if v == link]:
             self._poller.unregister(monitor)
             self._monitors.pop(monitor)
@@ -482,6 +482,7 @@ class BrokerLoop:
             self._owner.pop(s, None)
             s.close()
         for bulk in (False, True):
+            self._fds.pop((link, bulk), None)
             where = self._rids.pop((link, bulk), None)
             if where is not None:
                 self._dialled.pop(where, None)

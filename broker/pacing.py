@@ -2,7 +2,8 @@
 
 Queues on the way to workers and back are in the order in which things came: what one client has in them all others wait for.
 So a hasty client's requests are held here, and go on at the pace of his share, few at a time. What he sends beyond that is
-refused, and is not read faster than a busy client would send: it waits on his side of the connection.
+refused, and is not read faster than a busy client would send: it waits on his side of the connection. Who goes on all the
+same waits for no answer, and is cut off; so is who asks for something without HELLO.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ PRESENT_S = 1.0
 """Who asked within this time is there."""
 PAUSE_S = 0.0003
 """For so long the loop reads nothing when it has read two messages of a client that it has to refuse."""
+PATIENCE, STRANGERS_PATIENCE = 256, 16
+"""So many refusals in PRESENT_S, of requests beyond those that may wait, or without HELLO, and their sender is cut off."""
 MAX_RELEASED = 64
 """At once, so that others get their turn."""
 
@@ -36,10 +39,13 @@ class Pacing:
     """Requests that wait, in the order in which each client sent them."""
 
     def __init__(self, n_cores: int) -> None:
+        self._ticked_s = 0.0
         self._share = min(MOST_SHARE, SHARE_OF_CORE * n_cores)
         self._paid_until_s: dict[Client, float] = {}
         self._patient: dict[Client, float] = {}
         self._held: dict[Client, deque[tuple[Message, int]]] = {}
+        self._n_refused: dict[Client, int] = {}
+        self._cut_s: dict[Client, float] = {}
 
     def goes_on(self, who: Client, message: Message, n_bytes: int, now_s: float) -> bool:
         """A request of so many bytes came. Whether it may be handled now; if not, it is held."""
@@ -73,12 +79,30 @@ class Pacing:
         """How long nothing that is held can go on by the time alone; infinite where nothing is held."""
         return min((max(0.0, self._paid_until_s.get(who, 0.0) - now_s) for who in self._held), default=float("inf"))
 
+    def is_cut(self, who: Client, now_s: float) -> bool:
+        """Whether a message is of one who was cut off: what had come of him before that is thrown away."""
+        if who in self._cut_s:
+            self._cut_s[who] = now_s
+        return who in self._cut_s
+
+    def cut(self, who: Client, known: bool, now_s: float) -> bool:
+        """A request was refused for what its sender is to know. known: he said HELLO. Returns: whether he is cut off now."""
+        self._n_refused[who] = self._n_refused.get(who, 0) + 1
+        if self._n_refused[who] <= (PATIENCE if known else STRANGERS_PATIENCE):
+            return False
+        self._cut_s[who] = now_s
+        return True
+
     def forget(self, who: Client) -> None:
         """Nobody waits for its answers any more."""
         self._held.pop(who, None)
 
     def tick(self, now_s: float) -> None:
         """Forget who asks for nothing."""
+        if now_s - self._ticked_s >= PRESENT_S:
+            self._ticked_s = now_s
+            self._n_refused.clear()
+            self._cut_s = {who: s for who, s in self._cut_s.items() if now_s - s < limits.RETURN_S}
         self._paid_until_s = {who: s for who, s in self._paid_until_s.items() if now_s - s < PRESENT_S}
         self._patient = {who: s for who, s in self._patient.items() if now_s - s < PRESENT_S}
 

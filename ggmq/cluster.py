@@ -455,7 +455,7 @@ def own_broker(
     context: zmq.Context[Any] = zmq.Context()
     try:
         loop = BrokerLoop(SOFTWARE, context, keys, cluster)
-        loop.note = lambda text: print_line(f"ggmq broker: {text}", file=sys.stderr)
+        loop.notes.tell = lambda text: print_line(f"ggmq broker: {text}", file=sys.stderr)
         loop.listen(listen)
         for host_port in remote:
             loop.connect_worker(f"tcp://{host_port}")

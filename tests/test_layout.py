@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "workers": {"workers", "protocol", "config"},
     "ggmq": {"ggmq", "protocol", "config", "broker"},
 }
-ZMQ_MODULES = {"loop", "auth", "transfer", "cluster", "front", "sockets", "uplink", "zap"}
+ZMQ_MODULES = {"loop", "auth", "door", "listening", "transfer", "cluster", "front", "sockets", "uplink", "zap"}
 FILES = [p for package in MAY_IMPORT for p in sorted((ROOT / package).rglob("*.py"))]
 
 

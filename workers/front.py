@@ -6,6 +6,7 @@ the device that its prefix names. A device process that ends takes the front wit
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -18,9 +19,11 @@ import msgspec
 import zmq
 
 from config.allowed import Allowed
-from config.auth import Listener, new_socket, raise_descriptor_limit, socket_folder
+from config.auth import new_socket, socket_folder
+from config.descriptors import raise_descriptor_limit
 from config.installed import module_environment
 from config.keys import KeyPair
+from config.listening import Listener, Watch
 from config.roles import Caller, Callers, Role
 from config.zap import Authenticator
 from protocol import messages as m
@@ -66,7 +69,7 @@ class Front:
         self.order: list[bytes] = []
         self.infos: dict[bytes, m.DeviceInfo] = {}
         self.gathering: dict[tuple[bytes, Command, int], Gathering] = {}
-        self.guarded_s = 0.0
+        self.watch = Watch(GUARD_S)
         self.stopping = False
 
     def start(self, commands: list[list[str]]) -> list[m.DeviceInfo]:
@@ -95,7 +98,7 @@ class Front:
             poller.register(s, zmq.POLLIN)
         try:
             while not self.stopping:
-                for s, _ in poller.poll(100):
+                for s, _ in poller.poll(math.ceil(1000 * self.watch.wait_s)):
                     for _ in range(64):
                         try:
                             frames = s.recv_multipart(zmq.DONTWAIT, copy=False)
@@ -109,20 +112,13 @@ class Front:
                             self._from_device(frames)
                 for frames in self.ordering.due(time.monotonic()):
                     self._pass_on(frames)
-                self._guard()
+                self.watch.look([self.listener])
                 for child in self.children:
                     if child.poll() is not None and not self.stopping:
                         print(f"ggmq worker: a device process ended with code {child.returncode}", file=sys.stderr)
                         self.stopping = True
         finally:
             self.close()
-
-    def _guard(self) -> None:
-        now = time.monotonic()
-        if now - self.guarded_s >= GUARD_S:
-            self.guarded_s = now
-            while self.listener.guard():
-                pass
 
     def close(self) -> None:
         for child in self.children:

@@ -18,8 +18,9 @@ from typing import Any
 import msgspec
 import zmq
 
-from config.auth import happening, local_address, raise_descriptor_limit, remove_socket_folder
+from config.auth import happening, local_address, remove_socket_folder
 from config.clock import LivedClock
+from config.descriptors import raise_descriptor_limit
 from config.keys import KeyPair
 from config.roles import ANYBODY, Caller, Callers
 from config.terminal import print_line

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import zmq
 
 from config.allowed import Allowed
-from config.auth import Listener, new_socket
+from config.auth import new_socket
 from config.keys import KeyPair
+from config.listening import Listener, Watch
 from config.zap import Authenticator
 
-GUARD_S, GUARDING_S = 0.05, 0.002
-"""So often listeners look at who is connected to them, and at some more before all have been looked at."""
+GUARD_S = 0.05
+"""So often listeners look at who is connected to them."""
 
 
 class Sockets:
@@ -31,8 +31,7 @@ class Sockets:
         self.listeners: dict[zmq.Socket[Any], Listener] = {}
         self._open: list[zmq.Socket[Any]] = []
         self._auth: Authenticator | None = None
-        self._guarded_s = 0.0
-        self._guarding: list[Listener] = []
+        self._watch = Watch(GUARD_S)
 
     def keys_for(self, endpoint: str) -> KeyPair | None:
         """A path of this host is guarded by its folder's mode."""
@@ -71,16 +70,12 @@ class Sockets:
 
     def guard(self) -> None:
         """Have listeners look at who is connected, when it is time, and at some at once."""
-        now = time.monotonic()
-        if now - self._guarded_s >= GUARD_S and not self._guarding:
-            self._guarded_s = now
-            self._guarding = list(self.listeners.values())
-        self._guarding = [listener for listener in self._guarding if listener.guard()]
+        self._watch.look(self.listeners.values())
 
     @property
     def wait_s(self) -> float:
         """For so long nothing is to be looked at."""
-        return GUARDING_S if self._guarding else GUARD_S
+        return self._watch.wait_s
 
     def close(self, linger_ms: int = 0) -> None:
         """Close all. What is still to be sent is waited for so long."""

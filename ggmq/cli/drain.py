@@ -46,7 +46,10 @@ def drain(args: argparse.Namespace) -> int:
             print_line(f"{args.worker}: may be used again")
             return 0
         due = time.monotonic() + args.within
-        while (n := _n_sessions(client.devices(), numbers)) and time.monotonic() < due:
+        while (n := _n_sessions(listed := client.devices(), numbers)) and time.monotonic() < due:
+            if all(listed[i].state in ("lost", "none") for i in numbers if i < len(listed)):
+                print_line(f"{args.worker}: was lost meanwhile; who used it goes on elsewhere")
+                return 0
             time.sleep(POLL_S)
         if n:
             raise Unavailable(f"{args.worker}: {n} sessions still hold something there after {args.within:g} s: nobody else "

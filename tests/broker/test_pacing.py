@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from broker.pacing import BURST_S, MESSAGE_S, PRESENT_S, SHARE_OF_CORE, WINDOW, Client, Pacing
+from broker.pacing import (
+    BURST_S,
+    MESSAGE_S,
+    PATIENCE,
+    PRESENT_S,
+    SHARE_OF_CORE,
+    STRANGERS_PATIENCE,
+    WINDOW,
+    Client,
+    Pacing,
+)
 from protocol import limits
 from protocol import messages as m
 from protocol.frames import Message
@@ -118,3 +128,21 @@ def test_two_floods_do_not_hold_each_other_back() -> None:
     while broker.pacing.wait_s(later) < float("inf"):
         broker.release(later)
     assert broker.done == {HASTY: list(range(2000)), CALM: list(range(2000))}
+
+
+@pytest.mark.parametrize(("known", "patience"), [(True, PATIENCE), (False, STRANGERS_PATIENCE)])
+def test_who_sends_on_though_he_is_refused_is_cut_off_once(known: bool, patience: int) -> None:
+    pacing = Pacing(N_CORES)
+    now = 100.0
+    pacing.tick(now)
+    assert not any(pacing.cut(HASTY, known, now) for _ in range(patience)) and not pacing.is_cut(HASTY, now)
+    assert pacing.cut(HASTY, known, now) and pacing.is_cut(HASTY, now)
+    assert not pacing.is_cut(CALM, now) and not pacing.cut(CALM, known, now)
+
+
+def test_a_refusal_now_and_then_costs_nobody_his_connection() -> None:
+    pacing = Pacing(N_CORES)
+    for second in range(20):
+        for _ in range(PATIENCE // 2):
+            assert not pacing.cut(HASTY, True, 100.0 + second)
+        pacing.tick(100.0 + second + 1.01 * PRESENT_S)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import zmq
 
-import config.auth
+import config.listening
 from broker.loop import BrokerLoop
 from config.allowed import Allowed, Entry, add_key, list_beside, read_list, remove_key
 from config.auth import new_keys
@@ -297,7 +297,7 @@ def test_an_authenticator_that_fails_lets_in_nobody(case: str, keys: KeyPair, mo
             there.close()
 
 
-NEW_SOCKET = config.auth.new_socket
+NEW_SOCKET = config.listening.new_socket
 
 
 def lax_socket(*args: Any, **more: Any) -> zmq.Socket[Any]:
@@ -315,9 +315,9 @@ def lax_socket(*args: Any, **more: Any) -> zmq.Socket[Any]:
 ])  # fmt: skip
 def test_who_cannot_protect_does_not_start(case: str, said: str, keys: KeyPair, monkeypatch: pytest.MonkeyPatch) -> None:
     if case == "nobody answers":
-        monkeypatch.setattr(config.auth, "PROOF_S", 0.5)
+        monkeypatch.setattr(config.listening, "PROOF_S", 0.5)
     if case != "nobody answers" and case != "any key is let in":
-        monkeypatch.setattr(config.auth, "new_socket", lax_socket)
+        monkeypatch.setattr(config.listening, "new_socket", lax_socket)
     if case == "any key is let in":
         monkeypatch.setattr(Allowed, "lets_in", lambda self, key: True)
     else:

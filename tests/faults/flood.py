@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from config.auth import new_keys
 from config.keys import write_keys
 from ggmq.cluster import Client, local_bus
-from tests.faults.crowd import KINDS
+from tests.faults.crowd import KINDS, MANY
 from tests.faults.ground import READY_S, WORKER, Ground
 from tests.faults.report import Run, percentile
 from tests.faults.streams import Talker
@@ -52,7 +52,7 @@ def _crowd(port: int, kind: str) -> Iterator[None]:
 
 
 def strangers(ground: Ground, run: Run) -> None:
-    """300 silent peers; 300 that announce 8 GiB; more than there are descriptors."""
+    """300 silent peers; 300 that announce 8 GiB; more than there are descriptors, silent and not."""
     kind = run.rng.choice(sorted(KINDS))
     run.did(kind)
     folder = ground.run_folder()
@@ -67,7 +67,7 @@ def strangers(ground: Ground, run: Run) -> None:
             client = bus.start()
             _ask(client, N_WARM)
             rss, n_fds = rss_bytes(worker.pid), n_descriptors(worker.pid)
-            if kind == "descriptors":
+            if kind in MANY:
                 resource.prlimit(worker.pid, resource.RLIMIT_NOFILE, (256, 256))
             calm: list[float] = []
             during: list[float] = []

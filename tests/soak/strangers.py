@@ -26,8 +26,9 @@ CROWDED_S = 0.5
 
 
 @contextlib.contextmanager
-def crowd(port: int, n: int) -> Iterator[None]:
-    """Keep n silent connections open or on their way, in a thread: whoever is sent away comes again."""
+def crowd(port: int, n: int, says: bytes = b"") -> Iterator[None]:
+    """Keep n connections open or on their way, in a thread, each of which says something and no more: whoever is sent away
+    comes again."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard < n + 256:
         raise RuntimeError(f"{n} strangers need as many descriptors, the most here is {hard}")
@@ -43,10 +44,14 @@ def crowd(port: int, n: int) -> Iterator[None]:
                 s.setblocking(False)
                 s.connect_ex(("127.0.0.1", port))  # under way: the kernel asks again where the queue is full
                 there[s.fileno()] = s
-                poller.register(s, select.POLLRDHUP)
-            for fd, _ in poller.poll(20):
-                poller.unregister(fd)
-                there.pop(fd).close()
+                poller.register(s, select.POLLRDHUP | (select.POLLOUT if says else 0))
+            for fd, what in poller.poll(20):
+                if what == select.POLLOUT:  # it is connected
+                    there[fd].send(says)
+                    poller.modify(fd, select.POLLRDHUP)
+                else:
+                    poller.unregister(fd)
+                    there.pop(fd).close()
         for s in there.values():
             s.close()
 
