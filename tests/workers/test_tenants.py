@@ -10,23 +10,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
+import zmq
 
+from config.auth import happening, monitor_of
+from config.reaching import Happening
 from ggmq.archs import open_arch
 from ggmq.cluster import Client, connect
 from ggmq.gguf import GGUF
 from ggmq.model import Model, ModelConfig, place_model
+from protocol import frames, limits
 from protocol import messages as m
 from protocol.encoding import encode_graph, graph_digest
 from protocol.errors import Cancelled, HandleError, OutOfMemory
+from protocol.frames import Message, encode
 from protocol.graph import Graph
 from tests.support.attacker import Attacker, listening_worker
 from tests.support.fixtures import free_port
+from tests.support.flooding import RUDE
 from tests.support.gguf_factory import tiny_model
 from tests.support.one_worker import OneWorker
-from tests.support.processes import GGMQ, WORKER, await_devices, started
+from tests.support.processes import GGMQ, WORKER, await_devices, started, until
 from tests.support.strategies import leaf
 from workers.devices import open_device
 from workers.devices.host import HostDevice
@@ -39,10 +46,10 @@ N_TOKENS = 200
 
 
 @contextmanager
-def bus(device: str, *options: str) -> Iterator[str]:
-    """The endpoint of a broker with one worker, each a process of its own."""
+def bus(device: str, *options: str, said: int | IO[str] = subprocess.DEVNULL) -> Iterator[str]:
+    """The endpoint of a broker with one worker, each a process of its own. said: where the broker's lines go."""
     endpoint = f"tcp://127.0.0.1:{free_port()}"
-    with started([*GGMQ, "broker", "--listen", endpoint, "--insecure"], stderr=subprocess.DEVNULL), \
+    with started([*GGMQ, "broker", "--listen", endpoint, "--insecure"], stderr=said), \
          started([*WORKER, "--broker", endpoint, "-d", device, "-t", "1", "--insecure", *options],
                  stderr=subprocess.DEVNULL):  # fmt: skip
         await_devices(endpoint, 1)
@@ -95,6 +102,38 @@ def test_a_flood_changes_no_token_of_another_client(tmp_path: Path) -> None:
         assert under < 20 * before + 0.5, "some turns are not given"
         assert decode(model)[0] == expected
         client.close()
+
+
+def test_who_waits_for_no_answer_is_cut_off_and_others_go_on(tmp_path: Path) -> None:
+    with (tmp_path / "said").open("w") as said, bus("CPU", "-m", "128", said=said) as endpoint:
+        client = connect(endpoint)
+        with started([sys.executable, "-m", "tests.support.flooding", endpoint, RUDE], stdout=subprocess.PIPE) as p:
+            assert p.stdout is not None and p.stdout.readline() == b"ready\n"
+            until(lambda: client.stats(0).device == "CPU" and "a client was cut off: 1024 requests of this client wait"
+                  in (tmp_path / "said").read_text())  # fmt: skip
+            for _ in range(1000):
+                assert client.stats(0).device == "CPU"
+        for _ in range(2):  # who only asks for all that he may is none of those
+            asked = [client.submit(m.Ping(i)) for i in range(limits.MAX_INFLIGHT_PER_CLIENT - 8)]
+            for seq in asked:
+                client.wait(seq)
+        client.close()
+
+
+def test_who_asks_and_does_not_say_hello_is_cut_off() -> None:
+    with bus("reference") as endpoint, zmq.Context() as context, context.socket(zmq.DEALER) as s:
+        s.linger, s.reconnect_ivl, s.rcvtimeo = 0, -1, 20_000
+        with monitor_of(s) as monitor:
+            s.connect(endpoint)
+            for seq in range(1, 100):
+                s.send_multipart(encode(Message(m.Command.PING, m.Ping(seq), seq=seq)))
+                if seq == 1:
+                    answer = frames.decode(s.recv_multipart()).header
+                    assert isinstance(answer, m.Error) and "expected HELLO first" in answer.message
+            monitor.rcvtimeo = 20_000
+            while happening(monitor.recv_multipart()) is not Happening.LOST:
+                pass
+            s.disable_monitor()
 
 
 @on_each
