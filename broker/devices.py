@@ -14,7 +14,7 @@ from typing import Literal
 import msgspec
 
 from broker.events import Link
-from protocol import limits
+from protocol import limits, tokens
 from protocol import messages as m
 from protocol.errors import HandleError, Overloaded
 
@@ -137,4 +137,4 @@ class Devices:
             known |= {"free_bytes": 0, "total_bytes": 0, "description": state}
         address = entry.link.removeprefix("tcp://") if entry.link.startswith("tcp://") else ""
         return m.ListedDevice(**known, state=state, address=address[:256], n_sessions=len(entry.holders),
-                              retired=entry.retired)  # fmt: skip
+                              retired=entry.retired, process=tokens.number(entry.instance))  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
@@ -42,8 +42,9 @@ HUNG_S = 90.0
 SILENT_S = 8.0
 """A worker that answers nothing for longer is done without, if others have room for what it holds: who only sleeps a little
 keeps what he has."""
-BACK_S = 3.0
-"""A worker that dialled a broker which was started again comes back within so long."""
+BACK_S, RESTARTED_S = 3.0, 1.0
+"""A worker that dialled a broker which was started again comes back within so long; after the second another process of the
+same name is taken for it."""
 POLL_S = 0.05
 REVIVE_S = 5.0
 """A worker that is started is there within so long."""
@@ -82,6 +83,7 @@ class Keeper:
         self._squeezed: list[range] = []
         self._left: dict[int, list[int]] = {}
         self._stuck: set[int] = set()
+        self._secrets: dict[int, tuple[int, bytes]] = {}
 
     # -- when something is gone ----------------------------------------------------------------------------------------
 
@@ -141,19 +143,23 @@ class Keeper:
         return infos[device].state if 0 <= device < len(infos) else "none"
 
     def _renumber(self) -> None:
-        """The broker is another one: the devices have other numbers, and hold nothing of ours."""
+        """The broker is another one: the devices have other numbers, and what they hold is asked for anew: weights by what
+        they are, what was read by its secret."""
         self._left.clear()
+        for stage in self.stages:
+            where = self._process(self.infos, stage.assignment.device)
+            self._secrets |= {il: (where, p.secret) for il, p in stage.parts.items() if p.loaded and il not in self.empty}
         clock = LivedClock()
         since_s = clock.now_s()
-        wanted = [self._name(self.infos, s.assignment.device) for s in self.stages]
+        used = {s.assignment.device for s in self.stages if s.assignment.device < len(self.infos)}
         while True:
-            infos = self._devices()
-            there = [(d.worker, d.name) if d.state == "ready" else None for d in infos]
-            if set(wanted) <= set(there) or clock.now_s() - since_s > BACK_S:
+            infos, waited_s = self._devices(), clock.now_s() - since_s
+            numbers = found_again({d: self.infos[d] for d in used}, infos, others=waited_s > RESTARTED_S)
+            if len(numbers) == len(used) or waited_s > BACK_S:
                 break
             time.sleep(POLL_S)
-        for stage, name in zip(self.stages, wanted, strict=True):
-            number = there.index(name) if name in there else len(infos)
+        for stage in self.stages:
+            number = numbers.get(stage.assignment.device, len(infos))
             stage.assignment = msgspec.structs.replace(stage.assignment, device=number)
             stage.parts = {}
         self.infos, self._session = infos, self.client.session
@@ -161,6 +167,10 @@ class Keeper:
     @staticmethod
     def _name(infos: Sequence[m.ListedDevice], device: int) -> tuple[str, str]:
         return (infos[device].worker, infos[device].name) if device < len(infos) else ("", "")
+
+    @staticmethod
+    def _process(infos: Sequence[m.ListedDevice], device: int) -> int:
+        return infos[device].process if device < len(infos) else 0
 
     def _place(self, waited_s: float) -> tuple[str, float]:
         """Say where each layer goes. Returns: why it cannot be said yet, and for how long that may be waited for.
@@ -175,10 +185,10 @@ class Keeper:
             return f"worker {names} answers nothing", HUNG_S
         gone = {d for d, state in states.items() if state != "ready"}
         if not gone:
-            self._lay([s.assignment for s in self.stages])
+            self._lay([s.assignment for s in self.stages], infos)
             return "", 0.0
         try:
-            self._lay(self._without(gone, infos))
+            self._lay(self._without(gone, infos), infos)
         except (OutOfMemory, ConfigError) as e:
             return (f"worker {names} answers nothing", HUNG_S) if silent else (str(e), self.patience_s)
         self.infos = infos
@@ -193,7 +203,7 @@ class Keeper:
         cuts = [s.assignment.layers for s in self.stages] if self._rounded else ()
         return refill(self._sizes, kept, device_memory(with_room(self.client, infos)), cuts)
 
-    def _lay(self, assignments: Sequence[Assignment]) -> None:
+    def _lay(self, assignments: Sequence[Assignment], infos: Sequence[m.ListedDevice]) -> None:
         """Have these stages. Parts that are loaded stay where they are, and what their device does not hold is unsaid."""
         holding = self._holding()
         self._squeezed += [s.assignment.layers for s in self.stages
@@ -208,10 +218,19 @@ class Keeper:
                     parts[il] = part
                 elif il < 0:
                     parts[min([0, *parts]) - 1] = part
-            new.append(self._loader.place(a, parts))
+            placed = self._loader.place(a, parts)
+            self._reclaim(placed, infos)
+            new.append(placed)
         if len(new) >= self._n_stages:
             self._squeezed.clear()
         self._have(new)
+
+    def _reclaim(self, placed: PlacedStage, infos: Sequence[m.ListedDevice]) -> None:
+        """What layers had read on this device through a broker that has gone is to be found there."""
+        where = self._process(infos, placed.assignment.device)
+        for il, part in placed.parts.items():
+            if not part.loaded and il in self._secrets and self._secrets[il][0] == where:
+                part.secret = self._secrets[il][1]
 
     def _have(self, stages: Sequence[PlacedStage]) -> None:
         """Have these stages, and remember what is on devices and not used there any more."""
@@ -245,8 +264,11 @@ class Keeper:
         """Load what is not there. Errors: Unavailable, OutOfMemory."""
         if self._left:
             self._free_left(self.client.devices())
-        self.empty.update(il for s in self.stages for il, part in s.parts.items() if il >= 0 and not part.loaded)
+        fresh = {il: part for s in self.stages for il, part in s.parts.items() if il >= 0 and not part.loaded}
+        self.empty.update(fresh)
         self._load()
+        self.empty -= {il for il, part in fresh.items() if part.found}
+        self._secrets.clear()
 
     def _load(self) -> None:
         self._loader.load([part for s in self.stages for part in s.parts.values() if not part.loaded], self.hashes)
@@ -317,7 +339,7 @@ class Keeper:
         old = {il: part for s in self.stages for il, part in s.parts.items() if il >= 0}
         before = list(self.stages)
         try:
-            self._lay(assignments)
+            self._lay(assignments, infos)
             self._load()
             for s in self.stages:
                 for il, part in s.parts.items():
@@ -357,6 +379,32 @@ class Keeper:
             pass_on()
         for seq in sent:
             self.client.wait(seq)
+
+
+def found_again(
+    wanted: Mapping[int, m.ListedDevice], infos: Sequence[m.ListedDevice], others: bool
+) -> dict[int, int]:
+    """Which numbers devices have at a broker that was started again, by those that they had, as far as they are there.
+
+    others: take one of the same name, too, where the process is not there.
+    """
+    ready = {i: d for i, d in enumerate(infos) if d.state == "ready"}
+    numbers: dict[int, int] = {}
+    for is_same in (_same_process, _same_name) if others else (_same_process,):
+        for old, device in wanted.items():
+            new = next((i for i, d in ready.items() if is_same(d, device)), None)
+            if old not in numbers and new is not None:
+                numbers[old] = new
+                del ready[new]
+    return numbers
+
+
+def _same_process(a: m.ListedDevice, b: m.ListedDevice) -> bool:
+    return a.process == b.process != 0 and a.name == b.name
+
+
+def _same_name(a: m.ListedDevice, b: m.ListedDevice) -> bool:
+    return (a.worker, a.name) == (b.worker, b.name)
 
 
 def _chunks(first: int, n_bytes: int) -> list[tuple[int, int]]:

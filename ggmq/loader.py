@@ -7,6 +7,7 @@ stage holds besides its layers, the embedding or the output, is a buffer of its 
 from __future__ import annotations
 
 import contextlib
+import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from msgspec import Struct, field
 
 from ggmq.archs.base import Arch
-from ggmq.archs.memory import LayerMemory, Room, aligned
+from ggmq.archs.memory import Cells, LayerMemory, Room, aligned
 from ggmq.archs.stage import Placed, Stage
 from ggmq.cluster import Client
 from ggmq.gguf import TensorInfo
@@ -56,6 +57,9 @@ class Part(Struct):
         placed: its weights.
         n_bytes: of that buffer.
         memory: what a layer keeps of the sequences, in a buffer of its own.
+        secret: by which that is found again when the broker has gone; empty where it must not be, since a step that is done
+            again does not leave the same there.
+        found: it was, as it had been left.
         loaded: the weights are there.
         kept: its weights were there from a run before.
     """
@@ -65,6 +69,8 @@ class Part(Struct):
     placed: list[Placed]
     n_bytes: int
     memory: LayerMemory | None = None
+    secret: bytes = b""
+    found: bool = False
     loaded: bool = False
     kept: bool = False
 
@@ -127,6 +133,7 @@ class Loader:
                 part.n_bytes += aligned(t.n_bytes)
             if il >= 0:
                 part.memory = LayerMemory(self.arch.memory(il), self.room, self.client.new_buffer())
+                part.secret = secrets.token_bytes(limits.MIN_SECRET_BYTES) if isinstance(part.memory.keeps, Cells) else b""
             placed.parts[il] = part
         return placed
 
@@ -141,17 +148,18 @@ class Loader:
             name = content_name(max(part.n_bytes, 1), (p.part(hashes[p.info.name]) for p in part.placed))
             alloc = m.AllocBuffer(client.session, part.buffer, max(part.n_bytes, 1), name)
             under_way.append(client.submit(alloc, device=part.device))
-        for part in parts:
-            if part.memory is not None and part.memory.n_bytes:
-                alloc = m.AllocBuffer(client.session, part.memory.buffer, part.memory.n_bytes)
-                under_way.append(client.submit(alloc, device=part.device))
+        with_memory = [part for part in parts if part.memory is not None and part.memory.n_bytes]
+        for part in with_memory:
+            assert part.memory is not None  # these have one
+            alloc = m.AllocBuffer(client.session, part.memory.buffer, part.memory.n_bytes, secret=part.secret)
+            under_way.append(client.submit(alloc, device=part.device))
         for part in parts:
             with contextlib.suppress(HandleError):  # it is there since the connection was there before: as it was
                 part.kept = client.found(under_way.popleft())
                 self.report.kept_bytes += sum(p.info.n_bytes for p in part.placed) if part.kept else 0
-        while under_way:
+        for part in with_memory:
             with contextlib.suppress(HandleError):
-                client.wait(under_way.popleft())
+                part.found = client.found(under_way.popleft())
         sizes = [sum(p.info.n_bytes for p in part.placed) for part in parts]
         kept = sum(n for n, part in zip(sizes, parts, strict=True) if part.kept)
         by_device: dict[int, list[Placed]] = {}

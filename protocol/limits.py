@@ -5,7 +5,7 @@ Units: `_bytes` and `_s` in the names; `n_*` are counts. A message over a bound 
 
 from __future__ import annotations
 
-PROTOCOL_VERSION = 7
+PROTOCOL_VERSION = 8
 """Goes up when a header, a record or the op table changes; HELLO refuses another version."""
 
 MAX_HEADER_BYTES = 64 * 1024
@@ -93,8 +93,9 @@ PEER_KEPT_S = 300.0
 PEER_CLOSED_S = 5.0
 """The same for a peer whose connection is closed: in this time a broken network may heal."""
 ORPHANED_S = 60.0
-"""Weights that a broker which has gone held are kept for this long at least, while nothing else needs the memory: it may be
-started again, and its clients be back."""
+"""Weights, and memory that has a secret, which a broker that has gone held are kept for this long at least, while nothing
+else needs the room: it may be started again, and its clients be back."""
+MIN_SECRET_BYTES = 16
 PROBE_S = 1.0
 """A connection over which nothing came for this long is tried."""
 

@@ -113,7 +113,8 @@ class ListedDevice(DeviceInfo, frozen=True):
 
     `state`: ready; silent (its worker is there and answers nothing); lost (its worker's connection is closed); none (an
     index that no device has). `address`: where its worker listens, host:port. `n_sessions`: those that hold something
-    there. `retired`: nothing new is to be placed there, and what lies there is to be moved. Of a device that was asked for
+    there. `retired`: nothing new is to be placed there, and what lies there is to be moved. `process`: the same for as long
+    as its worker runs, whatever becomes of brokers; 0: nobody knows. Of a device that was asked for
     its abilities: ops of the table and types of tensors that it runs fast, and others that it runs at all.
     """
 
@@ -121,6 +122,7 @@ class ListedDevice(DeviceInfo, frozen=True):
     address: Short = ""
     n_sessions: U64 = 0
     retired: bool = False
+    process: U64 = 0
     fast_ops: Annotated[list[Short], Meta(max_length=1024)] = []
     slow_ops: Annotated[list[Short], Meta(max_length=1024)] = []
     fast_types: Annotated[list[U64], Meta(max_length=256)] = []
@@ -139,12 +141,15 @@ class AllocBuffer(Header, frozen=True):
 
     `content`: the name of what it will hold (`protocol.content`), where that is known. Found: a session that ended has left
     a buffer of that content, and this is it now; a new one holds zeros.
+    `secret`: instead of that, what nobody else can know. Where the session ends because its broker has gone, the buffer
+    stays for a while, and whoever names the same has it as it is (Found).
     """
 
     session: U64
     buffer: Handle
     n_bytes: Size
     content: Annotated[bytes, Meta(max_length=32)] = b""
+    secret: Annotated[bytes, Meta(max_length=32)] = b""
 
 
 class FreeBuffer(Header, frozen=True):

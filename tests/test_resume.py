@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -21,6 +22,7 @@ from ggmq.engine import Engine
 from ggmq.hub import BUNDLED
 from ggmq.keeping import SILENT_S
 from ggmq.model import Model
+from ggmq.rereading import read_again
 from ggmq.sampling import SamplingParams
 from protocol import messages as m
 from protocol.dtypes import GGMLType
@@ -97,6 +99,51 @@ def test_whichever_stage_is_killed_and_whenever_every_text_is_the_same(arch: str
             assert texts(engine, prompts, at={at: lambda pid=pid: os.kill(pid, signal.SIGKILL)}) == alone, (stage, at)
             assert events == ["worker lost", "recovered"]
         assert len({s.assignment.device for s in model.stages}) < n_workers
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "mamba2"])
+def test_what_was_read_is_there_when_a_broker_is_back(arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Save where layers keep states: a step that is done twice would count twice there."""
+    rng = random.Random(arch)
+    file = base(arch, rng)
+    path = write(tmp_path / "m.gguf", file)
+    prompts = prompts_of(rng, file.n_vocab, 5, 300, 150)
+    endpoint = f"tcp://127.0.0.1:{free_port()}"
+    read: list[set[int]] = []
+
+    def seen(model: Model, sequences: Any, empty: set[int]) -> None:
+        read.append(set(empty))
+        read_again(model, sequences, empty)
+
+    monkeypatch.setattr("ggmq.engine.read_again", seen)
+    with contextlib.ExitStack() as ended:
+        def start_broker() -> subprocess.Popen[bytes]:
+            command = [*GGMQ, "broker", "--listen", endpoint, "--insecure"]
+            return ended.enter_context(started(command, stderr=subprocess.DEVNULL))
+
+        broker = [start_broker()]
+        for _ in range(2):
+            ended.enter_context(started([*WORKER, "--broker", endpoint, "-d", "CPU", "-t", "1", "--insecure"],
+                                        stderr=subprocess.DEVNULL))  # fmt: skip
+        await_devices(endpoint, 2)
+        client = connect(endpoint)
+        model = loaded(client, path, N_CTX, [1, 1], n_seq=8)
+        alone = texts(Engine(model), prompts)
+        engine = Engine(model)
+        events: list[str] = []
+        engine.told = lambda event, **figures: events.append(event)
+
+        def kill_and_start() -> None:
+            broker[-1].kill()
+            broker[-1].wait()
+            broker.append(start_broker())
+
+        assert texts(engine, prompts, at={1: kill_and_start, 25: kill_and_start}) == alone
+        assert events == ["worker lost", "recovered"] * 2
+        everything = set(range(model.arch.hp.n_layer))
+        assert read == ([] if arch != "mamba2" else [everything] * len(read))
+        assert model.keeper.empty == set()
+        client.close()
 
 
 def test_stages_stay_cut_where_activations_are_rounded_between_them() -> None:

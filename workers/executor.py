@@ -50,6 +50,8 @@ from workers.work import (
 
 T = TypeVar("T")
 MAX_PLANS = 64
+MEMORY = b"memory of "
+"""Before a secret in the name of a lease: longer than the name of a content, so that neither is taken for the other."""
 ASIDE_BYTES = 1 << 20
 """Scratch memory that a compute between parts of another may need: what was there is kept meanwhile."""
 
@@ -62,6 +64,7 @@ class Executor:
     uploads: weights on their way into them.
     sources: what other workers may read of what is here.
     contents: by (session, buffer), of buffers whose client said what they will hold.
+    secrets: by (session, buffer), of buffers that stay for whoever knows this when their broker has gone.
     n_fallbacks: nodes that were computed without a kernel of the device's own.
     traces: when computes ran, for sessions that asked.
     broke: why the device computes nothing any more.
@@ -78,6 +81,7 @@ class Executor:
         self.uploads = Uploads(device, cache)
         self.sources = Sources(device, cache, models, self._holder)
         self.contents: dict[tuple[Key, int], Content] = {}
+        self.secrets: dict[tuple[Key, int], bytes] = {}
         self.leases = Leases(device, keep_s)
         self.n_fallbacks = 0
         self.traces = Traces()
@@ -143,6 +147,7 @@ class Executor:
                 self._forget_plans(key, h.buffer)
                 self.uploads.leave(key, h.buffer)
                 self.contents.pop((key, h.buffer), None)
+                self.secrets.pop((key, h.buffer), None)
                 self.device.free(mine.pop(h.buffer), pace)
             case Write(h=h):
                 self._write(work, mine[h.buffer], pace)
@@ -189,11 +194,14 @@ class Executor:
 
     def _alloc(self, key: Key, h: m.AllocBuffer, tick: Tick) -> bool:
         """Returns: whether the buffer holds already what it is to hold."""
-        kept = self.leases.take(h.content, h.n_bytes) if h.content else None
+        name = h.content or (MEMORY + h.secret if h.secret else b"")
+        kept = self.leases.take(name, h.n_bytes) if name else None
         buffer = kept.buffer if kept else self._with_room(partial(self._alloc_new, key, h.n_bytes), tick, self.make_room)
         self.buffers.setdefault(key, {})[h.buffer] = buffer
         if h.content:
             self.contents[key, h.buffer] = Content(h.content, h.n_bytes, kept.parts if kept else ())
+        elif name:
+            self.secrets[key, h.buffer] = name
         return kept is not None
 
     def _alloc_new(self, key: Key, n_bytes: int) -> Buffer:
@@ -295,7 +303,7 @@ class Executor:
     def free_session(self, key: Key, tick: Tick = nothing, keep_s: float = 0.0) -> None:
         """Give back everything of a session, to the last byte, save weights that are kept for the next.
 
-        keep_s: for so long at least.
+        keep_s: for so long at least, where its client may be back; what has a secret stays too then.
         """
         for k in [k for k in self.plans if k[0] == key]:
             del self.plans[k]
@@ -304,9 +312,11 @@ class Executor:
         self.uploads.leave(key)
         with contextlib.suppress(Cancelled), completing(tick) as steady:
             for number, buffer in buffers.items():
-                content = self.contents.pop((key, number), None)
+                content, secret = self.contents.pop((key, number), None), self.secrets.pop((key, number), b"")
                 if content is not None and content.complete:
                     self.leases.leave(content.name, buffer, steady, content.parts, keep_s)
+                elif secret and keep_s:
+                    self.leases.leave(secret, buffer, steady, at_least_s=keep_s)
                 else:
                     self.device.free(buffer, steady)
             self.device.trim(steady)

@@ -1,8 +1,10 @@
-"""Weights that stay when their session has ended, for a while, so that the next one which wants the same has them at once.
+"""Weights that stay when their session has ended, for a while, so that the next one which wants the same has them at once;
+and memory of sessions whose broker has gone, for those who were its clients.
 
-A buffer is kept only if its client said by name what it was to hold (`protocol.content`), and the tensors that this worker
-verified itself make up that name. Whoever asks for a buffer of that name takes it over, packed as it is; it belongs to one
-session or to none. What is kept counts as free: it goes as soon as memory is short.
+A buffer of weights is kept only if its client said by name what it was to hold (`protocol.content`), and the tensors that
+this worker verified itself make up that name; one of memory has a secret for its name. Whoever asks for a buffer of that
+name takes it over, packed as it is; it belongs to one session or to none. What is kept counts as free: it goes as soon as
+memory is short.
 """
 
 from __future__ import annotations

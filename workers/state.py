@@ -300,6 +300,9 @@ class WorkerState:
         return session
 
     def _alloc(self, rid: bytes, key: Key, message: Message, h: m.AllocBuffer) -> list[Instruction]:
+        if h.secret and (h.content or len(h.secret) < limits.MIN_SECRET_BYTES):
+            raise ProtocolError(f"ALLOC_BUFFER: a secret has {limits.MIN_SECRET_BYTES} bytes at least, and stands without a "
+                                f"content; got {len(h.secret)} bytes")  # fmt: skip
         session = self._session(key)
         if h.buffer in session.buffers:
             raise HandleError(f"ALLOC_BUFFER: buffer {h.buffer} is in use; free it or take another id")

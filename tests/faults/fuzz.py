@@ -199,6 +199,7 @@ def broker(ground: Ground, run: Run) -> None:
                 start = time.monotonic()
                 if _send(run, attack, peers, good, live.broker, n):
                     run.figures["messages a second"] = n / (time.monotonic() - start)
+                    good.ask(m.Retire(False))  # some other message may have become one
                 run.did(f"{n} messages, {sum(attack.answers.values())} answers: {_most(attack.answers)}")
             finally:
                 attack.close()

@@ -311,3 +311,72 @@ def test_sessions_one_after_the_other_hold_no_more_than_one(worker: tuple[Attack
     assert (after.kept_bytes, after.n_sessions) == (N_BYTES, before.n_sessions)
     assert after.rss_bytes - before.rss_bytes < 4 * MIB
     assert there(a)
+
+
+# -- memory that has a secret ------------------------------------------------------------------------------------------
+
+SECRET = b"known to one who asks"
+
+
+def remember(a: Attacker, secret: bytes = SECRET) -> int:
+    """Write to memory that has a secret, by a graph as models do and by hand. Returns: its session."""
+    session = next(SESSIONS)
+    assert not found(a, m.AllocBuffer(session, 1, N_BYTES, secret=secret))
+    a.ask(m.SetTensor(session, 1, 0, len(TENSOR)), TENSOR)
+    return session
+
+
+def recalled(a: Attacker, secret: bytes = SECRET, n_bytes: int = N_BYTES) -> bytes | None:
+    """What is found under a secret; None: nothing, and the memory is zeros."""
+    session = next(SESSIONS)
+    is_found = found(a, m.AllocBuffer(session, 1, n_bytes, secret=secret))
+    data = bytes(a.ask(m.GetTensor(session, 1, 0, len(TENSOR))).payload[0])
+    a.ask(m.Drain(session))
+    assert is_found or data == bytes(len(TENSOR))
+    return data if is_found else None
+
+
+@pytest.mark.parametrize("keep", ["0", "60"])
+def test_memory_stays_as_it_was_for_who_knows_its_secret_when_a_broker_has_gone(keep: str) -> None:
+    with listening_worker("-m", "64", "--keep", keep) as (port, _):
+        first = Attacker(port, b"gone")
+        remember(first)
+        first.close()
+        second = Attacker(port, b"next")
+        until(lambda: stats(second).kept_bytes == N_BYTES, 10)
+        assert recalled(second, SECRET[:-1] + b"?") is None and recalled(second, n_bytes=N_BYTES + 64) is None
+        assert recalled(second, SECRET) == TENSOR
+        assert recalled(second, SECRET) is None, "it belonged to one"
+        second.close()
+
+
+def test_memory_of_a_session_that_took_its_leave_is_gone() -> None:
+    with listening_worker("-m", "64", "--keep", "60") as (port, _):
+        a = Attacker(port, b"a")
+        a.ask(m.Drain(remember(a)))
+        assert stats(a).kept_bytes == 0 and recalled(a) is None
+        session = remember(a)
+        a.ask(m.FreeBuffer(session, 1))
+        a.close()
+        b = Attacker(port, b"b")
+        until(lambda: stats(b).n_sessions == 0, 10)
+        assert recalled(b) is None
+        b.close()
+
+
+def test_memory_that_was_left_makes_room() -> None:
+    with listening_worker("-m", "64") as (port, _):
+        first = Attacker(port, b"gone")
+        remember(first)
+        first.close()
+        second = Attacker(port, b"next")
+        until(lambda: stats(second).kept_bytes == N_BYTES, 10)
+        second.ask(m.AllocBuffer(next(SESSIONS), 1, 64 * MIB))
+        assert stats(second).kept_bytes == 0
+        second.close()
+
+
+@pytest.mark.parametrize("h", [m.AllocBuffer(1, 1, 64, secret=b"short"), m.AllocBuffer(1, 1, 64, NAME, SECRET)],
+                         ids=["guessed", "with a content"])  # fmt: skip
+def test_a_secret_is_long_and_stands_alone(worker: tuple[Attacker, int], h: m.AllocBuffer) -> None:
+    assert worker[0].code(h) == "protocol"
