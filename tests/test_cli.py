@@ -249,7 +249,7 @@ def test_a_killed_worker_is_named_and_the_run_goes_on() -> None:
     os.kill(worker, signal.SIGKILL)
     out, err = p.communicate(timeout=60)
     assert p.returncode == 0 and out
-    assert re.search(r"note    worker local\d \(reference\) was lost: .*; others take its place\n", err), err
+    assert re.search(r"note    worker local\d \(reference\) was lost: .*; others are to take its place\n", err), err
     assert re.search(r"note    all layers are there again, after \d+\.\d s\n", err), err
     assert gone(others)
 

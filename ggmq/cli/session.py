@@ -72,7 +72,7 @@ def _tell(event: str, **figures: Any) -> None:
     match event:
         case "worker lost":
             if isinstance(figures["error"], WorkerLost):
-                note(f"{figures['error']}; others take its place")
+                note(f"{figures['error']}; others are to take its place")
         case "recovered":
             note(f"all layers are there again, after {figures['seconds']:.1f} s")
         case "moved":
