@@ -33,10 +33,12 @@ from ggmq.promptcache import DEFAULT_BYTES, PromptCache, identity
 from ggmq.runner import ALL, ARGMAX, Rows, Runner
 from protocol import messages as m
 from protocol.dtypes import GGMLType
-from protocol.errors import FormatError, GgmqError, HandleError, OutOfMemory, Unavailable
+from protocol.errors import DeadlineExceeded, FormatError, GgmqError, HandleError, OutOfMemory, Unavailable
 
 MAX_TRIES = 3
 """So often in a row something is tried again that a lost worker had ended."""
+LINKED_S = 0.5
+"""When the weights are there, links are waited for so long."""
 DRAIN_S = 0.5
 
 
@@ -235,7 +237,9 @@ class Model:
             stage.parts = stage.parts or self._loader.place(stage.assignment).parts
         self._ask_links()
         self._loader.load([part for stage in self.stages for part in stage.parts.values()], hashes, progress)
-        self.direct = self.client.found(self._linking)
+        with contextlib.suppress(DeadlineExceeded):  # they are used when they are up
+            self.client.await_reply(self._linking, LINKED_S)
+        self.learn_links()
 
     def _prompt_cache(self, folder: Path, n_bytes: int) -> PromptCache:
         """Errors: ConfigError for a folder that cannot be one."""

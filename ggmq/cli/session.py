@@ -101,7 +101,7 @@ def print_summary(model: Model) -> None:
     kept = f", {r.kept_bytes / MIB:.1f} MiB there from a run before" if r.kept_bytes else ""
     print(f"load    {model.ready_s:8.2f} s  {sent}, {found}{kept}", file=sys.stderr)
     if len(model.stages) > 1 and not model.direct:
-        print("note    activations pass through the broker: not every worker can reach the next one", file=sys.stderr)
+        print("note    activations pass through the broker: not every worker has reached the next one", file=sys.stderr)
     for stage in model.stages:
         print_line("layers  " + stage_line(model.infos, stage.assignment), file=sys.stderr)
 
