@@ -88,6 +88,8 @@ class Membership:
         """A worker's own HELLO: it gets its epoch here."""
         message, link, now_s, devices = event.message, event.link, event.now_s, self.traffic.devices
         out: list[Instruction] = []
+        if not event.bulk and worker is not None and worker.instance == h.token and h.session and worker.dial == h.session:
+            return []  # the same HELLO once more: somebody on the way replays it
         if not event.bulk:
             try:
                 same_cluster(h, "worker", self.cluster)
@@ -98,7 +100,8 @@ class Membership:
             for before in {e.link for e in known if e.link != link}:
                 out += self.closed(before, "it dialled in again")
             out += self._fail_all(link, "it dialled in again")
-            worker = Worker(self._epoch(), now_s, heard_s=now_s, hello=h, instance=h.token, key=event.key)
+            worker = Worker(self._epoch(), now_s, heard_s=now_s, hello=h, instance=h.token,
+                            dial=h.session, key=event.key)  # fmt: skip
             self.traffic.workers[link] = worker
         elif worker is None:
             return []

@@ -48,6 +48,7 @@ class Worker(Struct):
     instance: the token of its process.
     hello: what it said on the first of its channels, until the other is there too.
     opened_s, heard_s: when this epoch began, and when the worker last showed life.
+    dial: of one that dialled in, the number of its try; 0: none.
     key: its public key, if it has one of its own. `named`: such keys of others that it was told, for their links to it.
     pinged_s: when the oldest PING left that nothing came after; 0: there is none. `asked_s`: when the last one left.
     carried: bytes that its connections had carried when they were looked at last; -1: not since that PING left.
@@ -68,6 +69,7 @@ class Worker(Struct):
     carried: int = -1
     network_s: float = 0.0
     hello: m.Hello | None = None
+    dial: int = 0
     key: bytes = b""
     named: frozenset[bytes] = frozenset()
 

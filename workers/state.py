@@ -129,7 +129,7 @@ class WorkerState:
                 self.arrivals.unpark(*key)
             self.routes = {r: token for r, token in self.routes.items() if token != header.token}
             peer = self.peers[header.token] = Peer(header.epoch, rid, now_s, header.role == "peer")
-        peer.last_seq[rid] = -1
+        peer.last_seq.setdefault(rid, -1)  # the same HELLO once more lets nothing in that has been here
         self.routes[rid] = header.token
         return stale
 

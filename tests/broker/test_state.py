@@ -389,6 +389,21 @@ def dialled(state: BrokerState, link: str, instance: bytes, now: float = 0.0) ->
     return [*out, *state.handle(FromWorker(link, Message(Command.HELLO, bulk), now, True))]
 
 
+def test_a_hello_that_is_replayed_changes_nothing() -> None:
+    state = BrokerState("t", 10)
+    channels = [Message(Command.HELLO, m.Hello(PROTOCOL_VERSION, role, b"i" * 16, session=3, devices=[DEVICE] * (not bulk)))
+                for bulk, role in enumerate(("worker", "worker-bulk"))]  # fmt: skip
+    for bulk, message in enumerate(channels):
+        state.handle(FromWorker("dial/1", message, 0.0, bool(bulk)))
+    session = client(state)
+    assert [d.state for d in devices(state)] == ["ready"]
+    ask(state, m.AllocBuffer(session, 1, 1), 1)
+    assert state.handle(FromWorker("dial/1", channels[0], 1.0)) == []
+    for i in state.handle(FromWorker("dial/1", channels[1], 1.0, True)):
+        assert isinstance(i, ToWorker) and i.message.reply and i.message.command == Command.HELLO
+    assert [d.state for d in devices(state)] == ["ready"] and state.pending
+
+
 def test_a_worker_that_dials_in_again_gets_its_number_back_while_somebody_holds_it() -> None:
     state = BrokerState("t", 10)
     session = client(state)

@@ -57,11 +57,15 @@ class Attacker:
         self.socket.linger = 0
         self.socket.connect(f"tcp://127.0.0.1:{port}")
         self.epoch, self.seq = epoch, 0
-        hello = m.Hello(PROTOCOL_VERSION, role, token, epoch, session)
-        self.socket.send_multipart(encode(Message(Command.HELLO, hello, epoch=epoch)))
+        self._hello = Message(Command.HELLO, m.Hello(PROTOCOL_VERSION, role, token, epoch, session), epoch=epoch)
+        self.instance = self.greet()
+
+    def greet(self) -> bytes:
+        """Say HELLO, the same each time. Returns: what the worker calls itself."""
+        self.socket.send_multipart(encode(self._hello))
         answer = self.reply().header
         assert isinstance(answer, m.Hello)
-        self.instance = answer.token
+        return answer.token
 
     def close(self) -> None:
         self.socket.close()

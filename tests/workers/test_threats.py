@@ -167,6 +167,17 @@ def test_replays_and_earlier_epochs_are_fenced(attacker: Attacker) -> None:
     assert isinstance(after, m.Stats) and after.n_fenced == before.n_fenced + 2
 
 
+def test_a_hello_that_is_replayed_lets_nothing_in_that_has_been_here(attacker: Attacker) -> None:
+    attacker.ask(m.AllocBuffer(SESSION, 6, 8))
+    first = attacker.send(m.SetTensor(SESSION, 6, 0, 8), b"the last")
+    attacker.wait(first)
+    attacker.send(m.SetTensor(SESSION, 6, 0, 8), b"the next")
+    attacker.wait(attacker.seq)
+    attacker.greet()
+    attacker.send(m.SetTensor(SESSION, 6, 0, 8), b"the last", seq=first)
+    assert bytes(attacker.ask(m.GetTensor(SESSION, 6, 0, 8)).payload[0]) == b"the next"
+
+
 def test_nothing_is_done_before_hello(worker: tuple[int, subprocess.Popen[bytes]]) -> None:
     a = Attacker(worker[0], random.randbytes(16))
     raw = a.context.socket(zmq.DEALER)
