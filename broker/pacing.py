@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 
 from protocol import limits
 from protocol.frames import Message
+from protocol.messages import Command
 
 SHARE_OF_CORE, MOST_SHARE = 0.1, 0.5
 """Of a core's time, for what one client asks while others ask too: so much for each core that there is, up to a half."""
@@ -23,13 +24,17 @@ BURST_S = 0.1
 WINDOW = 8
 """So many requests of a hasty client are under way at once."""
 PRESENT_S = 1.0
-"""Who asked within this time is there."""
+"""Who computed within this time is there, or asked for more than who only looks."""
+LOOKS_S = 0.01
+"""Who takes less than this of the broker in that time only looks: nobody is held up for him."""
 PAUSE_S = 0.0003
 """For so long the loop reads nothing when it has read two messages of a client that it has to refuse."""
 PATIENCE, STRANGERS_PATIENCE = 256, 16
 """So many refusals in PRESENT_S, of requests beyond those that may wait, or without HELLO, and their sender is cut off."""
 MAX_RELEASED = 64
 """At once, so that others get their turn."""
+
+COMPUTES = (Command.STAGE_COMPUTE, Command.GRAPH_COMPUTE)
 
 Client = tuple[int, bytes]
 """A listener, and a routing id there."""
@@ -43,6 +48,7 @@ class Pacing:
         self._share = min(MOST_SHARE, SHARE_OF_CORE * n_cores)
         self._paid_until_s: dict[Client, float] = {}
         self._patient: dict[Client, float] = {}
+        self._took_s: dict[Client, float] = {}
         self._held: dict[Client, deque[tuple[Message, int]]] = {}
         self._n_refused: dict[Client, int] = {}
         self._cut_s: dict[Client, float] = {}
@@ -50,9 +56,10 @@ class Pacing:
     def goes_on(self, who: Client, message: Message, n_bytes: int, now_s: float) -> bool:
         """A request of so many bytes came. Whether it may be handled now; if not, it is held."""
         if who not in self._held and not (self._hasty(who, now_s) and self._others(who, now_s)):
-            if not self._hasty(who, now_s):
-                self._patient[who] = now_s
+            is_hasty = self._hasty(who, now_s)
             self._charge(who, n_bytes, now_s)
+            if not is_hasty and (message.command in COMPUTES or self._took_s[who] >= LOOKS_S):
+                self._patient[who] = now_s
             return True
         self._held.setdefault(who, deque()).append((message, n_bytes))
         return False
@@ -102,6 +109,7 @@ class Pacing:
         if now_s - self._ticked_s >= PRESENT_S:
             self._ticked_s = now_s
             self._n_refused.clear()
+            self._took_s.clear()
             self._cut_s = {who: s for who, s in self._cut_s.items() if now_s - s < limits.RETURN_S}
         self._paid_until_s = {who: s for who, s in self._paid_until_s.items() if now_s - s < PRESENT_S}
         self._patient = {who: s for who, s in self._patient.items() if now_s - s < PRESENT_S}
@@ -110,9 +118,11 @@ class Pacing:
         return self._paid_until_s.get(who, 0.0) > now_s
 
     def _others(self, who: Client, now_s: float) -> bool:
-        """Whether others ask, and have had less than their share."""
+        """Whether others are there, and have had less than their share."""
         return any(now_s - s < PRESENT_S for other, s in self._patient.items() if other != who and other not in self._held)
 
     def _charge(self, who: Client, n_bytes: int, now_s: float) -> None:
-        until_s = max(self._paid_until_s.get(who, 0.0), now_s - BURST_S) + (MESSAGE_S + BYTE_S * n_bytes) / self._share
+        cost_s = MESSAGE_S + BYTE_S * n_bytes
+        self._took_s[who] = self._took_s.get(who, 0.0) + cost_s
+        until_s = max(self._paid_until_s.get(who, 0.0), now_s - BURST_S) + cost_s / self._share
         self._paid_until_s[who] = min(until_s, now_s + BURST_S)

@@ -30,6 +30,10 @@ def ping(seq: int) -> Message:
     return Message(Command.PING, m.Ping(0), seq=seq)
 
 
+def compute(seq: int) -> Message:
+    return Message(Command.STAGE_COMPUTE, m.StageCompute(1, bytes(32), 0), seq=seq)
+
+
 class Broker:
     """Answers at once, but for the client whose requests are `under_way`."""
 
@@ -39,7 +43,8 @@ class Broker:
         self.under_way = 0
 
     def asked(self, who: Client, seq: int, now_s: float, n_bytes: int = 0) -> None:
-        if self.pacing.goes_on(who, ping(seq), n_bytes, now_s):
+        message = compute(seq) if who == CALM else ping(seq)
+        if self.pacing.goes_on(who, message, n_bytes, now_s):
             self.done[who].append(seq)
 
     def release(self, now_s: float) -> None:
@@ -72,6 +77,19 @@ def test_beside_another_one_a_flood_has_its_share_and_keeps_its_order() -> None:
         broker.release(now)
     assert len(broker.done[HASTY]) - at_once == pytest.approx(0.5 / EACH_S, rel=0.05)
     assert broker.done[HASTY] == list(range(len(broker.done[HASTY])))
+
+
+@pytest.mark.parametrize(("per_s", "counts"), [(20, False), (100, True)])
+def test_nobody_is_held_up_for_one_who_only_looks(per_s: int, counts: bool) -> None:
+    pacing, now, seq = Pacing(N_CORES), 100.0, 0
+    while now < 103.0:
+        now += 1 / per_s
+        pacing.tick(now)
+        assert pacing.goes_on(CALM, ping(0), 0, now)
+    for seq in range(1000):
+        if not pacing.goes_on(HASTY, ping(seq), 1 << 20, now):
+            break
+    assert (seq < 999) is counts
 
 
 def test_bytes_count() -> None:
