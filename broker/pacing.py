@@ -25,7 +25,7 @@ WINDOW = 8
 """So many requests of a hasty client are under way at once."""
 PRESENT_S = 1.0
 """Who computed within this time is there, or asked for more than who only looks."""
-LOOKS_S = 0.01
+LOOKS_S = 0.1
 """Who takes less than this of the broker in that time only looks: nobody is held up for him."""
 PAUSE_S = 0.0003
 """For so long the loop reads nothing when it has read two messages of a client that it has to refuse."""

@@ -79,7 +79,7 @@ def test_beside_another_one_a_flood_has_its_share_and_keeps_its_order() -> None:
     assert broker.done[HASTY] == list(range(len(broker.done[HASTY])))
 
 
-@pytest.mark.parametrize(("per_s", "counts"), [(20, False), (100, True)])
+@pytest.mark.parametrize(("per_s", "counts"), [(200, False), (500, True)])
 def test_nobody_is_held_up_for_one_who_only_looks(per_s: int, counts: bool) -> None:
     pacing, now, seq = Pacing(N_CORES), 100.0, 0
     while now < 103.0:
