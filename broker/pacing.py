@@ -1,4 +1,4 @@
-"""How fast a broker takes up what a client asks for who asks for more than a share of it while others are there. Pure.
+"""How fast a broker takes up what a client asks for who asks for more than a share of it while others compute. Pure.
 
 Queues on the way to workers and back are in the order in which things came: what one client has in them all others wait for.
 So a hasty client's requests are held here, and go on at the pace of his share, few at a time. What he sends beyond that is
