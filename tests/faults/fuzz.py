@@ -12,6 +12,7 @@ from typing import Any
 
 import zmq
 
+from ggmq.cluster import connect
 from protocol import PROTOCOL_VERSION, limits
 from protocol import messages as m
 from protocol.encoding import encode_graph, graph_digest
@@ -159,6 +160,14 @@ def _give(peer: Peer) -> None:
     peer.known, peer.digests, peer.payloads = [SESSION, BUFFER, 256], [graph_digest(frame)], [frame, bytes(256)]
 
 
+def _take_back(endpoint: str) -> None:
+    """Have no device left: some other message may have become a RETIRE."""
+    with contextlib.closing(connect(endpoint)) as client:
+        for number, device in enumerate(client.devices()):
+            if device.retired:
+                client.request(m.Retire(False), device=number)
+
+
 def _amount(ground: Ground) -> int:
     return N_QUICK if ground.quick else N_MESSAGES
 
@@ -199,7 +208,7 @@ def broker(ground: Ground, run: Run) -> None:
                 start = time.monotonic()
                 if _send(run, attack, peers, good, live.broker, n):
                     run.figures["messages a second"] = n / (time.monotonic() - start)
-                    good.ask(m.Retire(False))  # some other message may have become one
+                _take_back(live.endpoint)
                 run.did(f"{n} messages, {sum(attack.answers.values())} answers: {_most(attack.answers)}")
             finally:
                 attack.close()
