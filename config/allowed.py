@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import stat
+from collections import deque
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from config.roles import Caller, Role
 from protocol.errors import ConfigError
 
 MAX_KEYS = 1024
+MAX_REFUSED = 64
 MAX_BYTES = 1 << 20
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,129}")
 HEAD = "# Keys that this cluster lets in besides its own: role, name, public key. `ggmq keys` writes it.\n"
@@ -144,13 +146,15 @@ class Allowed:
     """Attributes:
     keys: the pair of the side that listens.
     trouble: why the list cannot be read, if so: nobody but the cluster's key is let in meanwhile.
-    Threads: `lets_in` may run in one of its own.
+    refused: addresses whose handshakes ended badly, the last ones, until somebody names them.
+    Threads: `lets_in` may run in one of its own, and `refused` is for two.
     Errors: ConfigError when the list cannot be read at the start.
     """
 
     def __init__(self, keys: KeyPair, listed: Path | None = None) -> None:
         """listed: the list of keys, where there may be one."""
         self.keys, self.trouble = keys, ""
+        self.refused: deque[str] = deque(maxlen=MAX_REFUSED)
         self._cluster = Caller(keys.server.decode(), Role.CLUSTER)
         self._path = listed
         self._stamp: tuple[int, ...] | None = None

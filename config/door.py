@@ -12,8 +12,8 @@ from typing import Any
 
 import zmq
 
+from config.allowed import Allowed
 from config.descriptors import borrowed
-from config.keys import KeyPair
 from config.refusals import Refusals
 from config.terminal import print_line
 
@@ -31,13 +31,15 @@ class Door:
     """Names the peers whose handshake with a listening socket fails.
 
     ZeroMQ tells of a failure without an address, and of a connection with a file descriptor that may be another's soon. So a
-    thread waits for nothing else, and looks up the address as a connection begins. Of one that was gone sooner it waits a
-    little for another try of the same peer (a ggmq one tries again slowly, see `config.probe`). It ends with the socket or
-    the context.
+    thread waits for nothing else, and looks up the address as a connection begins. Of one that was gone sooner, and whose
+    key was asked for, the Authenticator knows it; of others the thread waits a little for another try of the same peer (a
+    ggmq one tries again slowly, see `config.probe`). It ends with the socket or the context.
     """
 
-    def __init__(self, context: zmq.Context[Any], s: zmq.Socket[Any], keys: KeyPair | None, who: str) -> None:
-        self.who, self.keys = who, keys
+    def __init__(self, context: zmq.Context[Any], s: zmq.Socket[Any], allowed: Allowed | None, who: str) -> None:
+        self.who, self._allowed = who, allowed
+        if allowed is not None:
+            allowed.refused.clear()
         self._refusals, self._lock = Refusals(), threading.Lock()
         name = f"inproc://door-{secrets.token_hex(8)}"
         s.monitor(name, _LISTENING)
@@ -56,7 +58,7 @@ class Door:
 
     def _watch(self) -> None:
         addresses: dict[int, str] = {}
-        reason, n_looked_up, since_s = "", 0, 0.0
+        reason, asked, n_looked_up, since_s = "", "", 0, 0.0
         unnamed, due_s = "", 0.0
         try:
             while True:
@@ -73,17 +75,20 @@ class Door:
                     n_looked_up += 1
                     addresses[value] = peer_of(value) if n_looked_up <= N_LOOKED_UP else ""
                 elif event == zmq.EVENT_DISCONNECTED:  # one thread of ZeroMQ tells all: this is the one that failed
-                    address = addresses.pop(value, "")
+                    address = addresses.pop(value, "") or asked
                     if reason and address:
                         self.say(address, reason)
                         unnamed = ""
                     elif reason and not unnamed:
                         unnamed, due_s = reason, time.monotonic() + NAMED_LATER_S
-                    reason = ""
+                    reason = asked = ""
                 elif event == zmq.EVENT_MONITOR_STOPPED:
                     return
                 else:
                     reason = self._reason(event, value)
+                    if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH and self._allowed is not None:
+                        with contextlib.suppress(IndexError):
+                            asked = self._allowed.refused.popleft()
         except zmq.ContextTerminated:
             pass
         finally:
@@ -94,7 +99,7 @@ class Door:
         if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
             return "its key is none that this cluster lets in, or was removed; see `ggmq keys list` on the main host"
         if value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH:
-            if self.keys is not None:
+            if self._allowed is not None:
                 return "it uses no cluster key; copy the key file to it, and leave --insecure out there"
             return f"it uses a cluster key, and this {self.who.rpartition(' ')[2]} runs without one"
         if value == zmq.PROTOCOL_ERROR_ZMTP_CRYPTOGRAPHIC:

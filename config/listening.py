@@ -89,7 +89,7 @@ class Listener:
         except GgmqError:
             self.socket.close()
             raise
-        self._door = Door(context, self.socket, keys, who) if endpoint.startswith("tcp://") and who else None
+        self._door = Door(context, self.socket, allowed, who) if endpoint.startswith("tcp://") and who else None
         self.n_cut = self._n_trims = 0
         self._heard: dict[int, tuple[int, str]] = {}
         self._known: dict[tuple[int, int], tuple[int, int, str]] = {}

@@ -64,12 +64,15 @@ class Authenticator:
 
     def _user(self, request: list[bytes]) -> bytes:
         """Who is let in, as text; empty: nobody."""
-        version, _, domain, _, _, mechanism, *credentials = request
+        version, _, domain, address, _, mechanism, *credentials = request
         if (version, domain, mechanism) != (VERSION, limits.ZAP_DOMAIN.encode(), b"CURVE"):
             return b""
         (key,) = credentials
         public = z85.encode(key) if len(key) == KEY_BYTES else b""
-        return public if public and self.allowed.lets_in(public.decode("ascii")) else b""
+        if public and self.allowed.lets_in(public.decode("ascii")):
+            return public
+        self.allowed.refused.append(address.decode("ascii", "replace"))
+        return b""
 
     def stop(self) -> None:
         """End it. From then on nobody is let in."""

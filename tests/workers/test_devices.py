@@ -6,6 +6,7 @@ What a device promises is asked of the CPU and of a CUDA device alike, what foll
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -33,6 +34,7 @@ from workers.devices.cpu import program
 from workers.devices.cpu.device import CPUDevice
 from workers.devices.cpu.weights import Copy
 from workers.devices.cuda.device import CUDADevice
+from workers.devices.host import Arena
 from workers.executor import rss_bytes
 from workers.ticks import PIECE_BYTES, Tick, nothing
 
@@ -366,3 +368,14 @@ def test_buffers_hold_what_was_stored_last(device: Device[Any], changes: list[An
     for buffer, bytes_held in zip(buffers, held, strict=True):
         assert device.read(buffer, 0, SIZE) == bytes_held.tobytes()
         device.free(buffer)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="where Linux tells how memory was asked for")
+def test_address_space_that_is_reserved_is_not_counted() -> None:
+    """Else a process that reserves as much as its host has could start no other any more."""
+    arena = Arena(lambda: 1 << 34, lambda: 1 << 34)
+    address = f"{arena.address:x}-"
+    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+    assert any(line.startswith(address) for line in lines)
+    flags = next(line for line in lines if line.startswith("VmFlags:")).split()
+    assert "nr" in flags and "ac" not in flags

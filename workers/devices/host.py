@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import socket
+import sys
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -36,6 +37,8 @@ SHORT_SHARE = 0.05
 """A host with a smaller share of its memory free is short of it."""
 SPARE_BYTES = 16 << 20
 """Scratch memory that is kept between plans."""
+MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+"""Python names it from 3.13 on. A process that has reserved as much as there is could not fork without it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -71,7 +74,7 @@ class Arena:
     def _reserved(self) -> Bytes:
         if self._room is None:
             self._room = mmap.mmap(-1, max(self._total_bytes(), 1 << 20), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-                                   | getattr(mmap, "MAP_NORESERVE", 0))  # fmt: skip
+                                   | MAP_NORESERVE)  # fmt: skip
         return np.frombuffer(self._room, np.uint8)
 
     @property
