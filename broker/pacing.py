@@ -55,14 +55,14 @@ class Pacing:
 
     def goes_on(self, who: Client, message: Message, n_bytes: int, now_s: float) -> bool:
         """A request of so many bytes came. Whether it may be handled now; if not, it is held."""
-        if who not in self._held and not (self._hasty(who, now_s) and self._others(who, now_s)):
-            is_hasty = self._hasty(who, now_s)
-            self._charge(who, n_bytes, now_s)
-            if not is_hasty and (message.command in COMPUTES or self._took_s[who] >= LOOKS_S):
-                self._patient[who] = now_s
-            return True
-        self._held.setdefault(who, deque()).append((message, n_bytes))
-        return False
+        is_hasty = self._hasty(who, now_s)
+        if who in self._held or (is_hasty and self._others(who, now_s)):
+            self._held.setdefault(who, deque()).append((message, n_bytes))
+            return False
+        self._charge(who, n_bytes, now_s)
+        if not is_hasty and (message.command in COMPUTES or self._took_s[who] >= LOOKS_S):
+            self._patient[who] = now_s
+        return True
 
     def full(self, who: Client) -> bool:
         """Whether no more of a client is held."""

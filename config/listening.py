@@ -19,6 +19,7 @@ from config.auth import bound_endpoint, close_monitored, happening, monitor_of, 
 from config.descriptors import borrowed, descriptor_limit, open_descriptors
 from config.door import Door
 from config.keys import KeyPair
+from config.memory import give_back_free_memory
 from config.reaching import Happening
 from config.roles import ANYBODY, Caller
 from protocol import limits
@@ -58,7 +59,6 @@ class Listener:
 
     Attributes:
         endpoint: what it is bound to, with its real port.
-        n_cut: connections that were cut off.
     Errors: ConfigError where it cannot be bound.
     Threads: use from one.
     """
@@ -90,7 +90,7 @@ class Listener:
             self.socket.close()
             raise
         self._door = Door(context, self.socket, allowed, who) if endpoint.startswith("tcp://") and who else None
-        self.n_cut = self._n_trims = 0
+        self._n_trims = 0
         self._heard: dict[int, tuple[int, str]] = {}
         self._known: dict[tuple[int, int], tuple[int, int, str]] = {}
         self._look: Iterator[bool] | None = None
@@ -121,8 +121,7 @@ class Listener:
         if self._port:
             # no descriptor: it is closed already, and another host's if it is in use again
             with contextlib.suppress(OSError, zmq.ZMQError), borrowed(int(frame.get(zmq.SRCFD))) as s:
-                self._received_bytes(s)
-                if s.getpeername()[0] == frame.get("Peer-Address"):
+                if _is_at(s, self._port) and s.getpeername()[0] == frame.get("Peer-Address"):
                     s.shutdown(socket.SHUT_RDWR)
 
     def guard(self) -> bool:
@@ -191,14 +190,13 @@ class Listener:
             too_much = read_all and received - since > whole
             removed = public and self._allowed is not None and self._allowed.caller(public) is None
             if too_much or removed or (scarce and before is None):
-                self.n_cut += 1
                 self._n_sent_away += scarce and before is None
                 self._n_trims = N_TRIMS if too_much else self._n_trims
                 s.shutdown(socket.SHUT_RDWR)
 
     def _received_bytes(self, s: socket.socket) -> int:
         """What came over one of our connections. Errors: OSError when it is none of them."""
-        if s.family not in (socket.AF_INET, socket.AF_INET6) or s.getsockname()[1] != self._port:
+        if not _is_at(s, self._port):
             raise OSError("another socket of this process")
         s.getpeername()  # the listening one has none
         return int(struct.unpack_from("<Q", s.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 192), TCPI_BYTES_RECEIVED)[0])
@@ -207,12 +205,16 @@ class Listener:
         self.socket.close()
 
 
+def _is_at(s: socket.socket, port: int) -> bool:
+    """Whether a socket has our side of its connection, or listens, at a port."""
+    return s.family in (socket.AF_INET, socket.AF_INET6) and s.getsockname()[1] == port
+
+
 def _listening_socket(port: int) -> int | None:
     """The descriptor with which this process listens on a port; None where the system does not tell."""
     for fd in open_descriptors() if port else ():
         with contextlib.suppress(OSError, AttributeError), borrowed(fd) as s:
-            inet = s.family in (socket.AF_INET, socket.AF_INET6) and s.getsockname()[1] == port
-            if inet and s.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            if _is_at(s, port) and s.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
                 return fd
     return None
 
@@ -271,9 +273,3 @@ class Watch:
         if not self._left and now - self._begun_s >= self._every_s:
             self._begun_s, self._left = now, list(listeners)
         self._left = [listener for listener in self._left if listener.guard()]
-
-
-def give_back_free_memory() -> None:
-    """Have the C library return to the system what was freed; nothing where it has no such function (glibc has)."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+from collections.abc import Callable
 
 
 def memory_bytes() -> int:
@@ -31,3 +33,20 @@ def available_bytes() -> int:
     except (OSError, ValueError):
         pass
     return available
+
+
+def _find_malloc_trim() -> Callable[[int], int] | None:
+    """glibc's: gives back what lies free in the heap between what does not. None where the C library is another."""
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError):
+        return None
+
+
+_malloc_trim = _find_malloc_trim()
+
+
+def give_back_free_memory() -> None:
+    """Have the C library return to the system what was freed, where it can."""
+    if _malloc_trim is not None:
+        _malloc_trim(0)

@@ -148,16 +148,15 @@ class Loader:
             name = content_name(max(part.n_bytes, 1), (p.part(hashes[p.info.name]) for p in part.placed))
             alloc = m.AllocBuffer(client.session, part.buffer, max(part.n_bytes, 1), name)
             under_way.append(client.submit(alloc, device=part.device))
-        with_memory = [part for part in parts if part.memory is not None and part.memory.n_bytes]
-        for part in with_memory:
-            assert part.memory is not None  # these have one
-            alloc = m.AllocBuffer(client.session, part.memory.buffer, part.memory.n_bytes, secret=part.secret)
+        with_memory = [(part, part.memory) for part in parts if part.memory is not None and part.memory.n_bytes]
+        for part, memory in with_memory:
+            alloc = m.AllocBuffer(client.session, memory.buffer, memory.n_bytes, secret=part.secret)
             under_way.append(client.submit(alloc, device=part.device))
         for part in parts:
             with contextlib.suppress(HandleError):  # it is there since the connection was there before: as it was
                 part.kept = client.found(under_way.popleft())
                 self.report.kept_bytes += sum(p.info.n_bytes for p in part.placed) if part.kept else 0
-        for part in with_memory:
+        for part, _ in with_memory:
             with contextlib.suppress(HandleError):
                 part.found = client.found(under_way.popleft())
         sizes = [sum(p.info.n_bytes for p in part.placed) for part in parts]

@@ -318,10 +318,10 @@ def test_sessions_one_after_the_other_hold_no_more_than_one(worker: tuple[Attack
 SECRET = b"known to one who asks"
 
 
-def remember(a: Attacker, secret: bytes = SECRET) -> int:
-    """Write to memory that has a secret, by a graph as models do and by hand. Returns: its session."""
+def remember(a: Attacker) -> int:
+    """Write to memory that has a secret. Returns: its session."""
     session = next(SESSIONS)
-    assert not found(a, m.AllocBuffer(session, 1, N_BYTES, secret=secret))
+    assert not found(a, m.AllocBuffer(session, 1, N_BYTES, secret=SECRET))
     a.ask(m.SetTensor(session, 1, 0, len(TENSOR)), TENSOR)
     return session
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import resource
 import socket
 import struct
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,13 +16,12 @@ from config.auth import new_keys
 from config.keys import KeyPair, write_keys
 from ggmq.cluster import local_bus
 from protocol import messages as m
+from tests.faults.crowd import ANNOUNCES_8_GIB, GREETING
+from tests.soak.strangers import crowd
 from tests.support.attacker import SESSION, GoodRequest, listening_worker
 from tests.support.attacker import Attacker as RawPeer
 from tests.support.fixtures import ROOT, free_port
 from tests.support.processes import WORKER, n_descriptors, rss_bytes, started, until
-
-GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01" + b"CURVE".ljust(20, b"\0") + bytes(32)
-ANNOUNCES_8_GIB = b"\x06" + struct.pack(">Q", 8 << 30) + bytes(1000)
 
 
 @pytest.fixture
@@ -54,21 +50,21 @@ def test_a_crowd_of_strangers_changes_nothing(guarded: tuple[subprocess.Popen[st
         client = bus.start()
         client.stats(0)
         before = rss_bytes(worker.pid)
-        crowd = [socket.create_connection(("127.0.0.1", port), 5) for _ in range(300)]
+        peers = [socket.create_connection(("127.0.0.1", port), 5) for _ in range(300)]
         try:
-            for s in crowd:
+            for s in peers:
                 s.sendall(says)
             for _ in range(200):
                 assert client.stats(0).device == "reference"
             assert rss_bytes(worker.pid) - before < 10 << 20
         finally:
-            for s in crowd:
+            for s in peers:
                 s.close()
 
 
 def test_no_file_descriptor_left(guarded: tuple[subprocess.Popen[str], int, KeyPair]) -> None:
     worker, port, keys = guarded
-    crowd: list[socket.socket] = []
+    peers: list[socket.socket] = []
     with local_bus(keys) as bus:
         bus.add_remote(f"127.0.0.1:{port}")
         client = bus.start()
@@ -78,57 +74,17 @@ def test_no_file_descriptor_left(guarded: tuple[subprocess.Popen[str], int, KeyP
         try:
             for _ in range(200):
                 try:
-                    crowd.append(socket.create_connection(("127.0.0.1", port), 0.2))
+                    peers.append(socket.create_connection(("127.0.0.1", port), 0.2))
                 except OSError:
                     break  # the queue of connections that nobody can accept is full
             for _ in range(200):
                 assert client.stats(0).device == "reference"
         finally:
-            for s in crowd:
+            for s in peers:
                 s.close()
     with local_bus(keys) as bus:
         bus.add_remote(f"127.0.0.1:{port}")
         assert bus.start().stats(0).device == "reference", "a new client is served once the crowd has gone"
-
-
-class Crowd:
-    """Connections that say no more than this, opened again as they are closed, until the block ends."""
-
-    def __init__(self, port: int, n: int, says: bytes) -> None:
-        self.port, self.n, self.says, self.stopping = port, n, says, False
-        self.thread = threading.Thread(target=self.stay)
-
-    def stay(self) -> None:
-        held: list[socket.socket] = []
-        while not self.stopping:
-            while len(held) < self.n and not self.stopping:
-                try:
-                    s = socket.create_connection(("127.0.0.1", self.port), 0.2)
-                    s.sendall(self.says)
-                    s.setblocking(False)
-                    held.append(s)
-                except OSError:
-                    break
-            for s in list(held):
-                with contextlib.suppress(BlockingIOError):
-                    try:
-                        over = s.recv(64, socket.MSG_PEEK) == b""
-                    except ConnectionError:
-                        over = True
-                    if over:
-                        s.close()
-                        held.remove(s)
-            time.sleep(0.01)
-        for s in held:
-            s.close()
-
-    def __enter__(self) -> Crowd:
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stopping = True
-        self.thread.join(20)
 
 
 @pytest.mark.parametrize("says", [b"", b"\xff"], ids=["silent", "not silent"])
@@ -144,7 +100,7 @@ def test_more_strangers_than_descriptors_and_clients_are_served(tmp_path: Path, 
             bus.add_remote(f"127.0.0.1:{ports[0]}")
             bus.start()
         resource.prlimit(first.pid, resource.RLIMIT_NOFILE, (256, 256))
-        with Crowd(ports[0], 600, says):
+        with crowd(ports[0], 600, says):
             if says:
                 until(lambda: n_descriptors(first.pid) > 150)
             for _ in range(10):

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from config.memory import available_bytes, memory_bytes
+from config.memory import available_bytes, give_back_free_memory, memory_bytes
 from protocol.dtypes import tensor_bytes
 from protocol.errors import GgmqError, HandleError, InternalError, KernelError, OutOfMemory
 from protocol.messages import DeviceInfo
@@ -23,12 +23,7 @@ from protocol.ops import COPYABLE
 from workers import tensors
 from workers.devices.base import COMPUTED, Abilities, Buffer, Device, Plan, Source, StepNote
 from workers.devices.lower import SCRATCH, Lowered, Node, Span
-from workers.devices.system import (
-    cpu_model,
-    give_back,
-    malloc_trim,
-    zeroed,
-)
+from workers.devices.system import cpu_model, give_back, zeroed
 from workers.kernels import reference
 from workers.tensors import Bytes
 from workers.ticks import PIECE_BYTES, TICK_S, Tick, alongside, completing, nothing, paced, pieces
@@ -182,8 +177,7 @@ class HostDevice(Device[H]):
 
     def trim(self, tick: Tick = nothing) -> None:
         self.arena.trim(tick)
-        if malloc_trim is not None:
-            malloc_trim(0)
+        give_back_free_memory()
 
     def write(self, buffer: H, offset: int, data: bytes | memoryview, tick: Tick = nothing) -> None:
         buffer.check(offset, len(data), "write")

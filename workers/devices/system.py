@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import mmap
-from collections.abc import Callable
 
 import numpy as np
 
@@ -24,17 +22,6 @@ def give_back(room: mmap.mmap, start: int, end: int, tick: Tick) -> None:
         for at, n in pieces(max(0, end - start), FREED_BYTES):
             room.madvise(mmap.MADV_DONTNEED, start + at, n)
             tick()
-
-
-def _find_malloc_trim() -> Callable[[int], int] | None:
-    """glibc's: gives back what lies free in the heap between what does not. None where the C library is another."""
-    try:
-        return ctypes.CDLL(None).malloc_trim
-    except (OSError, AttributeError):
-        return None
-
-
-malloc_trim = _find_malloc_trim()
 
 
 def zeroed(n_bytes: int) -> tuple[Bytes, mmap.mmap | None]:
