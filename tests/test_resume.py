@@ -278,14 +278,27 @@ def test_a_broker_that_is_killed_twice_and_started_again_gives_the_same_text() -
                     assert [s.cache_misses for s in stats] == [0, 0]
 
 
+def kill_a_worker_of(pid: int) -> None:
+    """Of a command's workers, of which one may only just be started again."""
+
+    def killed() -> bool:
+        with contextlib.suppress(FileNotFoundError):  # it has ended meanwhile
+            workers = [c for c in children_of(pid) if b"workers" in Path(f"/proc/{c}/cmdline").read_bytes()]
+            if workers:
+                os.kill(random.choice(workers), signal.SIGKILL)
+                return True
+        return False
+
+    until(killed)
+
+
 @pytest.mark.parametrize("n_workers", [1, 2])
 def test_run_goes_on_when_its_workers_are_killed_one_after_the_other(n_workers: int) -> None:
     alone = subprocess.run([*RUN, "-n", "400", "--workers", "1"], capture_output=True, check=True).stdout
     with started([*RUN, "-n", "400", "--workers", str(n_workers)], **PIPES) as p:
         got = read_some(p, 50)
         for _ in range(3):
-            os.kill(random.choice([c for c in children_of(p.pid) if b"workers" in Path(f"/proc/{c}/cmdline").read_bytes()]),
-                    signal.SIGKILL)  # fmt: skip
+            kill_a_worker_of(p.pid)
             got += read_some(p, 200)
         out, err = p.communicate(timeout=60)
     assert p.returncode == 0 and got + out == alone, err.decode()

@@ -8,13 +8,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import signal
 import sys
 from collections.abc import Sequence
-from types import FrameType
 
 from config.commandline import Parser
 from config.installed import module_command, module_environment
+from config.interrupts import raise_interrupts
 from config.terminal import NO_READER, accept_any_text, flushed, name_output, open_streams, print_line
 from ggmq.version import __version__
 from protocol.errors import ConfigError, GgmqError, InternalError
@@ -28,9 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     open_streams()
     accept_any_text()
     name_output()
-    # a shell starts background jobs with SIGINT ignored; ours still ends, and its workers with it
-    for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, _terminated)
+    raise_interrupts()
     try:
         return _guarded(argv)
     finally:
@@ -77,10 +74,6 @@ def _run(argv: Sequence[str]) -> int:
 def _say(line: str) -> None:
     with contextlib.suppress(OSError):  # where errors cannot be told the exit code has to do
         print_line(line, file=sys.stderr)
-
-
-def _terminated(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def _parser() -> argparse.ArgumentParser:
