@@ -231,9 +231,9 @@ class BrokerLoop:
                 self._handle(Unreached(link, reason, now))
 
     def _look_at_late(self, now: float) -> None:
-        """What is on its way to and from workers that have not answered a PING yet."""
+        """What is on its way to and from workers that have not answered yet."""
         for link, worker in list(self.state.workers.items()):
-            if worker.ready and worker.pinged_s:
+            if worker.awaited:
                 control, bulk = (carried(self._fds.get((link, b), -1)) for b in (False, True))
                 if control is not None:
                     n_bytes = control.n_bytes + (bulk.n_bytes if bulk is not None else 0)
@@ -241,7 +241,8 @@ class BrokerLoop:
 
     def _look_at_silent(self, now: float) -> None:
         """A worker that listens and is silent may only have a connection over which nothing comes any more."""
-        silent = {link for link in self._dealers if self.state.workers[link].silent}
+        workers = self.state.workers
+        silent = {link for link in self._dealers if workers[link].silent and workers[link].hello is None}
         self._stuck = {link: self._stuck.get(link) or Stuck(link, self.keys, now) for link in silent}
         for link, stuck in self._stuck.items():
             match stuck.look(now):
@@ -388,7 +389,7 @@ class BrokerLoop:
             self._handle(FromClient(peer, message, now))
 
     def _lose_patience(self, where: Where, frame: zmq.Frame, reason: str, now: float) -> None:
-        """A request, with one of its frames, was refused for something that its sender has to know; not many are."""
+        """A request, of which this is a frame, is refused for what its sender should know: with too many he is cut off."""
         if self._pacing.cut(where, _peer(where) in self.state.clients, now):
             self._listeners[where[0]].cut(frame)
             self.notes.say(f"a client was cut off: {reason}")

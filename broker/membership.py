@@ -1,7 +1,8 @@
 """How workers come and go: HELLO, silence, loss. Pure.
 
-A worker that answers no PING is silent: it is asked for HELLO under a new epoch, and has its devices and sessions again
-when it says it. One whose connection is closed is lost until it dials in, or is reached, again.
+A worker is ready when both of its channels have said HELLO: what was sent before it over one of them has been read then.
+One that answers no PING is silent: it is asked for HELLO under a new epoch, and has its devices and sessions again when it
+says it. One whose connection is closed is lost until it dials in, or is reached, again.
 """
 
 from __future__ import annotations
@@ -80,17 +81,19 @@ class Membership:
             return []
         worker.heard_s = event.now_s
         if event.bulk:
+            return self._register(link, worker, worker.hello, event.now_s) if worker.hello is not None else []
+        if worker.hello is not None:
             return []
-        say_bulk = ToWorker(link, True, Message(Command.HELLO, self._hello(worker, bulk=True), epoch=worker.epoch))
-        return [say_bulk, *self._register(link, worker, h, event.now_s)]
+        worker.hello, worker.opened_s, worker.carried = h, event.now_s, -1
+        return [ToWorker(link, True, Message(Command.HELLO, self._hello(worker, bulk=True), epoch=worker.epoch))]
 
     def _dialled_in(self, event: FromWorker, h: m.Hello, worker: Worker | None) -> list[Instruction]:
         """A worker's own HELLO: it gets its epoch here."""
         message, link, now_s, devices = event.message, event.link, event.now_s, self.traffic.devices
         out: list[Instruction] = []
-        if not event.bulk and worker is not None and worker.instance == h.token and h.session and worker.dial == h.session:
-            return []  # the same HELLO once more: somebody on the way replays it
         if not event.bulk:
+            if worker is not None and h.session and (worker.instance, worker.dial) == (h.token, h.session):
+                return []  # the same HELLO once more: somebody on the way replays it
             try:
                 same_cluster(h, "worker", self.cluster)
                 known = devices.known(h.token)
@@ -200,14 +203,17 @@ class Membership:
 
     def carried(self, event: LinkCarried) -> None:
         """Bytes on their way to a worker, or from it, may have the PING or its answer behind them: as long as they come, it
-        is the link that takes time. A process that hangs sends none, and its host soon takes none more."""
+        is the link that takes time. A process that hangs sends none, and its host soon takes none more. Before the HELLO of
+        its bulk channel lies what it was sent under the epoch before."""
         worker = self.traffic.workers.get(event.link)
-        if worker is None or not worker.pinged_s:
+        if worker is None or not worker.awaited:
             return
         worker.network_s = min(max(0.0, event.network_s - limits.NETWORK_S), limits.NETWORK_MOST_S)
         if worker.carried >= 0 and event.n_bytes - worker.carried < limits.MOVED_BYTES:
             return
-        if worker.carried >= 0:
+        if worker.carried >= 0 and worker.hello is not None:
+            worker.opened_s = event.now_s
+        elif worker.carried >= 0:
             worker.pinged_s = event.now_s
         worker.carried = event.n_bytes
 
@@ -217,9 +223,10 @@ class Membership:
         """PINGs, and what became of those that were not answered."""
         out: list[Instruction] = []
         for link, worker in list(self.traffic.workers.items()):
-            if not worker.ready and not worker.silent:
-                if now_s - worker.opened_s > limits.RECONNECT_S:
-                    out += self.closed(link, worker.lost or NO_HELLO)
+            is_expected = not worker.ready and (not worker.silent or worker.hello is not None)
+            if is_expected and now_s - worker.opened_s > limits.RECONNECT_S:
+                out += self.closed(link, worker.lost or NO_HELLO)
+            if is_expected:
                 continue
             if worker.ready and worker.late(now_s):
                 out += self._fall_silent(link, worker, now_s)

@@ -42,12 +42,12 @@ class Linking(Struct):
 
 class Worker(Struct):
     """Attributes:
-    ready: has said HELLO under the current epoch, on both channels when it dialled in.
+    ready: has said HELLO under the current epoch, on both channels.
     silent: why it was asked to say HELLO again, over a connection that is there.
     lost: why it is of no use: its connection is closed, or it never said HELLO.
     instance: the token of its process.
     hello: what it said on the first of its channels, until the other is there too.
-    opened_s, heard_s: when this epoch began, and when the worker last showed life.
+    opened_s, heard_s: when this epoch began, or `hello` was said, and when the worker last showed life.
     dial: of one that dialled in, the number of its try; 0: none.
     key: its public key, if it has one of its own. `named`: such keys of others that it was told, for their links to it.
     pinged_s: when the oldest PING left that nothing came after; 0: there is none. `asked_s`: when the last one left.
@@ -72,6 +72,11 @@ class Worker(Struct):
     dial: int = 0
     key: bytes = b""
     named: frozenset[bytes] = frozenset()
+
+    @property
+    def awaited(self) -> bool:
+        """Whether it has not answered something yet for which a link may take its time."""
+        return self.hello is not None or (self.ready and self.pinged_s > 0)
 
     def late(self, now_s: float) -> bool:
         """Whether it should have answered a PING by now."""

@@ -56,6 +56,8 @@ class Peer:
     rid: its control channel.
     seen_s, closed_s: when it last said something, and since when its connection is closed (0: it is not).
     hands: another worker, which may hand activations over and nothing else.
+    trailing: channels of the epoch before, with that epoch. What is still to come over them is read, and weights in it
+        count, until the bulk channel of this epoch is there: its HELLO comes behind them, and before anything new is asked.
     """
 
     epoch: int
@@ -64,6 +66,13 @@ class Peer:
     hands: bool = False
     closed_s: float = 0.0
     last_seq: dict[bytes, int] = field(default_factory=dict)
+    trailing: dict[bytes, int] = field(default_factory=dict)
+
+    def is_current(self, rid: bytes, message: Message) -> bool:
+        """Whether somebody waits for what a message leads to."""
+        if isinstance(message.header, m.SetTensor) and message.header.hash:
+            return message.epoch == self.trailing.get(rid, self.epoch)
+        return rid not in self.trailing and message.epoch == self.epoch
 
     def gone(self, now_s: float) -> bool:
         """Whether nobody waits for it any longer."""
@@ -99,16 +108,16 @@ class WorkerState:
         if peer is None:
             return True
         peer.seen_s, peer.closed_s = now_s, 0.0
-        if message.epoch != peer.epoch or message.seq <= peer.last_seq.get(rid, -1) or message.reply:
+        if not peer.is_current(rid, message) or message.seq <= peer.last_seq.get(rid, -1) or message.reply:
             self.n_fenced += 1
             return False
         peer.last_seq[rid] = message.seq
         return True
 
     def current(self, rid: bytes, message: Message) -> bool:
-        """Whether a message that was admitted is still of its peer's epoch: nobody waits for what is not."""
+        """Whether a message that was admitted is still of use, though its peer may have another epoch now."""
         peer = self.peers.get(self.routes.get(rid, b""))
-        return peer is None or message.command == Command.HELLO or message.epoch == peer.epoch
+        return peer is None or message.command == Command.HELLO or peer.is_current(rid, message)
 
     def hello(self, rid: bytes, header: m.Hello, now_s: float) -> list[Key]:
         """Bind a routing id to its peer. Under a new epoch nothing of the one before is answered any more; sessions go on if
@@ -127,8 +136,18 @@ class WorkerState:
             stale = [] if header.session else mine
             for key in mine:
                 self.arrivals.unpark(*key)
-            self.routes = {r: token for r, token in self.routes.items() if token != header.token}
-            peer = self.peers[header.token] = Peer(header.epoch, rid, now_s, header.role == "peer")
+            before, peer = peer, Peer(header.epoch, rid, now_s, header.role == "peer")
+            if before is not None and header.session and not before.hands:
+                others = [r for r, token in self.routes.items() if token == header.token and r != rid]
+                peer.trailing = {r: before.trailing.get(r, before.epoch) for r in others}
+                peer.last_seq = {r: before.last_seq[r] for r in others}
+            self.peers[header.token] = peer
+            self.routes = {r: token for r, token in self.routes.items() if token != header.token or r in peer.trailing}
+        if rid != peer.rid and peer.trailing:
+            if rid in peer.trailing:
+                del peer.last_seq[rid]
+            self.routes = {r: token for r, token in self.routes.items() if r not in peer.trailing}
+            peer.trailing.clear()
         peer.last_seq.setdefault(rid, -1)  # the same HELLO once more lets nothing in that has been here
         self.routes[rid] = header.token
         return stale

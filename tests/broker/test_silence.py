@@ -90,7 +90,7 @@ class Wire:
                 act()
             if self.now - self._ticked_s >= TICK_S - 1e-9:
                 self._ticked_s = self.now
-                if self.told and self.state.workers[A].pinged_s:
+                if self.told and self.state.workers[A].awaited:
                     self.state.handle(LinkCarried(A, self.carried, 2 * self.delay_s, self.now))
                 self.do(self.state.handle(Tick(self.now)))
 

@@ -15,6 +15,7 @@ from broker.events import (
     CloseLink,
     FromClient,
     FromWorker,
+    LinkCarried,
     LinkLost,
     LinkOpened,
     Redial,
@@ -39,9 +40,15 @@ def hello(state: BrokerState, link: str, now: float = 0.0, n: int = 1) -> None:
     """Take a listening worker through its handshake."""
     (first,) = state.handle(LinkOpened(link, now))
     assert isinstance(first, ToWorker) and isinstance(first.message.header, m.Hello)
-    answer = m.Hello(PROTOCOL_VERSION, "worker", devices=[DEVICE] * n)
-    (bulk,) = state.handle(FromWorker(link, first.message.answer(answer), now))
+    answered(state, first, now, n)
+
+
+def answered(state: BrokerState, asked: ToWorker, now: float, n: int = 1, instance: bytes = b"") -> list[Any]:
+    """A worker answers HELLO on both of its channels."""
+    answer = m.Hello(PROTOCOL_VERSION, "worker", instance, devices=[DEVICE] * n)
+    (bulk,) = state.handle(FromWorker(asked.link, asked.message.answer(answer), now))
     assert isinstance(bulk, ToWorker) and bulk.bulk
+    return state.handle(FromWorker(asked.link, bulk.message.answer(answer), now, True))
 
 
 def client(state: BrokerState, rid: bytes = CLIENT) -> int:
@@ -162,8 +169,7 @@ def test_a_process_that_is_reached_at_two_addresses_is_lost_at_both() -> None:
     state = BrokerState("t", 10)
     for link in (A, B):
         (asked,) = state.handle(LinkOpened(link, 0.0))
-        answer = m.Hello(PROTOCOL_VERSION, "worker", b"one", devices=[DEVICE])
-        state.handle(FromWorker(link, asked.message.answer(answer), 0.0))
+        answered(state, asked, 0.0, instance=b"one")
         if link == A:
             client(state)
             ask(state, m.StatsQuery(), 1)
@@ -300,8 +306,8 @@ def test_a_late_reply_of_an_earlier_epoch_is_dropped() -> None:
     assert state.handle(FromWorker(A, again, 1.0)) == []
 
 
-def hellos(out: list[Any]) -> dict[str, Message]:
-    return {i.link: i.message for i in out if isinstance(i, ToWorker) and i.message.command == Command.HELLO}
+def hellos(out: list[Any]) -> dict[str, ToWorker]:
+    return {i.link: i for i in out if isinstance(i, ToWorker) and i.message.command == Command.HELLO}
 
 
 def test_a_silent_worker_is_asked_again_whether_it_computes_or_not() -> None:
@@ -333,14 +339,46 @@ def test_a_worker_that_answers_again_has_its_devices_and_sessions_under_a_new_ep
     state.handle(Tick(2.0))
     out = state.handle(Tick(4.0))
     again = hellos(out)[A]
-    assert again.epoch > sent.message.epoch and again.header.session == 1, "sessions go on"
+    assert again.message.epoch > sent.message.epoch and again.message.header.session == 1, "sessions go on"
     (refused,) = ask(state, m.StatsQuery(), 3)
     assert refused.message.header.code == "worker_lost"
     assert state.handle(FromWorker(A, sent.message.answer(m.Stats()), 4.0)) == [], "a late reply counts for nothing"
-    state.handle(FromWorker(A, again.answer(m.Hello(PROTOCOL_VERSION, "worker", devices=[DEVICE])), 4.5))
+    answered(state, again, 4.5)
     assert [(d.state, d.free_bytes) for d in devices(state)] == [("ready", 100)]
     (sent,) = ask(state, m.StatsQuery(), 4)
-    assert sent.message.epoch == again.epoch
+    assert sent.message.epoch == again.message.epoch
+
+
+def test_a_worker_is_ready_when_what_was_sent_before_was_read() -> None:
+    """That lies before HELLO in the bulk channel, however long it takes there, as long as it moves."""
+    state = BrokerState("t", 10)
+    hello(state, A)
+    session = client(state)
+    ask(state, m.AllocBuffer(session, 1, 60), 1)
+    state.handle(Tick(2.0))
+    again = hellos(state.handle(Tick(4.0)))[A]
+    answer = again.message.answer(m.Hello(PROTOCOL_VERSION, "worker", devices=[DEVICE]))
+    (bulk,) = state.handle(FromWorker(A, answer, 4.0))
+    for second in range(5, 30):
+        state.handle(LinkCarried(A, 10_000 * second, 0.0, second))
+        assert state.handle(FromWorker(A, answer, second)) == [], "it has answered that"
+        assert Redial(A) not in state.handle(Tick(second))
+        (refused,) = ask(state, m.StatsQuery(), 2, 0, second)
+        assert refused.message.header.code == "worker_lost" and devices(state)[0].state == "silent"
+    state.handle(FromWorker(A, bulk.message.answer(m.Hello(PROTOCOL_VERSION, "worker")), 30.0, True))
+    assert devices(state)[0].state == "ready"
+
+
+def test_a_worker_that_does_not_answer_on_its_bulk_channel_is_dialled_afresh() -> None:
+    state = BrokerState("t", 10)
+    hello(state, A)
+    state.handle(Tick(2.0))
+    again = hellos(state.handle(Tick(4.0)))[A]
+    state.handle(FromWorker(A, again.message.answer(m.Hello(PROTOCOL_VERSION, "worker", devices=[DEVICE])), 5.0))
+    state.handle(LinkCarried(A, 10_000, 0.0, 5.1))
+    state.handle(LinkCarried(A, 10_500, 0.0, 8.0))
+    assert Redial(A) not in state.handle(Tick(4.9 + limits.RECONNECT_S))
+    assert Redial(A) in state.handle(Tick(5.1 + limits.RECONNECT_S))
 
 
 def test_what_a_device_can_run_it_is_asked_itself() -> None:
@@ -376,8 +414,7 @@ def test_what_ends_while_a_worker_is_away_is_ended_when_it_is_back() -> None:
     state.handle(Tick(2.0))
     out = state.handle(Tick(4.0))
     assert [i.message.header for i in ask(state, m.Drain(session), 2) if isinstance(i, ToClient)] == [m.Ok()]
-    back = hellos(out)[A].answer(m.Hello(PROTOCOL_VERSION, "worker", devices=[DEVICE]))
-    out = state.handle(FromWorker(A, back, 5.0))
+    out = answered(state, hellos(out)[A], 5.0)
     assert [i.message.header for i in out if i.message.command == Command.DRAIN] == [m.Drain(session)]
 
 
@@ -509,7 +546,7 @@ class Bus(RuleBasedStateMachine):
         self.now, self.seq, self.epochs = 0.0, 0, 0
         self.owed: set[int] = set()
         self.wire: list[ToWorker] = []
-        self.asked: dict[str, ToWorker] = {}
+        self.asked: dict[tuple[str, bool], ToWorker] = {}
         self.session = client(self.state)
         for link in (A, B):
             self.connect(link)
@@ -522,21 +559,22 @@ class Bus(RuleBasedStateMachine):
             elif isinstance(i, ToWorker):
                 assert i.message.command != Command.GRAPH_COMPUTE, "that is a client's"
                 if i.message.command == Command.HELLO:
-                    self.asked |= {} if i.bulk else {i.link: i}
+                    self.asked[i.link, i.bulk] = i
                 else:
                     self.wire.append(i)
             elif isinstance(i, Redial):
-                self.asked.pop(i.link, None)
+                self.asked = {(link, bulk): hello for (link, bulk), hello in self.asked.items() if link != i.link}
                 self.take(self.state.handle(LinkOpened(i.link, self.now)))
 
     def connect(self, link: str) -> None:
         hello(self.state, link, self.now)
 
-    @rule(link=st.sampled_from([A, B]), instance=st.sampled_from([b"", b"same", b"other"]))
-    def answer_hello(self, link: str, instance: bytes) -> None:
-        if link in self.asked:
+    @rule(link=st.sampled_from([A, B]), bulk=st.booleans(), instance=st.sampled_from([b"", b"same", b"other"]))
+    def answer_hello(self, link: str, bulk: bool, instance: bytes) -> None:
+        if (link, bulk) in self.asked:
             answer = m.Hello(PROTOCOL_VERSION, "worker", instance, devices=[DEVICE])
-            self.take(self.state.handle(FromWorker(link, self.asked.pop(link).message.answer(answer), self.now)))
+            reply = self.asked.pop((link, bulk)).message.answer(answer)
+            self.take(self.state.handle(FromWorker(link, reply, self.now, bulk)))
 
     @rule(device=st.integers(0, 3), kind=st.integers(0, 7))
     def ask(self, device: int, kind: int) -> None:

@@ -56,8 +56,13 @@ class Attacker:
         self.socket = self.context.socket(zmq.DEALER)
         self.socket.linger = 0
         self.socket.connect(f"tcp://127.0.0.1:{port}")
+        self._role, self._token = role, token
+        self.begin(epoch, session)
+
+    def begin(self, epoch: int, session: int = 0) -> None:
+        """Say HELLO under an epoch."""
         self.epoch, self.seq = epoch, 0
-        self._hello = Message(Command.HELLO, m.Hello(PROTOCOL_VERSION, role, token, epoch, session), epoch=epoch)
+        self._hello = Message(Command.HELLO, m.Hello(PROTOCOL_VERSION, self._role, self._token, epoch, session), epoch=epoch)
         self.instance = self.greet()
 
     def greet(self) -> bytes:

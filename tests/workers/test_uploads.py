@@ -419,4 +419,49 @@ def test_a_broken_connection_costs_nothing_that_was_acknowledged() -> None:
         second.close()
 
 
+def test_chunks_that_were_under_way_count_under_the_next_epoch_until_its_bulk_channel_is_there() -> None:
+    def chunk(at: int) -> tuple[m.SetTensor, bytes]:
+        return m.SetTensor(SESSION, BUFFER, 0, N, at, GGMLType.F32, NE, HASH), DATA[at : at + MIB]
+
+    with listening_worker() as (port, _):
+        control = Attacker(port, b"broker", epoch=5)
+        bulk = Attacker(port, b"broker", epoch=5, role="broker-bulk")
+        control.ask(m.AllocBuffer(SESSION, BUFFER, N))
+        first = bulk.send(*chunk(0))
+        bulk.wait(first)
+        for epoch in (6, 7):  # the worker was silent twice
+            control.begin(epoch, session=1)
+            assert bulk.ask(*chunk((epoch - 5) * MIB)).epoch == 5
+        bulk.send(m.SetTensor(SESSION, BUFFER, 0, 4), b"else")
+        bulk.send(*chunk(0), seq=first)
+        bulk.begin(7)
+        bulk.send(*chunk(3 * MIB), epoch=5)
+        query = m.SetTensorHash(SESSION, BUFFER, 0, N, HASH, GGMLType.F32, NE)
+        assert control.ask(query).header == m.Found(False, 3 * MIB)
+        for at in range(3 * MIB, N, MIB):
+            assert bulk.code(*chunk(at)) == "ok"
+        assert bytes(control.ask(m.GetTensor(SESSION, BUFFER, 0, N)).payload[0]) == DATA
+        stats = control.ask(m.StatsQuery()).header
+        assert isinstance(stats, m.Stats) and stats.n_fenced == 3
+        control.close()
+        bulk.close()
+
+
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_chunks_that_were_under_way_count_over_a_new_connection_too_if_their_session_goes_on(goes_on: bool) -> None:
+    h = m.SetTensor(SESSION, BUFFER, 0, N, 0, GGMLType.F32, NE, HASH)
+    with listening_worker() as (port, _):
+        first = [Attacker(port, b"broker", 5, role) for role in ("broker", "broker-bulk")]
+        first[0].ask(m.AllocBuffer(SESSION, BUFFER, N))
+        second = Attacker(port, b"broker", 6, session=int(goes_on))
+        assert first[1].code(h, DATA[:MIB]) == ("ok" if goes_on else "protocol")
+        third = Attacker(port, b"broker", 6, "broker-bulk")
+        late = m.SetTensor(SESSION, BUFFER, 0, N, MIB, GGMLType.F32, NE, HASH)
+        assert first[1].code(late, DATA[MIB : 2 * MIB]) == "protocol"
+        found = second.ask(m.SetTensorHash(SESSION, BUFFER, 0, N, HASH, GGMLType.F32, NE)).header
+        assert found == m.Found(False, MIB) if goes_on else isinstance(found, m.Error)
+        for a in (*first, second, third):
+            a.close()
+
+
 assert PIECE_BYTES == MIB  # what a piece is when it breaks off
