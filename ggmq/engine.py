@@ -20,7 +20,7 @@ from ggmq.runner import ALL, ARGMAX, HIDDEN, MIN_PIECE, PIECE, Rows, UnderWay
 from ggmq.sampling import Sampler, SamplingParams, log_probs
 from ggmq.scheduler import Piece, Scheduler, Sequence, Step
 from ggmq.speculation import Ask, Mode, NGram, Speculation, one_by_one
-from protocol.errors import HandleError, OutOfMemory, Unavailable
+from protocol.errors import GgmqError, HandleError, OutOfMemory, Unavailable
 
 if TYPE_CHECKING:
     from ggmq.draftmodel import DraftModel
@@ -390,6 +390,15 @@ class Engine:
                 moved = self.draft.model.tend(infos, idle) or moved
             if moved:
                 self.told("moved")
+
+    def watch(self) -> None:
+        """Nothing is asked for, for a while: call this several times a second, so that devices that are to be left are left
+        all the same. What goes wrong is for the next step."""
+        try:
+            self.model.client.look()
+            self.tend()
+        except GgmqError as e:
+            self._error, self._interrupted = e, True
 
     def _stop_moves(self) -> None:
         if self.model.prompts is not None:

@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,8 @@ from ggmq.gguf import GGUF
 from ggmq.tokenizer import Vocabulary
 from protocol.errors import FormatError
 from tests.ggmq.test_chat import with_template
-from tests.support.fixtures import BUNDLED, ROOT
-from tests.support.processes import GGMQ, children_of
+from tests.support.fixtures import BUNDLED, ROOT, free_port
+from tests.support.processes import GGMQ, WORKER, await_devices, children_of, started
 from tests.support.terminal import ALT_ENTER, CTRL_C, CTRL_D, ENTER, LEFT, UP, Terminal, pasted
 
 RUN = [*GGMQ, "run", "--temp", "0", "--workers", "1"]
@@ -204,6 +205,40 @@ def test_a_chat_outlives_its_worker_and_goes_on(tmp_path: Path) -> None:
         t.type(CTRL_D)
         assert t.ended() == 0
     assert len(json.loads(saved.read_text())) == 4
+
+
+def test_a_chat_that_waits_for_its_user_leaves_a_worker_that_is_drained(tmp_path: Path) -> None:
+    endpoint, quiet = f"tcp://127.0.0.1:{free_port()}", {"stderr": subprocess.DEVNULL}
+    worker = [*WORKER, "--broker", endpoint, "-d", "CPU", "-t", "1", "--insecure", "--name"]
+
+    def talk(name: str, meanwhile: Callable[[], None]) -> list[str]:
+        saved = tmp_path / name
+        with Terminal([*GGMQ, "run", "--temp", "0", "-n", "20", "--broker", endpoint, "--insecure"]) as t:
+            t.until(PROMPT)
+            t.type("The dog" + ENTER)
+            t.until(CUT)
+            t.until(PROMPT)
+            t.type("The c")
+            meanwhile()
+            t.type("at" + ENTER)
+            t.until(CUT)
+            t.type(f"/save {saved}" + ENTER)
+            t.until("wrote")
+            t.type(CTRL_D)
+            assert t.ended() == 0 and "lost" not in t.text
+        return [str(m["content"]) for m in json.loads(saved.read_text())]
+
+    def drain() -> None:
+        done = subprocess.run([*GGMQ, "drain", "a", "--broker", endpoint], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0 and "may be ended" in done.stdout, done.stderr
+        a.terminate()
+        a.wait()
+
+    broker = [*GGMQ, "broker", "--listen", endpoint, "--insecure"]
+    with started(broker, **quiet), started([*worker, "a"], **quiet) as a, started([*worker, "b"], **quiet):
+        await_devices(endpoint, 2)
+        alone = talk("alone.json", lambda: None)
+        assert talk("drained.json", drain) == alone and alone[2] == "The cat"
 
 
 @pytest.mark.parametrize(("end", "code"), [(CTRL_C, 0), (CTRL_D, 0), (signal.SIGTERM, 130), (signal.SIGINT, 130)],

@@ -71,7 +71,8 @@ def chat(
     with Editor(stream, state_folder() / HISTORY, note) as editor:
         if first is not None:
             talk.attempt(first)
-        while not (args.single_turn and dialogue.turns) and (text := editor.read()) is not None:
+        while not (args.single_turn and dialogue.turns) and (text := editor.read(talk.watch)) is not None:
+            talk.tell()
             if text.strip() and not talk.take(text):
                 return
 
@@ -90,6 +91,22 @@ class Chat:
         self._params, self._n_predict = params, n_predict
         room = engine.model.n_ctx // ROOM_SHARE
         self._n_room = max(1, room if n_predict < 0 else min(room, n_predict))
+        self._untold: list[str] = []
+
+    def watch(self) -> None:
+        """While somebody writes: leave devices that are to be left. What is to be said of it waits for `tell`."""
+        model = self.engine.model
+        said, model.note = model.note, self._untold.append
+        try:
+            self.engine.watch()
+        finally:
+            model.note = said
+
+    def tell(self) -> None:
+        """Say what came up while somebody wrote."""
+        for text in self._untold:
+            note(text)
+        self._untold.clear()
 
     def take(self, text: str) -> bool:
         """Carry out a command or answer a message. Returns: whether the chat goes on."""

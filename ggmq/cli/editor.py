@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import sys
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 PROMPT, CONTINUED = "> ", "  "
 QUOTES = '"""'
+LOOK_S = 0.2
 _PASTE_ON, _PASTE_OFF = "\x1b[?2004h", "\x1b[?2004l"
 
 
@@ -55,10 +57,23 @@ class Editor:
         self._say(_PASTE_OFF)
         termios.tcsetattr(self._fd, termios.TCSADRAIN, self._before)
 
-    def read(self) -> str | None:
-        """The next message, None at the end. Its lines are divided by newlines; none is at its end."""
+    def read(self, meanwhile: Callable[[], None]) -> str | None:
+        """The next message, None at the end. Its lines are divided by newlines; none is at its end.
+
+        meanwhile: is called several times a second until then; it prints nothing.
+        """
+        from prompt_toolkit.application import get_app
+
+        async def look() -> None:
+            while True:
+                await asyncio.sleep(LOOK_S)
+                meanwhile()
+
+        def begin() -> None:
+            get_app().create_background_task(look())
+
         try:
-            text = str(self._session.prompt())
+            text = str(self._session.prompt(pre_run=begin))
         except EOFError:
             return None
         finally:
