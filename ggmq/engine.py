@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ggmq.model import MAX_TRIES, Model
-from ggmq.promptcache import CLOSE_S
+from ggmq.promptcache import CLOSE_S, PromptCache
 from ggmq.rereading import read_again
 from ggmq.runner import ALL, ARGMAX, HIDDEN, MIN_PIECE, PIECE, Rows, UnderWay
 from ggmq.sampling import Sampler, SamplingParams, log_probs
@@ -93,7 +93,7 @@ class Engine:
         self.n_batch = min(self.n_batch, self.model.n_batch)
         self.scheduler = Scheduler(self.model.store, self.model.n_ctx, len(self.model.stages), self.n_batch,
                                    self.model.n_seq)  # fmt: skip
-        self.scheduler.bringer = self.model.prompts
+        self.scheduler.bringer = self.model.prompts if isinstance(self.model.prompts, PromptCache) else None
         if self.speculate != "off" and not self.model.store.room.has_states:  # a state cannot go back
             self._speculation = Speculation(self.speculate, self.draft.draft_all if self.draft is not None else one_by_one)
             self.scheduler.draft = self._draft
@@ -402,8 +402,7 @@ class Engine:
 
     def _stop_moves(self) -> None:
         if self.model.prompts is not None:
-            self.model.client.settle()
-            self._forget_moves()
+            self.model.prompts.stop()
 
     def _forget_moves(self) -> None:
         if self.model.prompts is not None:

@@ -26,6 +26,7 @@ from ggmq.gguf import GGUF
 from ggmq.keeping import PATIENCE_S, Keeper
 from ggmq.loader import Loader, LoadReport, PlacedStage, Progress
 from ggmq.manifest import tensor_hashes
+from ggmq.pagecopies import PageCopies
 from ggmq.pagefiles import PageFiles
 from ggmq.pages import Held, Store
 from ggmq.placement import Assignment, default_n_ctx, plan
@@ -154,7 +155,8 @@ class Model:
         infos: the devices as they were when layers were last placed.
         load_s: how long it took to be loaded, in seconds; ready_s: with all that came before, the bus among it.
         keeper: keeps the layers on devices that are ready.
-        keep_prompts: folder in which pages are to be kept, and bytes that it may have; prompts: the pages there.
+        keep_prompts: folder in which pages are to be kept, and bytes that it may have; prompts: the pages there,
+            or copies of those that running texts hold.
     Threads: use from one.
     """
 
@@ -172,7 +174,7 @@ class Model:
         self._linking = 0
         self.load_s = self.ready_s = 0.0
         self.keep_prompts: tuple[Path, int] | None = None
-        self.prompts: PromptCache | None = None
+        self.prompts: PromptCache | PageCopies | None = None
         self._own: Held | None = None
 
     @property
@@ -218,6 +220,9 @@ class Model:
                 break
         if self.keep_prompts is not None and self.prompts is None:
             self.prompts = self._prompt_cache(*self.keep_prompts)
+        elif self.prompts is None and not self.store.room.has_states:
+            self.prompts = PageCopies(self.client, self.store, self.stages, lambda: self.runner.tokens_per_s)
+        self._measure()
         self.load_s = time.perf_counter() - start
         return self.report
 
@@ -299,7 +304,12 @@ class Model:
 
     def _linked(self) -> None:
         self.runner.forget_graphs()
+        self._measure()
         self._ask_links()
+
+    def _measure(self) -> None:
+        if isinstance(self.prompts, PageCopies):
+            self.prompts.measure()
 
     def held(self) -> bool:
         """Whether every stage still has its buffers: a worker that was started again has not. Errors: Unavailable."""

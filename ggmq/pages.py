@@ -104,6 +104,11 @@ class Store:
         return {window: pool.n_free for window, pool in self._pools.items()}
 
     @property
+    def n_read(self) -> int:
+        """Tokens of all sequences that hold something, those that several have read counted for each."""
+        return sum(held.n_past for held in self._held)
+
+    @property
     def n_kept(self) -> dict[int, int]:
         """Those of the free pages whose content is kept, by window."""
         return {window: pool.n_kept for window, pool in self._pools.items()}

@@ -25,9 +25,9 @@ from ggmq.cluster import Client
 from ggmq.loader import PlacedStage
 from ggmq.names import Content
 from ggmq.pagefiles import HASH_BYTES, PageFiles
+from ggmq.pagemoves import Saving, ask, fill, places
 from ggmq.pages import Awaited, Held, Store
 from ggmq.version import __version__
-from protocol import limits
 from protocol import messages as m
 from protocol.dtypes import GGMLType
 from protocol.errors import Cancelled, DeadlineExceeded, GgmqError, HandleError, Unavailable
@@ -42,25 +42,6 @@ WAIT_S = 0.02
 CLOSE_S = 5.0
 READ_S = 1.0
 """A page that is not read within so long is computed again."""
-
-
-class Place(NamedTuple):
-    """Bytes of a page in a layer's memory."""
-
-    device: int
-    buffer: int
-    offset: int
-    n_bytes: int
-    layer: int
-
-
-class Saving(NamedTuple):
-    """A page on its way to a file."""
-
-    window: int
-    page: int
-    content: Content
-    asked: list[int]
 
 
 class Filling(NamedTuple):
@@ -174,19 +155,24 @@ class PromptCache:
         while wanted or reading or filling:
             while wanted and len(reading) < N_AHEAD:
                 window, page, content = wanted.popleft()
-                n_bytes = sum(p.n_bytes for p in self._places(window, page))
+                n_bytes = sum(p.n_bytes for p in places(self._stages, window, page))
                 reading.append((window, page, self.files.read(window, content, n_bytes)))
             if reading and len(filling) < N_AHEAD:
                 window, page, job = reading.popleft()
                 with contextlib.suppress(TimeoutError):
                     if (cells := job.result(READ_S)) is not None:
-                        filling.append((window, page, self._fill(self._places(window, page), cells, layers)))
+                        filling.append((window, page, fill(self._client, places(self._stages, window, page), cells, layers)))
             elif filling:
                 window, page, asked = filling.popleft()
                 for seq in asked:
                     self._client.wait(seq)
                 done.add((window, page))
         return done
+
+    def stop(self) -> None:
+        """End what is on its way. Errors: Unavailable."""
+        self._client.settle()
+        self.reset()
 
     def reset(self) -> None:
         """What was on its way is not any more: the devices have been told to forget it."""
@@ -246,11 +232,8 @@ class PromptCache:
         if self.files.holds(window, content):
             self.files.use([(window, content)])
             return
-        session, client = self._client.session, self._client
-        asked = [client.submit(m.GetTensor(session, p.buffer, p.offset, p.n_bytes), device=p.device)
-                 for p in self._places(window, page)]  # fmt: skip
         store.hold(window, page)
-        self._saving.append(Saving(window, page, content, asked))
+        self._saving.append(Saving(window, page, content, ask(self._client, places(self._stages, window, page))))
 
     def _save(self, s: Saving) -> None:
         self._store.go(s.window, s.page)
@@ -281,7 +264,7 @@ class PromptCache:
             return
         while b.to_read and len(b.reading) < N_AHEAD:
             a = b.to_read.popleft()
-            n_bytes = sum(p.n_bytes for p in self._places(a.window, a.page))
+            n_bytes = sum(p.n_bytes for p in places(self._stages, a.window, a.page))
             b.reading.append((a, self.files.read(a.window, a.content, n_bytes)))
         while b.reading and b.reading[0][1].done() and len(b.filling) < N_AHEAD:
             a, job = b.reading.popleft()
@@ -290,7 +273,7 @@ class PromptCache:
                 b.failed = True
                 break
             store.hold(a.window, a.page)
-            b.filling.append(Filling(a, self._fill(self._places(a.window, a.page), cells)))
+            b.filling.append(Filling(a, fill(self._client, places(self._stages, a.window, a.page), cells)))
         b.failed = b.failed or self.files.stalled
         self._end(b)
 
@@ -301,25 +284,6 @@ class PromptCache:
         if not b.held.awaited:
             b.to_read.clear()
             b.reading.clear()
-
-    def _fill(self, places: Sequence[Place], cells: bytes, layers: Collection[int] | None = None) -> list[int]:
-        """Send a page's cells to their places. layers: of these only."""
-        session, asked, at = self._client.session, list[int](), 0
-        view = memoryview(cells)
-        for p in places:
-            for first in range(0, p.n_bytes if layers is None or p.layer in layers else 0, limits.MAX_CHUNK_BYTES):
-                chunk = view[at + first : at + min(p.n_bytes, first + limits.MAX_CHUNK_BYTES)]
-                part = m.SetTensor(session, p.buffer, p.offset, p.n_bytes, first)
-                asked.append(self._client.submit(part, [chunk], device=p.device))
-            at += p.n_bytes
-        return asked
-
-    def _places(self, window: int, page: int) -> list[Place]:
-        """Where a page's bytes are, in the order of the layers."""
-        layers = {il: (stage.assignment.device, memory) for stage in self._stages
-                  for il, memory in stage.memory.items() if memory.has_window(window)}  # fmt: skip
-        return [Place(device, memory.buffer, offset, n, il)
-                for il, (device, memory) in sorted(layers.items()) for offset, n in memory.page_bytes(page)]  # fmt: skip
 
 
 def identity(

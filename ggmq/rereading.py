@@ -35,7 +35,7 @@ def read_again(model: Model, texts: Iterable[Text], empty: set[int]) -> None:
         named = {(window, page): content for text, h in whole.items() for window, page, content in _named(text, h)}
         filled = model.prompts.refill([(*at, content) for at, content in named.items()], empty)
     # several pieces under way keep several stages busy
-    n_batch, sent = model.n_batch if n_stages == 1 else 2 * PIECE, deque[UnderWay]()
+    n_batch, sent = model.n_batch if n_stages == 1 else PIECE, deque[UnderWay]()
     for rows in _batches([r for text, h in whole.items() for r in _pages(text, h, filled)], n_batch):
         sent.append(model.runner.submit(rows, n_stages))
         if len(sent) > n_stages:

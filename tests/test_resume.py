@@ -80,8 +80,12 @@ def prompts_of(rng: random.Random, n_vocab: int, *lengths: int) -> list[list[int
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3", "gpt-oss", "qwen3moe", "mamba2"])
-@pytest.mark.parametrize("n_workers", [2, 3])
-def test_whichever_stage_is_killed_and_whenever_every_text_is_the_same(arch: str, n_workers: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("n_workers", "copied"), [(2, True), (3, False)])
+def test_whichever_stage_is_killed_and_whenever_every_text_is_the_same(
+    arch: str, n_workers: int, copied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ggmq.pagecopies.AGAIN_S", 0.0 if copied else 1e9)
+    monkeypatch.setattr("ggmq.pagecopies.FAST", 0.0)
     rng = random.Random(f"{arch} {n_workers}")
     file = base(arch, rng)
     path = write(tmp_path / "m.gguf", file)
