@@ -26,8 +26,9 @@ AGAIN_S = 0.5
 """What is read again in less than this needs no copies."""
 MOST_BYTES, SHARE = 1 << 30, 8
 """All copies together, and at most one part in so many of the memory that was free when the model was loaded."""
-TRIED_BYTES, TRIES, FAST = 1 << 16, 3, 20e6
-"""So many bytes of a device are read, and again if that took its time; slower than so many a second, it has no copies."""
+TRIED_BYTES, TRIES, TOO_LONG_S, FAST = 1 << 16, 5, 0.1, 20e6
+"""So many bytes of a device are read, again if its worker had something else to do; slower than so many a second, or so far
+away, it has no copies."""
 N_SAVING, N_AHEAD = 8, 4
 """Pages that are on their way here, and to devices, at once. What is asked for waits behind the batches that were sent."""
 
@@ -68,7 +69,7 @@ class PageCopies:
             took_s = time.perf_counter() - start
             if n_bytes / took_s >= FAST:
                 return True
-            if took_s > 10 * n_bytes / FAST:
+            if took_s > TOO_LONG_S:
                 break
         return False
 

@@ -23,7 +23,7 @@ class Place(NamedTuple):
 
 
 class Saving(NamedTuple):
-    """A page on its way from the devices, asked for a place each."""
+    """A page on its way from the devices."""
 
     window: int
     page: int
@@ -40,8 +40,19 @@ def places(stages: Sequence[PlacedStage], window: int, page: int) -> list[Place]
 
 
 def ask(client: Client, wanted: Sequence[Place]) -> list[int]:
-    """Ask for bytes, and do not wait for them. Returns: what to wait for, a place each."""
-    return [client.submit(m.GetTensor(client.session, p.buffer, p.offset, p.n_bytes), device=p.device) for p in wanted]
+    """Ask for bytes, and do not wait for them. Returns: what to wait for: answers whose bytes, one behind the other, are
+    those of the places."""
+    asked, at = list[int](), 0
+    while at < len(wanted):
+        first, n_bytes, end = wanted[at], wanted[at].n_bytes, at + 1
+        while (end < len(wanted) and end - at <= limits.MAX_EXTENTS and wanted[end].device == first.device
+               and n_bytes + wanted[end].n_bytes <= limits.MAX_CHUNK_BYTES):  # fmt: skip
+            n_bytes, end = n_bytes + wanted[end].n_bytes, end + 1
+        more = [m.Extent(p.buffer, p.offset, p.n_bytes) for p in wanted[at + 1 : end]]
+        get = m.GetTensor(client.session, first.buffer, first.offset, first.n_bytes, more)
+        asked.append(client.submit(get, device=first.device))
+        at = end
+    return asked
 
 
 def fill(client: Client, wanted: Sequence[Place], cells: bytes, layers: Collection[int] | None = None) -> list[int]:

@@ -16,6 +16,8 @@ MAX_STRING_BYTES = 16 * 1024
 MAX_FRAMES = 64
 MAX_CHUNK_BYTES = 1 << 20
 """Weights travel in chunks of this size, so that a token never waits behind a large message."""
+MAX_EXTENTS = 64
+"""Parts of buffers that are read with another one."""
 MAX_MESSAGE_BYTES = 1 << 30
 """ZMQ_MAXMSGSIZE of sockets that we connect: one frame may hold the logits of a long prompt piece, and no more."""
 MAX_REQUEST_BYTES = 1 << 24

@@ -197,11 +197,26 @@ class Found(Header, frozen=True):
     at: Size = 0
 
 
+class Extent(Header, frozen=True):
+    """Bytes of a buffer."""
+
+    buffer: Handle
+    offset: Size
+    n_bytes: Size
+
+
 class GetTensor(Header, frozen=True):
+    """Bytes of a buffer, and behind them those of `more` extents, in one frame."""
+
     session: U64
     buffer: Handle
     offset: Size
     n_bytes: Size
+    more: Annotated[list[Extent], Meta(max_length=limits.MAX_EXTENTS)] = []
+
+    @property
+    def extents(self) -> list[Extent]:
+        return [Extent(self.buffer, self.offset, self.n_bytes), *self.more]
 
 
 class CopyTensor(Header, frozen=True):

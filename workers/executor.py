@@ -159,7 +159,8 @@ class Executor:
                 chunk = self.sources.read(h.weight, h.at, pace)
                 return (m.Found(False), ()) if chunk is None else (m.Found(True), [chunk])
             case Read(h=h):
-                return m.Ok(), [self.device.read(mine[h.buffer], h.offset, h.n_bytes, pace)]
+                parts = [self.device.read(mine[e.buffer], e.offset, e.n_bytes, pace) for e in h.extents]
+                return m.Ok(), [b"".join(parts) if h.more else parts[0]]
             case Copy(h=h):
                 self._changed(key, h.dst_buffer, _part(h.dst_offset, h.n_bytes))
                 self.device.copy(mine[h.src_buffer], h.src_offset, mine[h.dst_buffer], h.dst_offset, h.n_bytes, pace)

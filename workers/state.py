@@ -267,9 +267,10 @@ class WorkerState:
                 _check_size(h.type, h.ne, h.n_bytes)
                 return [Fetch(rid, key, message, h)]
             case m.GetTensor():
-                self._extent(session, h.buffer, h.offset, h.n_bytes, "GET_TENSOR")
-                if h.n_bytes > limits.MAX_MESSAGE_BYTES:
-                    raise ProtocolError(f"GET_TENSOR: at most {limits.MAX_MESSAGE_BYTES} bytes at once, got {h.n_bytes}")
+                for e in h.extents:
+                    self._extent(session, e.buffer, e.offset, e.n_bytes, "GET_TENSOR")
+                if (n_bytes := sum(e.n_bytes for e in h.extents)) > limits.MAX_MESSAGE_BYTES:
+                    raise ProtocolError(f"GET_TENSOR: at most {limits.MAX_MESSAGE_BYTES} bytes at once, got {n_bytes}")
                 return [Read(rid, key, message, h)]
             case m.CopyTensor():
                 if h.n_bytes > h.dst_n_bytes:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import zmq
 
-from protocol import PROTOCOL_VERSION
+from protocol import PROTOCOL_VERSION, limits
 from protocol import messages as m
 from protocol.dtypes import GGMLType
 from protocol.encoding import encode_graph, graph_digest
@@ -154,6 +154,18 @@ def test_chunks_out_of_order_are_refused(attacker: Attacker) -> None:
     assert attacker.code(chunk(0), data[:64]) == "ok"
     assert attacker.code(chunk(64), data[64:]) == "ok"
     assert bytes(attacker.ask(m.GetTensor(SESSION, 4, 0, 128)).payload[0]) == data
+
+
+def test_what_is_read_with_something_else_is_held_against_its_buffer_too(attacker: Attacker) -> None:
+    for buffer, data in ((7, b"first of"), (8, b"and more")):
+        attacker.ask(m.AllocBuffer(SESSION, buffer, 8))
+        attacker.ask(m.SetTensor(SESSION, buffer, 0, 8), data)
+    both = m.GetTensor(SESSION, 7, 0, 8, [m.Extent(8, 0, 3), m.Extent(8, 3, 0), m.Extent(7, 0, 5)])
+    assert [bytes(f) for f in attacker.ask(both).payload] == [b"first ofandfirst"]
+    for wrong in (m.Extent(8, 0, 9), m.Extent(8, 8, 1), m.Extent(99, 0, 4)):
+        assert attacker.code(m.GetTensor(SESSION, 7, 0, 8, [m.Extent(8, 0, 8), wrong])) == "handle"
+    too_many = [m.Extent(8, 0, 8)] * (limits.MAX_EXTENTS + 1)
+    assert attacker.code(m.GetTensor(SESSION, 7, 0, 8, too_many)) == "protocol"
 
 
 def test_replays_and_earlier_epochs_are_fenced(attacker: Attacker) -> None:
