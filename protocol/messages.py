@@ -6,45 +6,13 @@ Units: `_bytes`, `_s` in the names; `at` and `offset` are bytes.
 
 from __future__ import annotations
 
-from enum import IntEnum
 from typing import Annotated
 
 from msgspec import Meta, Struct, structs
 
 from protocol import limits
+from protocol.commands import Command as Command
 from protocol.errors import GgmqError, from_wire
-
-
-class Command(IntEnum):
-    """Command ids; a reply carries its request's id with REPLY set."""
-
-    HELLO = 1
-    DEVICE_INFO = 2
-    ALLOC_BUFFER = 3
-    FREE_BUFFER = 4
-    SET_TENSOR = 5
-    SET_TENSOR_HASH = 6
-    GET_TENSOR = 7
-    COPY_TENSOR = 8
-    GRAPH_PUT = 9
-    GRAPH_COMPUTE = 10
-    CANCEL = 11
-    PING = 12
-    DRAIN = 13
-    STATS = 14
-    ERROR = 15
-    LINK = 16
-    PEER_LISTEN = 17
-    PEER_DIAL = 18
-    HAND_OVER = 19
-    RELEASE = 20
-    STAGE_COMPUTE = 21
-    TRACE = 22
-    RETIRE = 23
-    FETCH_TENSOR = 24
-    READ_WEIGHT = 25
-    HAVE_WEIGHTS = 26
-
 
 REPLY = 0x80
 
@@ -493,8 +461,8 @@ REQUEST: dict[Command, type[Header]] = {
     Command.GRAPH_COMPUTE: GraphCompute, Command.CANCEL: Cancel, Command.PING: Ping, Command.DRAIN: Drain,
     Command.STATS: StatsQuery, Command.LINK: Link, Command.PEER_LISTEN: PeerListen, Command.PEER_DIAL: PeerDial,
     Command.HAND_OVER: HandOver, Command.RELEASE: Release, Command.STAGE_COMPUTE: StageCompute, Command.TRACE: TraceQuery,
-    Command.RETIRE: Retire,
-    Command.FETCH_TENSOR: FetchTensor, Command.READ_WEIGHT: ReadWeight, Command.HAVE_WEIGHTS: HaveWeights,
+    Command.RETIRE: Retire, Command.FETCH_TENSOR: FetchTensor, Command.READ_WEIGHT: ReadWeight,
+    Command.HAVE_WEIGHTS: HaveWeights,
 }  # fmt: skip
 COMMAND_OF: dict[type[Header], Command] = {kind: command for command, kind in REQUEST.items()}
 ANSWER: dict[Command, type[Header]] = {
