@@ -18,9 +18,10 @@ from ggmq.archs.memory import PAGE, SCRAP_PAGE
 from ggmq.cluster import Client
 from ggmq.loader import PlacedStage
 from ggmq.names import Content
-from ggmq.pagemoves import Place, Saving, ask, fill, places
+from ggmq.pagemoves import Place, Saving, Savings, ask, fill, places
 from ggmq.pages import Store
 from protocol.errors import Cancelled, GgmqError, HandleError, Unavailable
+from protocol.frames import Frame
 
 AGAIN_S = 0.5
 """What is read again in less than this needs no copies."""
@@ -48,8 +49,7 @@ class PageCopies:
         self._most_bytes = min(MOST_BYTES, available_bytes() // SHARE)
         self._kept: dict[tuple[int, bytes], bytes] = {}
         self._n_bytes = 0
-        self._worth: dict[tuple[int, int], None] = {}
-        self._saving: deque[Saving] = deque()
+        self._saving = Savings(client, store, stages, N_SAVING)
         self._off = True
         store.on_worth = self._is_worth
 
@@ -77,13 +77,10 @@ class PageCopies:
 
     def advance(self) -> None:
         """Take in copies that have come, and ask for the next. Errors: Unavailable, HandleError."""
-        if not self._saving and not self._worth:
-            return
         try:
-            while self._saving and all(map(self._client.answered, self._saving[0].asked)):
-                self._take(self._saving.popleft())
-            while self._worth and len(self._saving) < N_SAVING and self._is_wanted():
-                self._begin(*next(iter(self._worth)))
+            for s, cells in self._saving.come():
+                self._keep(s, cells)
+            self._saving.ask(self._goes_on, self._is_wanted)
         except (Unavailable, HandleError):
             raise
         except GgmqError:  # the text goes on without
@@ -107,30 +104,28 @@ class PageCopies:
 
     def stop(self) -> None:
         """End what is on its way. Errors: Unavailable."""
-        for seq in [seq for s in self._saving for seq in s.asked]:
+        for seq in self._saving.asked:
             with contextlib.suppress(Cancelled, HandleError):
                 self._client.wait(seq)
         self.reset()
 
     def reset(self) -> None:
         """What was on its way is not any more."""
-        for s in self._saving:
-            self._store.go(s.window, s.page)
-            self._worth[s.window, s.page] = None
-        self._saving.clear()
+        self._saving.reset()
 
     def close(self, within_s: float = 0.0) -> None:
         """Nobody waits for anything any more. Idempotent."""
-        self._worth.clear()
+        self._saving.worth.clear()
         self._kept.clear()
         self._n_bytes = 0
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _is_worth(self, window: int, page: int) -> None:
-        self._worth[window, page] = None
+        self._saving.worth[window, page] = None
 
-    def _is_wanted(self) -> bool:
+    def _goes_on(self) -> bool:
+        """Whether copies are of use, and there is room."""
         rate = self._tokens_per_s()
         if self._off or not rate or self._store.n_read < AGAIN_S * rate:
             return False
@@ -138,25 +133,11 @@ class PageCopies:
             self._drop()
         return self._n_bytes < self._most_bytes
 
-    def _begin(self, window: int, page: int) -> None:
-        """Ask the devices for a page, if it is full and there is no copy yet of what it holds."""
-        del self._worth[window, page]
-        store = self._store
-        content = store.names.content(window, page)
-        if content is None or content.n < PAGE or store.is_kept(window, page) or (window, content.name) in self._kept:
-            return
-        store.hold(window, page)
-        self._saving.append(Saving(window, page, content, ask(self._client, places(self._stages, window, page))))
+    def _is_wanted(self, window: int, page: int, content: Content) -> bool:
+        """Whether a text holds a page, which is full and has no copy yet."""
+        return content.n == PAGE and not self._store.is_kept(window, page) and (window, content.name) not in self._kept
 
-    def _take(self, s: Saving) -> None:
-        self._store.go(s.window, s.page)
-        cells = list[bytes | memoryview]()
-        for seq in s.asked:
-            with contextlib.suppress(Cancelled):  # with what was computed beside it
-                cells.append(self._client.wait(seq).payload[0])
-        if len(cells) < len(s.asked):
-            self._worth[s.window, s.page] = None
-            return
+    def _keep(self, s: Saving, cells: Sequence[Frame]) -> None:
         self._drop()
         kept = self._kept[s.window, s.content.name] = b"".join(cells)
         self._n_bytes += len(kept)

@@ -1,15 +1,20 @@
-"""The bytes of a page: where they lie on the devices, and how they are asked for and sent."""
+"""The bytes of pages: where they lie on the devices, how they are asked for and sent, and which are on their way here."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import contextlib
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
 from ggmq.cluster import Client
 from ggmq.loader import PlacedStage
 from ggmq.names import Content
+from ggmq.pages import Store
 from protocol import limits
 from protocol import messages as m
+from protocol.errors import Cancelled
+from protocol.frames import Frame
 
 
 class Place(NamedTuple):
@@ -66,3 +71,57 @@ def fill(client: Client, wanted: Sequence[Place], cells: bytes, layers: Collecti
             asked.append(client.submit(part, [chunk], device=p.device))
         at += p.n_bytes
     return asked
+
+
+class Savings:
+    """Pages that are worth keeping elsewhere, and those that are on their way from the devices, so many at once.
+
+    Attributes:
+        worth: window and page of those that are to be asked for, the oldest first.
+        under_way: those that were.
+    """
+
+    def __init__(self, client: Client, store: Store, stages: Sequence[PlacedStage], n_most: int) -> None:
+        self._client, self._store, self._stages, self._n_most = client, store, stages, n_most
+        self.worth: dict[tuple[int, int], None] = {}
+        self.under_way: deque[Saving] = deque()
+
+    def __bool__(self) -> bool:
+        return bool(self.worth or self.under_way)
+
+    @property
+    def asked(self) -> list[int]:
+        """What is to be waited for until nothing is under way."""
+        return [seq for s in self.under_way for seq in s.asked]
+
+    def come(self) -> Iterator[tuple[Saving, list[Frame]]]:
+        """Pages that have come, with their cells. Errors: what the workers report."""
+        while self.under_way and all(map(self._client.answered, self.under_way[0].asked)):
+            s = self.under_way.popleft()
+            self._store.go(s.window, s.page)
+            cells: list[Frame] = []
+            for seq in s.asked:
+                with contextlib.suppress(Cancelled):  # with what was computed beside it
+                    cells.append(self._client.wait(seq).payload[0])
+            if len(cells) == len(s.asked):
+                yield s, cells
+            else:
+                self.worth[s.window, s.page] = None
+
+    def ask(self, goes_on: Callable[[], bool], is_wanted: Callable[[int, int, Content], bool]) -> None:
+        """Ask for pages that still hold something, if it is wanted."""
+        while self.worth and len(self.under_way) < self._n_most and goes_on():
+            window, page = next(iter(self.worth))
+            del self.worth[window, page]
+            content = self._store.names.content(window, page)
+            if content is not None and is_wanted(window, page, content):
+                asked = ask(self._client, places(self._stages, window, page))
+                self._store.hold(window, page)
+                self.under_way.append(Saving(window, page, content, asked))
+
+    def reset(self) -> None:
+        """What was on its way is not any more."""
+        for s in self.under_way:
+            self._store.go(s.window, s.page)
+            self.worth[s.window, s.page] = None
+        self.under_way.clear()

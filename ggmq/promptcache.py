@@ -25,13 +25,12 @@ from ggmq.cluster import Client
 from ggmq.loader import PlacedStage
 from ggmq.names import Content
 from ggmq.pagefiles import HASH_BYTES, PageFiles
-from ggmq.pagemoves import Saving, ask, fill, places
+from ggmq.pagemoves import Savings, fill, places
 from ggmq.pages import Awaited, Held, Store
 from ggmq.version import __version__
 from protocol import messages as m
 from protocol.dtypes import GGMLType
 from protocol.errors import Cancelled, DeadlineExceeded, GgmqError, HandleError, Unavailable
-from protocol.frames import Frame
 
 DEFAULT_BYTES = 8 << 30
 N_AHEAD = 4
@@ -77,8 +76,7 @@ class PromptCache:
     ) -> None:  # fmt: skip
         self.files = files
         self._client, self._store, self._stages, self._note = client, store, stages, note
-        self._worth: dict[tuple[int, int], None] = {}
-        self._saving: deque[Saving] = deque()
+        self._saving = Savings(client, store, stages, N_SAVING)
         self._bringing: list[Bringing] = []
         self._off = False
         store.on_worth = self._is_worth
@@ -86,7 +84,7 @@ class PromptCache:
     @property
     def busy(self) -> bool:
         """Whether something is on its way, or would be."""
-        return bool(self._saving or self._bringing or self._worth or not self.ready())
+        return bool(self._saving or self._bringing or not self.ready())
 
     # -- for the scheduler ---------------------------------------------------------------------------------------------
 
@@ -117,12 +115,11 @@ class PromptCache:
             for b in self._bringing:
                 self._advance(b)
             self._bringing = [b for b in self._bringing if b.held.awaited or b.filling]
-            while self._saving and all(map(self._client.answered, self._saving[0].asked)):
-                self._save(self._saving.popleft())
+            for s, cells in self._saving.come():
+                self.files.write(s.window, s.content, cells)
             if self.files.stalled:
-                self._worth.clear()
-            while self._worth and len(self._saving) < N_SAVING and not self.files.crowded:
-                self._begin_saving(*next(iter(self._worth)))
+                self._saving.worth.clear()
+            self._saving.ask(lambda: not self.files.crowded, self._is_wanted)
         except (Unavailable, HandleError):
             raise
         except GgmqError as e:  # the text goes on without
@@ -133,8 +130,8 @@ class PromptCache:
         client = self._client
         fillings = [f for b in self._bringing for f in b.filling]
         reads = [job for b in self._bringing for _, job in b.reading]
-        if fillings or self._saving:
-            for seq in (fillings or self._saving)[0].asked:
+        if first := fillings or self._saving.under_way:
+            for seq in first[0].asked:
                 client.await_reply(seq)
         elif reads:
             with contextlib.suppress(TimeoutError):
@@ -177,14 +174,11 @@ class PromptCache:
     def reset(self) -> None:
         """What was on its way is not any more: the devices have been told to forget it."""
         store = self._store
-        for s in self._saving:
-            store.go(s.window, s.page)
-            self._worth[s.window, s.page] = None
+        self._saving.reset()
         for b in self._bringing:
             for f in b.filling:
                 store.go(f.awaited.window, f.awaited.page)
             store.rewind(b.held, b.held.n_past)
-        self._saving.clear()
         self._bringing.clear()
 
     def _give_up(self, error: GgmqError) -> None:
@@ -192,13 +186,12 @@ class PromptCache:
         self._off = True
         self._note(f"prompt cache: {error}; prompts are read anew from here on")
         client = self._client
-        asked = [s.asked for s in self._saving] + [f.asked for b in self._bringing for f in b.filling]
-        for seq in [seq for each in asked for seq in each]:
+        for seq in [*self._saving.asked, *(seq for b in self._bringing for f in b.filling for seq in f.asked)]:
             with contextlib.suppress(GgmqError):
                 client.await_reply(seq)
                 client.wait(seq)
         self.reset()
-        self._worth.clear()
+        self._saving.worth.clear()
 
     def close(self, within_s: float = CLOSE_S) -> None:
         """Wait so long for what is still to be kept. Idempotent."""
@@ -210,7 +203,7 @@ class PromptCache:
 
         before, self._client.on_wait = self._client.on_wait, look
         with contextlib.suppress(GgmqError):
-            while (self._saving or self._worth) and not self.files.stalled and time.monotonic() < due:
+            while self._saving and not self.files.stalled and time.monotonic() < due:
                 self.wait()
         self._client.on_wait = before
         self._off = True
@@ -220,31 +213,16 @@ class PromptCache:
 
     def _is_worth(self, window: int, page: int) -> None:
         if not self._off and not self.files.stalled:
-            self._worth[window, page] = None
+            self._saving.worth[window, page] = None
 
-    def _begin_saving(self, window: int, page: int) -> None:
-        """Ask the devices for a page, if it still holds something that is in no file."""
-        del self._worth[window, page]
-        store = self._store
-        content = store.names.content(window, page)
-        if content is None or (content.n < PAGE and not store.is_kept(window, page)):
-            return
+    def _is_wanted(self, window: int, page: int, content: Content) -> bool:
+        """Whether a page holds something that is in no file."""
+        if content.n < PAGE and not self._store.is_kept(window, page):
+            return False
         if self.files.holds(window, content):
             self.files.use([(window, content)])
-            return
-        store.hold(window, page)
-        self._saving.append(Saving(window, page, content, ask(self._client, places(self._stages, window, page))))
-
-    def _save(self, s: Saving) -> None:
-        self._store.go(s.window, s.page)
-        cells: list[Frame] = []
-        for seq in s.asked:
-            with contextlib.suppress(Cancelled):  # with what was computed beside it
-                cells.append(self._client.wait(seq).payload[0])
-        if len(cells) == len(s.asked):
-            self.files.write(s.window, s.content, cells)
-        else:
-            self._worth[s.window, s.page] = None
+            return False
+        return True
 
     def _advance(self, b: Bringing) -> None:
         """Read ahead, send what was read, and tell the store what has arrived."""

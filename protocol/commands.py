@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from enum import IntEnum
 
+REPLY = 0x80
+
 
 class Command(IntEnum):
     """Command ids; a reply carries its request's id with REPLY set."""

@@ -11,10 +11,9 @@ from typing import Annotated
 from msgspec import Meta, Struct, structs
 
 from protocol import limits
+from protocol.commands import REPLY as REPLY
 from protocol.commands import Command as Command
 from protocol.errors import GgmqError, from_wire
-
-REPLY = 0x80
 
 U64 = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Epoch = Annotated[int, Meta(ge=0, lt=1 << 32)]

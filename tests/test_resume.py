@@ -28,7 +28,7 @@ from protocol import messages as m
 from protocol.dtypes import GGMLType
 from protocol.errors import Unavailable
 from tests.support.fixtures import free_port
-from tests.support.loaded import loaded
+from tests.support.loaded import computed, loaded
 from tests.support.processes import GGMQ, WORKER, await_devices, children_of, read_some, started, until
 from tests.support.random_models import base, write
 from tests.support.serving import serving
@@ -317,14 +317,7 @@ def test_pages_that_are_in_files_are_not_computed_again(tmp_path: Path) -> None:
         client.drain()
         model = loaded(client, BUNDLED, N_CTX, [1, 1], prompt_cache=tmp_path)
         engine, pid = Engine(model), worker_of(bus, model, 1)
-        computed: list[int] = []
-        submit = model.runner.submit
-
-        def noted(rows: Any, n_stages: int = 0) -> Any:
-            computed.append(sum(len(r.tokens) for r in rows))
-            return submit(rows, n_stages)
-
-        model.runner.submit = noted  # type: ignore[method-assign]
+        counts = computed(model)
         assert texts(engine, prompts, at={9: lambda: os.kill(pid, signal.SIGKILL)}) == alone
-        assert sum(computed) < 250, "the prompt came from files, before and after the worker was lost"
+        assert sum(counts) < 250, "the prompt came from files, before and after the worker was lost"
         engine.close()

@@ -15,7 +15,7 @@ from ggmq.engine import Engine
 from ggmq.hub import BUNDLED
 from ggmq.model import Model
 from ggmq.pagecopies import PageCopies
-from tests.support.loaded import loaded
+from tests.support.loaded import computed, loaded
 from tests.support.random_models import base, write
 from tests.test_resume import N_CTX, local, prompts_of, texts, worker_of
 
@@ -32,19 +32,6 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
 def copies_of(model: Model) -> PageCopies:
     assert isinstance(model.prompts, PageCopies)
     return model.prompts
-
-
-def computed(model: Model) -> list[int]:
-    """Tokens that are sent from now on, a batch each."""
-    counts: list[int] = []
-    submit = model.runner.submit
-
-    def noted(rows: Any, n_stages: int = 0) -> Any:
-        counts.append(sum(len(r.tokens) for r in rows))
-        return submit(rows, n_stages)
-
-    model.runner.submit = noted  # type: ignore[method-assign]
-    return counts
 
 
 @pytest.mark.parametrize("stage", [0, 1])
@@ -120,7 +107,7 @@ def test_what_was_on_its_way_when_a_text_was_stopped_is_asked_for_again() -> Non
 
         def stop() -> None:
             nonlocal stopped
-            if copies._saving and not stopped:
+            if copies._saving.under_way and not stopped:
                 stopped = True
                 engine.abandon()
 

@@ -11,6 +11,7 @@ from ggmq.archs import open_arch
 from ggmq.cluster import Client, LocalBus
 from ggmq.gguf import GGUF
 from ggmq.model import Model, ModelConfig, place_model
+from ggmq.runner import Rows, UnderWay
 
 
 @contextlib.contextmanager
@@ -32,3 +33,16 @@ def loaded(client: Client, file: GGUF | Path, n_ctx: int, split: Sequence[float]
     model = place_model(ModelConfig(g.path, n_ctx, tensor_split=split, **config), open_arch(g), client, order)
     model.load()
     return model
+
+
+def computed(model: Model) -> list[int]:
+    """Tokens that the model is sent from now on, a batch each."""
+    counts: list[int] = []
+    submit = model.runner.submit
+
+    def noted(rows: Sequence[Rows], n_stages: int = 0) -> UnderWay:
+        counts.append(sum(len(r.tokens) for r in rows))
+        return submit(rows, n_stages)
+
+    model.runner.submit = noted  # type: ignore[method-assign]
+    return counts
